@@ -1,0 +1,69 @@
+#!/bin/sh
+# fresh.sh: the README on a machine that has nothing yet.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+# Makes a bare Debian with debootstrap, puts Go, git and make into it, clones
+# the committed project there and runs `make demo` and `make test`. Nothing of
+# this machine's file system is seen inside but the Go tree; the mounts live in
+# a mount namespace that ends with the script.
+#
+#   FRESH_TARGETS="demo test"   what to make inside
+#   FRESH_MIRROR=URL            Debian mirror; default: this machine's first
+set -eu
+
+[ "$(id -u)" = 0 ] || { echo "fresh.sh: root is needed: use sudo" >&2; exit 1; }
+top=$(cd "$(dirname "$0")/.." && pwd)
+targets=${FRESH_TARGETS:-demo test}
+command -v debootstrap >/dev/null || { apt-get -qq update && apt-get -qq install -y debootstrap >/dev/null; }
+mirror=${FRESH_MIRROR:-$(sed -n 's/^URIs: *//p; s/^deb \(\[.*\] \)\?\(http[^ ]*\).*/\2/p' \
+	/etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null | head -n 1)}
+mirror=${mirror:-http://deb.debian.org/debian}
+
+root=$(mktemp -d /var/tmp/azure-vnet-fresh.XXXXXX)
+cleanup() {
+	[ -z "$(findmnt -rno TARGET | grep "^$root" || true)" ] || { echo "fresh.sh: $root is still in use" >&2; return; }
+	rm -rf --one-file-system "$root"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+echo "fresh.sh: a bare Debian in $root"
+debootstrap --variant=minbase --include=git,make,ca-certificates bookworm "$root" "$mirror" >"$root.log" 2>&1 || {
+	tail -n 20 "$root.log" >&2
+	exit 1
+}
+rm -f "$root.log"
+cp -a "$(go env GOROOT)" "$root/usr/local/go"
+# Names, proxies and certificates of the place, so that apt and Go reach what they reach here.
+cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
+cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+git clone -q --no-hardlinks "$top" "$root/root/azure-vnet"
+
+cat >"$root/root/run" <<INSIDE
+set -eu
+cd /root/azure-vnet
+for target in $targets; do
+	echo "fresh.sh: make \$target"
+	make "\$target"
+done
+INSIDE
+
+# pivot_root and not chroot: runc refuses to start a container from a chroot.
+# shellcheck disable=SC2016 # expanded inside
+unshare --mount --pid --fork --kill-child --propagation private sh -eu -c '
+	root=$1
+	mount --bind "$root" "$root"
+	mount -t proc proc "$root/proc"
+	mount --rbind /sys "$root/sys"
+	mount --rbind /dev "$root/dev"
+	mount -t tmpfs tmpfs "$root/run"
+	mkdir "$root/.old"
+	cd "$root"
+	pivot_root . .old
+	umount -l /.old
+	rmdir /.old
+	exec env -i HOME=/root TERM=dumb PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+		GOPROXY="$2" GOSUMDB="$3" GOFLAGS="$4" SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
+		sh /root/run
+' sh "$root" "$(go env GOPROXY)" "$(go env GOSUMDB)" "$(go env GOFLAGS)"
+echo "fresh.sh: done: $targets"

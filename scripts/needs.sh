@@ -1,0 +1,43 @@
+#!/bin/sh
+# needs.sh: install what the tests and the demo use, where it is missing.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+# Debian and Ubuntu only. A container engine that is there is left alone, and
+# apt is kept from starting any daemon: the tests run their own, in namespaces
+# of their own.
+set -eu
+
+[ "$(id -u)" = 0 ] || { echo "needs.sh: root is needed, for packages and network namespaces: use sudo" >&2; exit 1; }
+
+missing=
+need() { # command package
+	command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
+}
+need ip iproute2
+need nft nftables
+need iptables-nft iptables
+need nsenter util-linux
+need busybox busybox-static
+need conntrack conntrack
+need dbus-daemon dbus
+need dockerd docker.io
+need docker docker.io
+need dpkg-deb dpkg
+need update-ca-certificates ca-certificates
+[ -n "$missing" ] || exit 0
+
+command -v apt-get >/dev/null 2>&1 || {
+	echo "needs.sh: these packages are missing and there is no apt-get to install them:$missing" >&2
+	exit 1
+}
+
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+	trap 'rm -f "$policy"' EXIT INT TERM
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod +x "$policy"
+fi
+echo "needs.sh: installing$missing" >&2
+apt-get -qq update
+# shellcheck disable=SC2086 # a list of words
+DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >/dev/null
