@@ -1,0 +1,172 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package vnetsim
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Namespace is a place of the VNet that code and commands can run in.
+type Namespace struct {
+	name  string
+	enter []string // nsenter's options beyond --net
+
+	mu     sync.Mutex
+	holder *holder // nil: no power
+}
+
+// PidOne is the process that holds the namespace, a VM's pid 1, by its number
+// on this machine; 0 while it has no power. /proc/<PidOne>/root is a VM's file
+// system.
+func (n *Namespace) PidOne() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.holder == nil {
+		return 0
+	}
+	return n.holder.cmd.Process.Pid
+}
+
+// Do runs f on a thread in the network namespace, so that sockets, links,
+// started processes and /proc/sys/net are those of the namespace. The mount
+// namespace stays the caller's. f must start no goroutine and resolve no name.
+func (n *Namespace) Do(f func() error) error {
+	pid := n.PidOne()
+	if pid == 0 {
+		return fmt.Errorf("enter %s: it has no power", n.name)
+	}
+	runtime.LockOSThread()
+	back, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter %s: %w", n.name, err)
+	}
+	defer back.Close()
+	there, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err == nil {
+		defer there.Close()
+		err = unix.Setns(int(there.Fd()), unix.CLONE_NEWNET)
+	}
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter %s: %w", n.name, err)
+	}
+	defer func() {
+		// A thread that cannot return stays locked, and ends with its goroutine.
+		if unix.Setns(int(back.Fd()), unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+	return f()
+}
+
+// Command is exec.CommandContext for a command that runs in all of the
+// namespaces. The end of ctx kills the command's process group.
+func (n *Namespace) Command(ctx context.Context, name string, arg ...string) *exec.Cmd {
+	args := append([]string{"--target", strconv.Itoa(n.PidOne()), "--net"}, n.enter...)
+	args = append(append(args, "--", name), arg...)
+	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	if n.PidOne() == 0 {
+		cmd.Err = fmt.Errorf("it has no power")
+	}
+	return cmd
+}
+
+// Run runs a command as Command does and returns its standard output. The
+// error holds its standard error.
+func (n *Namespace) Run(ctx context.Context, name string, arg ...string) (string, error) {
+	out, err := run(n.Command(ctx, name, arg...))
+	if err != nil {
+		return out, fmt.Errorf("on %s: %s %s: %w", n.name, name, strings.Join(arg, " "), err)
+	}
+	return out, nil
+}
+
+// run returns a command's output; the error holds its standard error.
+func run(cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if text := bytes.TrimSpace(stderr.Bytes()); err != nil && len(text) > 0 {
+		err = fmt.Errorf("%w: %s", err, text)
+	}
+	return stdout.String(), err
+}
+
+// feed runs a program such as "ip -batch -" or "nft -f -" in the network
+// namespace with the text as its standard input, and returns its output.
+func (n *Namespace) feed(text string, name string, arg ...string) (string, error) {
+	var out string
+	err := n.Do(func() (err error) {
+		cmd := exec.Command(name, arg...)
+		cmd.Stdin = strings.NewReader(text)
+		out, err = run(cmd)
+		return err
+	})
+	if err != nil {
+		return out, fmt.Errorf("%s in %s: %w", name, n.name, err)
+	}
+	return out, nil
+}
+
+// ip runs lines of ip's language in the namespace.
+func (n *Namespace) ip(lines string) error {
+	_, err := n.feed(lines, "ip", "-batch", "-")
+	return err
+}
+
+// nft runs one transaction in the namespace.
+func (n *Namespace) nft(rules string) error {
+	_, err := n.feed(rules, "nft", "-f", "-")
+	return err
+}
+
+// sysctl writes settings below /proc/sys/net, given as "path=value".
+func (n *Namespace) sysctl(settings ...string) error {
+	return n.Do(func() error {
+		for _, s := range settings {
+			path, value, _ := strings.Cut(s, "=")
+			if err := os.WriteFile("/proc/sys/net/"+path, []byte(value), 0); err != nil {
+				return fmt.Errorf("set %s in %s: %w", path, n.name, err)
+			}
+		}
+		return nil
+	})
+}
+
+// stopHolder takes the power away.
+func (n *Namespace) stopHolder() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.holder != nil {
+		n.holder.kill()
+		n.holder = nil
+	}
+}
+
+// close ends the holder in good order.
+func (n *Namespace) close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.holder == nil {
+		return nil
+	}
+	err := n.holder.close()
+	n.holder = nil
+	return err
+}
