@@ -1,0 +1,48 @@
+# azure-vnet: containers get their own addresses of the Azure virtual network.
+# Copyright (c) The azure-vnet authors. MIT licence.
+
+GO      ?= $(or $(shell command -v go),/usr/local/go/bin/go)
+VERSION ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),devel)
+PREFIX  ?= /usr/local
+
+binary := build/azure-vnet-plugin
+plugin := build/plugin
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##: building
+
+.PHONY: build
+build: ## the static binary, build/azure-vnet-plugin
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) .
+
+.PHONY: rootfs
+rootfs: build ## build/plugin, ready for docker plugin create; iptables comes from Debian packages
+	scripts/rootfs.sh $(binary) $(plugin)/rootfs build/packages
+	cp config.json $(plugin)/config.json
+
+##: using
+
+.PHONY: plugin
+plugin: rootfs ## azure-vnet:latest in the engine at hand, disabled; its networks and settings stay
+	scripts/plugin.sh create $(plugin)
+
+.PHONY: install
+install: rootfs ## build, create and enable the plugin on this VM
+	scripts/plugin.sh install $(plugin) $(binary) $(PREFIX)
+
+.PHONY: uninstall
+uninstall: ## give the NIC its addresses back and leave nothing
+	scripts/plugin.sh uninstall $(binary) $(PREFIX)
+
+.PHONY: status
+status: build ## what is lent, attached and known; works while the plugin is dead
+	@$(binary) status
+
+.PHONY: clean
+clean: ## remove build/
+	rm -rf build

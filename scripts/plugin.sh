@@ -1,0 +1,80 @@
+#!/bin/sh
+# plugin.sh: the managed plugin in the engine at hand.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+#   plugin.sh create <plugin>                    azure-vnet:latest, disabled
+#   plugin.sh install <plugin> <binary> <prefix> the same, enabled, with what belongs beside it
+#   plugin.sh uninstall <binary> <prefix>        as if it had never been there
+#
+# <plugin> holds config.json and rootfs/. A plugin that is there already is
+# replaced; the networks and settings it has are carried over.
+set -eu
+
+name=azure-vnet:latest
+drop_in=/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg
+
+die() { echo "plugin.sh: $*" >&2; exit 1; }
+engine() { docker version >/dev/null 2>&1 || die "no engine answers docker version: is it running, and are you root?"; }
+id() { docker plugin inspect -f '{{.Id}}' $name 2>/dev/null; }
+# where the engine keeps the plugin's networks.json; docker plugin rm removes it
+data() { echo "$(docker info -f '{{.DockerRootDir}}')/plugins/$1/propagated-mount"; }
+
+create() { # <plugin>
+	saved=$(mktemp -d)
+	trap 'rm -rf "$saved"' EXIT
+	if old=$(id); then
+		[ "$(docker plugin inspect -f '{{.Enabled}}' $name)" = false ] || die "$name is enabled: docker plugin disable -f $name, or make install"
+		cp -a "$(data "$old")/." "$saved/" 2>/dev/null || true
+		settings=$(docker plugin inspect -f '{{range .Settings.Env}}{{println .}}{{end}}' $name | grep -E '^(LOG_LEVEL|SOURCE|QUERY_URL|COOL_DOWN|RECLAIM)=' || true)
+		docker plugin rm $name >/dev/null
+	fi
+	docker plugin create $name "$1"
+	[ -n "${old:-}" ] || return 0
+	mkdir -p "$(data "$(id)")"
+	cp -a "$saved/." "$(data "$(id)")/"
+	# shellcheck disable=SC2086 # no value has spaces
+	[ -z "$settings" ] || docker plugin set $name $settings
+}
+
+install() { # <plugin> <binary> <prefix>
+	if [ "$(docker plugin inspect -f '{{.Enabled}}' $name 2>/dev/null)" = true ]; then
+		docker plugin disable -f $name >/dev/null # containers keep their network meanwhile
+	fi
+	create "$1"
+	if [ -d "$(dirname $drop_in)" ]; then
+		cat >$drop_in <<-'YAML'
+			# From azure-vnet: containers hold the secondary addresses, so the host must not.
+			datasource:
+			  Azure:
+			    apply_network_config_for_secondary_ips: false
+		YAML
+	fi
+	mkdir -p "$3/sbin"
+	cp "$2" "$3/sbin/.azure-vnet-plugin.new"
+	mv "$3/sbin/.azure-vnet-plugin.new" "$3/sbin/azure-vnet-plugin"
+	docker plugin enable $name
+}
+
+uninstall() { # <binary> <prefix>
+	tool=$2/sbin/azure-vnet-plugin
+	[ -x "$tool" ] || tool=$1
+	networks=$(docker network ls -q --filter driver=$name)
+	# shellcheck disable=SC2086 # a list of words
+	[ -z "$networks" ] || die "these networks use it, remove them first: docker network rm" $networks
+	if id >/dev/null; then
+		docker plugin disable -f $name >/dev/null 2>&1 || true # it is disabled already
+		docker plugin rm $name >/dev/null
+	fi
+	[ ! -x "$tool" ] || "$tool" uninstall
+	rm -f "$drop_in" "$2/sbin/azure-vnet-plugin"
+}
+
+word=$1
+shift
+engine
+case $word in
+create) create "$@" ;;
+install) install "$@" ;;
+uninstall) uninstall "$@" ;;
+*) die "unknown word $word" ;;
+esac

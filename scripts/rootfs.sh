@@ -1,0 +1,72 @@
+#!/bin/sh
+# rootfs.sh: make the plugin's root file system from the binary and Debian packages.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+#   rootfs.sh <azure-vnet-plugin> <rootfs> <cache>
+#
+# No registry and no container build: apt-get brings iptables and the libraries
+# that it names as its dependencies, dpkg-deb unpacks them, and of those just the
+# two back-ends, the extensions in use and the libraries that they load are taken. The
+# packages stay in <cache>.
+set -eu
+
+binary=$1 rootfs=$2 cache=$3
+for tool in apt-get apt-cache dpkg-deb; do
+	command -v $tool >/dev/null || { echo "rootfs.sh: $tool is missing: build on Debian or Ubuntu, or with the Dockerfile" >&2; exit 1; }
+done
+
+fetch() {
+	[ ! -e "$cache/complete" ] || return 0
+	rm -rf "$cache"
+	mkdir -p "$cache/deb" "$cache/tree"
+	apt-cache show iptables >/dev/null 2>&1 || apt-get -qq update
+	packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
+		--no-replaces --no-enhances --no-pre-depends iptables | grep -E '^(iptables|lib)[a-z0-9.+-]*$' | sort -u)
+	# _apt may not enter the directory: apt-get then downloads as root, and says so.
+	# shellcheck disable=SC2086 # a list of words
+	(cd "$cache/deb" && apt-get -qq -o APT::Sandbox::User=root download $packages)
+	for deb in "$cache"/deb/*.deb; do
+		dpkg-deb -x "$deb" "$cache/tree"
+	done
+	touch "$cache/complete"
+}
+
+# put <file of the tree, as the loader names it>: copies it to the same place.
+put() {
+	mkdir -p "$rootfs$(dirname "$1")"
+	cp -L "$tree$1" "$rootfs$1"
+}
+
+# within the tree, wherever this distribution has it
+find_one() { (cd "$tree" && find . -name "$1" \( -type f -o -type l \) | sed 's/^\.//' | sort | head -n 1); }
+
+fetch
+tree=$cache/tree
+rm -rf "$rootfs"
+mkdir -p "$rootfs/usr/sbin" "$rootfs/run/docker/plugins" "$rootfs/host/run" "$rootfs/host/proc/sys/net" "$rootfs/data" \
+	"$rootfs/proc" "$rootfs/sys" "$rootfs/dev" "$rootfs/etc" "$rootfs/tmp"
+cp "$binary" "$rootfs/azure-vnet-plugin"
+
+extensions=$(dirname "$(find_one libxt_mark.so)")
+loader=$(find_one 'ld-linux*.so.*')
+libraries=$(cd "$tree" && find "$PWD" -name '*.so*' ! -path '*/xtables/*' -exec dirname {} + | sort -u | tr '\n' ':')
+for multi in xtables-legacy-multi xtables-nft-multi; do
+	put "/usr/sbin/$multi"
+	"$tree$loader" --library-path "$libraries" --list "$tree/usr/sbin/$multi"
+done | sed -n "s|.* => $(cd "$tree" && pwd)\(/[^ ]*\) .*|\1|p" | sort -u | grep -v /ld-linux | while read -r library; do
+	put "$library"
+done
+# The loader by the name that the binaries hold, which may be a link in the tree.
+interpreter=$(LC_ALL=C grep -aom1 '/lib[0-9a-z]*/ld-linux[-0-9a-z_]*\.so\.[0-9]' "$tree/usr/sbin/xtables-nft-multi")
+mkdir -p "$rootfs$(dirname "$interpreter")"
+cp -L "$tree$loader" "$rootfs$interpreter"
+# What the rules use; MASQUERADE is of ip or of x, by release.
+for extension in libxt_standard.so libxt_mark.so libxt_comment.so libipt_MASQUERADE.so libxt_MASQUERADE.so; do
+	[ ! -e "$tree$extensions/$extension" ] || put "$extensions/$extension"
+done
+ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables-nft"
+ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
+ln -s xtables-legacy-multi "$rootfs/usr/sbin/iptables-legacy"
+for name in iptables-nft iptables-legacy; do
+	chroot "$rootfs" /usr/sbin/$name --version >/dev/null || { echo "rootfs.sh: $name does not start in $rootfs" >&2; exit 1; }
+done
