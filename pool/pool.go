@@ -13,18 +13,36 @@ package pool
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/netip"
+	"path/filepath"
 	"time"
+)
+
+// What a caller branches on. The error around each says what, why and what to do.
+var (
+	ErrExhausted = errors.New("no free address")                        // Lease: nothing is left, not even a cooling address
+	ErrInUse     = errors.New("address in use")                         // Lease: the address that was asked for is held
+	ErrNotOurs   = errors.New("not ours to lend")                       // the NIC, subnet or address is not this VM's, or not lendable
+	ErrGone      = errors.New("lease gone")                             // Confirm, Keep: the lease is no longer held as it was given
+	ErrSource    = errors.New("Azure did not tell this VM's addresses") // the source failed and nothing is known from before
 )
 
 // Config says where the pool lives and whom it asks.
 type Config struct {
 	Dir           string        // directory of leases.json and its lock, such as /run/azure-vnet; made if missing
 	Source        string        // "auto" (or empty: host agent, then IMDS), "wireserver", "imds", or the absolute path of a file
-	QueryURL      string        // asked instead of the source's own URL; empty: the source's own
+	QueryURL      string        // asked instead of the source's own URL (with auto: the host agent's); empty: the source's own
 	QueryInterval time.Duration // age at which a known answer is asked again; 0: 10 s
 	CoolDown      time.Duration // how long a released address rests before it is given out of turn; 0: 30 s; negative: none
 	Reclaim       bool          // the host gives up secondary addresses it holds (see bridge.Host.Reclaim): words the errors only
+
+	// Links lists the leases that the host's links prove. It is asked, outside
+	// the lock, before the first address is lent from a new leases.json: at boot,
+	// when there are none, and after the file was lost, when containers hold
+	// addresses that the file no longer knows. nil: nobody can tell.
+	Links func(context.Context) ([]Lease, error)
 }
 
 // NIC is one network interface of the VM as Azure describes it.
@@ -44,10 +62,10 @@ type Subnet struct {
 // Request asks for a lease.
 type Request struct {
 	Owner    string       // who will hold it: cni/<network>/<containerID>/<ifname> or docker/<poolID>
-	MAC      string       // NIC to take from; empty: the primary
+	MAC      string       // NIC to take from; empty: the one that has Prefix, the primary first
 	Prefix   netip.Prefix // subnet to take from; zero: the NIC's first
 	Range    netip.Prefix // bounds the choice within Prefix; zero: none
-	Addr     netip.Addr   // this address and no other; zero: the one freed longest ago
+	Addr     netip.Addr   // this address and no other, in Range or not; zero: one never used, else the one freed longest ago
 	Linkless bool         // no host link will prove this lease: it ends by Release alone (an auxiliary address, a foreign main plugin)
 }
 
@@ -59,12 +77,51 @@ type Lease struct {
 	Prefix   netip.Prefix  `json:"prefix"`             // subnet of the address
 	Since    time.Duration `json:"since"`              // CLOCK_BOOTTIME, ns; with Owner and Addr the lease's identity
 	Linkless bool          `json:"linkless,omitempty"` // as in Request
+	Early    bool          `json:"early,omitempty"`    // given while it cooled, since nothing else was left: worth a warning
 }
 
 // Pool lends addresses. Its methods may be called from many goroutines and
 // many processes at once.
 type Pool struct {
-	cfg Config
+	cfg     Config
+	path    string // of leases.json
+	sources []source
+
+	// Of this machine; tests put others in their place.
+	clock func() time.Duration                  // CLOCK_BOOTTIME
+	held  func() (map[netip.Addr]string, error) // addresses on the host's interfaces, and where
+	host  func() (host, error)                  // what tells primaries apart where the source does not
 }
 
-var _ = context.Background
+const (
+	defaultInterval = 10 * time.Second // as often as the 2018 release asked
+	defaultCoolDown = 30 * time.Second
+)
+
+// New makes a pool of these settings, which it checks. It does no I/O.
+func New(c Config) (*Pool, error) {
+	if !filepath.IsAbs(c.Dir) {
+		return nil, fmt.Errorf("pool: directory %q is not an absolute path", c.Dir)
+	}
+	if c.QueryInterval < 0 {
+		return nil, fmt.Errorf("pool: query interval %v is negative", c.QueryInterval)
+	}
+	if c.QueryInterval == 0 {
+		c.QueryInterval = defaultInterval
+	}
+	if c.CoolDown == 0 {
+		c.CoolDown = defaultCoolDown
+	}
+	sources, err := sourcesOf(c.Source, c.QueryURL)
+	if err != nil {
+		return nil, fmt.Errorf("pool: %w", err)
+	}
+	return &Pool{
+		cfg:     c,
+		path:    filepath.Join(c.Dir, "leases.json"),
+		sources: sources,
+		clock:   bootTime,
+		held:    hostAddrs,
+		host:    readHost,
+	}, nil
+}

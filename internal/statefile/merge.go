@@ -1,0 +1,95 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package statefile
+
+import (
+	"bytes"
+	"encoding/json"
+	"reflect"
+	"strings"
+)
+
+// merge returns next with everything in raw that the program did not know: raw
+// is the file as another version wrote it, known what this program understood
+// of it, next what this program wants in its place. What known has and next has
+// not was deleted, and stays deleted with all that was below it.
+//
+// Objects are followed by key. Elements of a list have no name: one that did not
+// change is followed wherever it went, one that did only while the list keeps
+// its length. State whose unknown fields matter belongs in objects.
+func merge(raw, known, next []byte) ([]byte, error) {
+	var trees [3]any
+	for i, body := range [][]byte{raw, known, next} {
+		d := json.NewDecoder(bytes.NewReader(body))
+		d.UseNumber() // an unknown number keeps its digits
+		if err := d.Decode(&trees[i]); err != nil {
+			return nil, err
+		}
+	}
+	return json.Marshal(graft(trees[0], trees[1], trees[2]))
+}
+
+func graft(raw, known, next any) any {
+	switch next := next.(type) {
+	case map[string]any:
+		r, ok := raw.(map[string]any)
+		if !ok {
+			return next
+		}
+		k, _ := known.(map[string]any) // nil: all that was known in it was empty
+		return graftObject(r, k, next)
+	case []any:
+		r, _ := raw.([]any)
+		k, _ := known.([]any)
+		if len(r) != len(k) {
+			return next
+		}
+		return graftList(r, k, next)
+	}
+	return next
+}
+
+func graftObject(raw, known, next map[string]any) any {
+	for key, value := range next {
+		next[key] = graft(raw[key], known[key], value)
+	}
+	for key, value := range raw {
+		if _, ok := next[key]; !ok && !understood(known, key) {
+			next[key] = value
+		}
+	}
+	return next
+}
+
+// understood says that the program read this key. Package json takes Owner for
+// owner, and so must we, or the old value would come back under its other name.
+func understood(known map[string]any, key string) bool {
+	if _, ok := known[key]; ok {
+		return true
+	}
+	for k := range known {
+		if strings.EqualFold(k, key) {
+			return true
+		}
+	}
+	return false
+}
+
+func graftList(raw, known, next []any) any {
+	for i, value := range next {
+		from := -1
+		if len(next) == len(known) {
+			from = i
+		}
+		for j := range known {
+			if reflect.DeepEqual(known[j], value) {
+				from = j
+				break
+			}
+		}
+		if from >= 0 {
+			next[i] = graft(raw[from], known[from], value)
+		}
+	}
+	return next
+}

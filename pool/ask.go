@@ -1,0 +1,249 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"azurevnet/internal/statefile"
+)
+
+// question says how much the asker needs an answer.
+type question struct {
+	age  time.Duration // asked only if no try, good or bad, is younger
+	wait time.Duration // for the answer, all sources together
+	turn bool          // waits for the process that is asking just now; else goes on without
+}
+
+const (
+	longWait  = 8 * time.Second        // for what cannot be done without: 4 s and 4 s with two sources
+	shortWait = 500 * time.Millisecond // a healthy source answers in a hundredth of this
+	pressing  = 2 * time.Second        // least time between tries while nothing is free
+)
+
+// refreshed is for a list that is read for its own sake.
+func (p *Pool) refreshed() question { return question{p.cfg.QueryInterval, longWait, true} }
+
+// aside is for a lease that known addresses can serve: old news costs it little
+// time, once an interval and in one process only. A source slower than that is
+// still heard by NICs, which whoever reconciles calls.
+func (p *Pool) aside() question { return question{p.cfg.QueryInterval, shortWait, false} }
+
+// scarce is for a lease that only a cooling address can serve.
+func (p *Pool) scarce() question { return question{p.soon(), shortWait, true} }
+
+// needed is for what known addresses cannot serve at all.
+func (p *Pool) needed() question { return question{p.soon(), longWait, true} }
+
+func (p *Pool) soon() time.Duration { return min(p.cfg.QueryInterval, pressing) }
+
+// NICs returns the VM's NICs, the primary first. The source is asked if nothing
+// is known or the answer is older than the interval; if it fails and something
+// is known, that is returned, and Status has the failure. ErrSource if nothing is.
+func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
+	s, err := p.read(ctx, "list NICs")
+	if err != nil {
+		return nil, fmt.Errorf("list NICs: %w", err)
+	}
+	if p.due(&s, p.cfg.QueryInterval) {
+		if err := p.ask(ctx, p.refreshed()); err != nil {
+			return nil, fmt.Errorf("list NICs: %w", err)
+		}
+		if s, err = p.read(ctx, "list NICs"); err != nil {
+			return nil, fmt.Errorf("list NICs: %w", err)
+		}
+	}
+	a, _, ok := p.known(&s)
+	if !ok {
+		return nil, fmt.Errorf("list NICs: %w", p.silence(&s))
+	}
+	return a.NICs, nil
+}
+
+// Subnet answers: is want exactly a subnet of a NIC of this VM? A zero prefix
+// is the NIC's first; an empty mac is the NIC that has the subnet, the primary
+// first. ErrNotOurs names what there is; ErrSource if nothing is known.
+func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, Subnet, error) {
+	find := func() (s state, nic NIC, sub Subnet, err error) {
+		if s, err = p.read(ctx, "find a subnet"); err != nil {
+			return
+		}
+		a, _, ok := p.known(&s)
+		if !ok {
+			return s, nic, sub, p.silence(&s)
+		}
+		nic, sub, err = find(a.NICs, mac, want)
+		return
+	}
+	s, nic, sub, err := find()
+	q := p.aside()
+	if errors.Is(err, ErrNotOurs) || errors.Is(err, ErrSource) {
+		q = p.needed()
+	} else if err != nil {
+		return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
+	}
+	if p.due(&s, q.age) {
+		if err := p.ask(ctx, q); err != nil {
+			return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
+		}
+		_, nic, sub, err = find()
+	}
+	if err != nil {
+		return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
+	}
+	return nic, sub, nil
+}
+
+// find looks for a subnet among NICs, of which the primary comes first.
+func find(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
+	if mac != "" {
+		canonical, err := parseMAC(mac)
+		if err != nil {
+			return NIC{}, Subnet{}, fmt.Errorf("%w: %w", ErrNotOurs, err)
+		}
+		mac = canonical
+	}
+	var there []string
+	for _, n := range nics {
+		var prefixes []string
+		for _, s := range n.Subnets {
+			if (mac == "" || n.MAC == mac) && (!want.IsValid() || s.Prefix == want) {
+				return n, s, nil
+			}
+			prefixes = append(prefixes, s.Prefix.String())
+		}
+		there = append(there, fmt.Sprintf("NIC %s has %s", n.MAC, strings.Join(prefixes, ", ")))
+	}
+	what := "subnet " + want.String()
+	if !want.IsValid() {
+		what = "a subnet"
+	}
+	if mac != "" {
+		what += " of NIC " + mac
+	}
+	return NIC{}, Subnet{}, fmt.Errorf("%s: %w: of this VM, %s", what, ErrNotOurs, strings.Join(there, "; "))
+}
+
+// known returns the newest answer of this pool's sources, and whose it is.
+func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
+	for _, src := range p.sources {
+		if a := s.Answers[src.name]; len(a.NICs) > 0 && (!ok || a.At > newest.At) {
+			newest, from, ok = a, src.name, true
+		}
+	}
+	return newest, from, ok
+}
+
+// due says that the last try, good or bad, is older than age.
+func (p *Pool) due(s *state, age time.Duration) bool {
+	last, tried := time.Duration(0), false
+	for _, src := range p.sources {
+		a := s.Answers[src.name]
+		last = max(last, a.At, a.FailedAt)
+		tried = tried || a.At > 0 || a.FailedAt > 0
+	}
+	return !tried || p.clock()-last >= age
+}
+
+// silence is the error of knowing nothing.
+func (p *Pool) silence(s *state) error {
+	if f := p.failures(s); f != "" {
+		return fmt.Errorf("%w: %s", ErrSource, f)
+	}
+	return fmt.Errorf("%w: it was not asked yet", ErrSource)
+}
+
+// failures tells what went wrong with each source since one answered.
+func (p *Pool) failures(s *state) string {
+	newest, _, _ := p.known(s)
+	var all []string
+	for _, src := range p.sources {
+		if a := s.Answers[src.name]; a.Failure != "" && a.FailedAt >= newest.At {
+			all = append(all, src.name+": "+a.Failure)
+		}
+	}
+	return strings.Join(all, "; ")
+}
+
+// ask puts the question to the sources in turn, until one answers, and keeps
+// what came: an answer replaces the source's last one, a failure does not. It is
+// an error only if that could not be kept. The pool's lock is not held
+// meanwhile, but another one is, so that of many processes one asks and the
+// others find its answer; the kernel frees it if the asker dies.
+func (p *Pool) ask(ctx context.Context, q question) error {
+	bounded, cancel := context.WithTimeout(ctx, q.wait)
+	defer cancel()
+	const what = "ask for this VM's addresses"
+	lock := p.path + ".ask"
+	unlock, ok, err := statefile.TryLock(lock, what)
+	if err == nil && !ok {
+		if !q.turn {
+			return nil
+		}
+		unlock, err = statefile.Lock(bounded, lock, what)
+	}
+	if err != nil && bounded.Err() != nil {
+		return ctx.Err() // the one who asks outlived our patience: go on with what is known
+	} else if err != nil {
+		return err
+	}
+	defer unlock()
+
+	if s, err := p.read(ctx, what); err != nil || !p.due(&s, q.age) {
+		return err
+	}
+	answers := map[string]answer{}
+	for i, src := range p.sources {
+		a := p.answer(bounded, src, len(p.sources)-i)
+		if ctx.Err() != nil {
+			return ctx.Err() // that says nothing of the source
+		}
+		answers[src.name] = a
+		if a.Failure == "" {
+			break
+		}
+	}
+	return p.update(ctx, what, func(s *state) error {
+		for name, a := range answers {
+			if old := s.Answers[name]; a.Failure != "" {
+				a.NICs, a.At, a.Notes = old.NICs, old.At, old.Notes
+			}
+			s.Answers[name] = a
+		}
+		s.forget(p.clock())
+		return nil
+	})
+}
+
+// answer asks one source of the left many, which share what is left of the time.
+func (p *Pool) answer(ctx context.Context, src source, left int) answer {
+	end, _ := ctx.Deadline()
+	ctx, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(left))
+	defer cancel()
+	nics, notes, err := p.listen(ctx, src)
+	if err != nil {
+		return answer{Failure: err.Error(), FailedAt: p.clock()}
+	}
+	return answer{NICs: nics, Notes: notes, At: p.clock()}
+}
+
+func (p *Pool) listen(ctx context.Context, src source) ([]NIC, []string, error) {
+	body, err := src.fetch(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := src.parse(body)
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := p.host()
+	if err != nil {
+		return nil, nil, err
+	}
+	return interpret(d, h)
+}

@@ -1,0 +1,197 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// host is what this VM's interfaces tell where a source flags no primary.
+type host struct {
+	Addrs   map[string][]netip.Addr // by MAC; the NIC, its virtual function and its bridge share one
+	Default string                  // MAC of the interface that the default route leaves by
+}
+
+const (
+	mostAddrs = 65536 // in a whole VNet; blocks could make more of one document
+	mostNotes = 10
+)
+
+// reading turns a document into NICs, and notes what it had to leave out. What
+// it cannot read costs that item only: the rest may be what containers live on.
+type reading struct {
+	host  host
+	notes []string
+	count int // addresses
+}
+
+func (r *reading) note(format string, args ...any) {
+	if len(r.notes) < mostNotes {
+		r.notes = append(r.notes, fmt.Sprintf(format, args...))
+	}
+}
+
+// interpret is an error if nothing of d can be used, which includes an empty
+// list: every VM has a NIC, so that is no answer.
+func interpret(d document, h host) ([]NIC, []string, error) {
+	r := &reading{host: h}
+	var nics []NIC
+	for _, told := range d.NICs {
+		nic, ok := r.nic(told)
+		if !ok {
+			continue
+		}
+		if slices.ContainsFunc(nics, func(n NIC) bool { return n.MAC == nic.MAC }) {
+			r.note("NIC %s is listed twice: the first counts", nic.MAC)
+			continue
+		}
+		nics = append(nics, nic)
+	}
+	if r.count > mostAddrs {
+		return nil, nil, fmt.Errorf("it lists more than %d addresses", mostAddrs)
+	}
+	if len(nics) == 0 && len(r.notes) > 0 {
+		return nil, nil, fmt.Errorf("it lists no NIC that can be used: %s", strings.Join(r.notes, "; "))
+	}
+	if len(nics) == 0 {
+		return nil, nil, errors.New("it lists no NIC")
+	}
+	r.choosePrimary(nics)
+	primaryFirst(nics)
+	r.distinct(nics)
+	return nics, r.notes, nil
+}
+
+// nic reads one NIC. IPv6 is left out silently: Azure gives a NIC one IPv6
+// address at most, so there is nothing to lend.
+func (r *reading) nic(told docNIC) (NIC, bool) {
+	mac, err := parseMAC(told.MAC)
+	if err != nil {
+		r.note("a NIC was left out: %v", err)
+		return NIC{}, false
+	}
+	nic := NIC{MAC: mac, Primary: told.Primary.yes()}
+	var flagged, all []netip.Addr
+	for _, s := range told.Subnets {
+		prefix, err := parsePrefix(s.Prefix)
+		if err != nil {
+			r.note("subnet %q of NIC %s was left out: %v", s.Prefix, mac, err)
+			continue
+		}
+		if !prefix.Addr().Is4() {
+			continue
+		}
+		i := slices.IndexFunc(nic.Subnets, func(s Subnet) bool { return s.Prefix == prefix })
+		if i < 0 {
+			i, nic.Subnets = len(nic.Subnets), append(nic.Subnets, Subnet{Prefix: prefix})
+		}
+		for _, a := range s.Addrs {
+			addrs := r.addrs(mac, prefix, a.Address)
+			all = append(all, addrs...)
+			if a.Primary.yes() {
+				flagged = append(flagged, addrs...)
+			}
+			nic.Subnets[i].Secondary = append(nic.Subnets[i].Secondary, addrs...)
+		}
+	}
+	if len(nic.Subnets) == 0 {
+		r.note("NIC %s was left out: it has no IPv4 subnet", mac)
+		return NIC{}, false
+	}
+	if len(flagged) == 0 && len(all) > 0 {
+		flagged = []netip.Addr{r.primary(mac, all)}
+	}
+	for i := range nic.Subnets {
+		split(&nic.Subnets[i], flagged)
+	}
+	return nic, true
+}
+
+// addrs reads one entry of an address list, which may be a block.
+func (r *reading) addrs(mac string, within netip.Prefix, text string) []netip.Addr {
+	block, err := parseBlock(text)
+	if err != nil || !within.Contains(block.Addr()) || block.Bits() < within.Bits() {
+		r.note("address %q of NIC %s was left out: it is none of %s", text, mac, within)
+		return nil
+	}
+	var addrs []netip.Addr
+	for a := block.Masked().Addr(); block.Contains(a) && r.count <= mostAddrs; a = a.Next() {
+		addrs = append(addrs, a)
+		r.count++
+	}
+	return addrs
+}
+
+// primary chooses a NIC's own address where the source flags none: the first,
+// unless the host holds others of the list and not that one. DHCP gives the
+// host the primary; under cloud-init it holds them all.
+func (r *reading) primary(mac string, addrs []netip.Addr) netip.Addr {
+	on := r.host.Addrs[mac]
+	for _, a := range addrs {
+		if !slices.Contains(on, a) {
+			continue
+		}
+		if a != addrs[0] {
+			r.note("NIC %s lists %s first, but the host holds %s: that is taken for the NIC's own", mac, addrs[0], a)
+		}
+		return a
+	}
+	return addrs[0]
+}
+
+// split takes the NIC's own addresses out of the lendable ones.
+func split(s *Subnet, own []netip.Addr) {
+	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
+		if !slices.Contains(own, a) {
+			return false
+		}
+		if !s.Primary.IsValid() {
+			s.Primary = a
+		}
+		return true
+	})
+	slices.SortFunc(s.Secondary, netip.Addr.Compare)
+	s.Secondary = slices.Compact(s.Secondary)
+}
+
+// choosePrimary leaves exactly one NIC primary: the one flagged; where the
+// source flags none, the one that the default route leaves by, else the first.
+func (r *reading) choosePrimary(nics []NIC) {
+	chosen := slices.IndexFunc(nics, func(n NIC) bool { return n.Primary })
+	if chosen < 0 {
+		chosen = slices.IndexFunc(nics, func(n NIC) bool { return n.MAC == r.host.Default })
+	}
+	for i := range nics {
+		nics[i].Primary = i == max(chosen, 0)
+	}
+}
+
+// distinct leaves every address with one NIC: a NIC's own address is nobody
+// else's to lend, and of two NICs that list one, the first has it.
+func (r *reading) distinct(nics []NIC) {
+	has := map[netip.Addr]string{}
+	for _, n := range nics {
+		for _, s := range n.Subnets {
+			if s.Primary.IsValid() {
+				has[s.Primary] = n.MAC
+			}
+		}
+	}
+	for _, n := range nics {
+		for i := range n.Subnets {
+			s := &n.Subnets[i]
+			s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
+				other, taken := has[a]
+				if taken {
+					r.note("address %s of NIC %s is left out: NIC %s lists it too", a, n.MAC, other)
+				}
+				has[a] = n.MAC
+				return taken
+			})
+		}
+	}
+}

@@ -1,0 +1,203 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"azurevnet/internal/statefile"
+)
+
+// Lease lends an address. ErrExhausted, ErrInUse, ErrNotOurs and ErrSource are
+// as said there. The source is asked when what is known cannot serve r, and
+// shortly when it is old; a source that fails does not keep a known address
+// from being lent.
+func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
+	if r.Owner == "" {
+		return Lease{}, errors.New("lease: no owner")
+	}
+	if r.Prefix.IsValid() && r.Prefix != r.Prefix.Masked() || r.Range.IsValid() && r.Range != r.Range.Masked() {
+		return Lease{}, fmt.Errorf("lease for %s: %s and %s must be without host bits", r.Owner, r.Prefix, r.Range)
+	}
+	l, err := p.lend(ctx, r)
+	if err != nil {
+		return Lease{}, fmt.Errorf("lease for %s: %w", r.Owner, err)
+	}
+	return l, nil
+}
+
+// lend tries under the lock; what must be learnt first is learnt outside of it,
+// once, and then it tries again.
+func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
+	for asked := false; ; {
+		onHost, err := p.held()
+		if err != nil {
+			return Lease{}, err
+		}
+		var adopt bool
+		var q question
+		err = p.update(ctx, "lease for "+r.Owner, func(s *state) error {
+			if adopt = p.unadopted(s); adopt {
+				return statefile.Unchanged
+			}
+			v, err := p.view(s, onHost)
+			if err == nil {
+				l, err = p.pick(&v, r)
+			}
+			var ask bool
+			if q, ask = p.ponder(s, l, err); ask && !asked {
+				asked = true
+				return statefile.Unchanged
+			}
+			q = question{}
+			if err != nil {
+				return err
+			}
+			s.Leases[l.Addr] = record{Lease: l}
+			delete(s.Freed, l.Addr)
+			return nil
+		})
+		switch {
+		case err != nil:
+			return Lease{}, err
+		case adopt:
+			err = p.adoptLinks(ctx)
+		case q.wait > 0:
+			err = p.ask(ctx, q)
+		default:
+			return l, nil
+		}
+		if err != nil {
+			return Lease{}, err
+		}
+	}
+}
+
+// ponder says whether the source should be asked before l is given, or err is.
+func (p *Pool) ponder(s *state, l Lease, err error) (question, bool) {
+	q := p.aside()
+	switch {
+	case errors.Is(err, ErrInUse):
+		return q, false // whatever the source says
+	case err != nil:
+		q = p.needed()
+	case l.Early:
+		q = p.scarce()
+	}
+	return q, p.due(s, q.age)
+}
+
+func (p *Pool) view(s *state, onHost map[netip.Addr]string) (view, error) {
+	a, _, ok := p.known(s)
+	if !ok {
+		return view{}, p.silence(s)
+	}
+	return view{state: s, answer: a, onHost: onHost, now: p.clock()}, nil
+}
+
+// Confirm returns nil if l is still held, by the same owner since the same
+// time, else ErrGone: what was built on it must be undone. An attachment is
+// confirmed when its link stands.
+//
+// A lease that Collect may just be judging by older news is marked, so that
+// Collect, which looks again under the lock, leaves it.
+func (p *Pool) Confirm(ctx context.Context, l Lease) error {
+	err := p.update(ctx, "confirm "+l.Addr.String(), func(s *state) error {
+		if !s.is(l) {
+			return ErrGone
+		}
+		now := p.clock()
+		if now-l.Since < grace {
+			return statefile.Unchanged
+		}
+		r := s.Leases[l.Addr]
+		r.Confirmed = now
+		s.Leases[l.Addr] = r
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("confirm %s for %s: %w", l.Addr, l.Owner, err)
+	}
+	return nil
+}
+
+// Keep makes l Linkless: it turned out to be an auxiliary address. A repeat is a
+// success; ErrGone if l is no longer held.
+func (p *Pool) Keep(ctx context.Context, l Lease) error {
+	err := p.update(ctx, "keep "+l.Addr.String(), func(s *state) error {
+		if !s.is(l) {
+			return ErrGone
+		}
+		r := s.Leases[l.Addr]
+		r.Linkless = true
+		s.Leases[l.Addr] = r
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("keep %s for %s: %w", l.Addr, l.Owner, err)
+	}
+	return nil
+}
+
+// Held returns who holds addr, if anyone does.
+func (p *Pool) Held(ctx context.Context, addr netip.Addr) (Lease, bool, error) {
+	s, err := p.read(ctx, "look for "+addr.String())
+	if err == nil && p.unadopted(&s) {
+		if err = p.adoptLinks(ctx); err == nil {
+			s, err = p.read(ctx, "look for "+addr.String())
+		}
+	}
+	if err != nil {
+		return Lease{}, false, fmt.Errorf("look for %s: %w", addr, err)
+	}
+	l, ok := s.lease(addr)
+	if !ok {
+		return Lease{}, false, nil
+	}
+	return l, true, nil
+}
+
+// Release ends owner's lease of addr, which rests from now on. It is false if
+// owner does not hold addr, be it free or another's: a release that comes late,
+// or twice, takes nothing from anybody.
+func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool, error) {
+	released := false
+	err := p.update(ctx, "release "+addr.String(), func(s *state) error {
+		if l, ok := s.lease(addr); !ok || l.Owner != owner {
+			return statefile.Unchanged
+		}
+		s.release(addr, p.clock(), p.cfg.CoolDown)
+		released = true
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("release %s of %s: %w", addr, owner, err)
+	}
+	return released, nil
+}
+
+// ReleaseOwner ends every lease of owner and returns their addresses, ascending.
+func (p *Pool) ReleaseOwner(ctx context.Context, owner string) ([]netip.Addr, error) {
+	var freed []netip.Addr
+	err := p.update(ctx, "release all of "+owner, func(s *state) error {
+		for addr, r := range s.Leases {
+			if r.Owner == owner {
+				freed = append(freed, addr)
+				s.release(addr, p.clock(), p.cfg.CoolDown)
+			}
+		}
+		if freed == nil {
+			return statefile.Unchanged
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("release all of %s: %w", owner, err)
+	}
+	slices.SortFunc(freed, netip.Addr.Compare)
+	return freed, nil
+}

@@ -1,0 +1,99 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"azurevnet/internal/statefile"
+)
+
+// grace is how old a lease must be before a missing link says that it leaked:
+// longer than any deadline between a lease and its link.
+const grace = 5 * time.Minute
+
+// unadopted says that the file may lack leases that links prove.
+func (p *Pool) unadopted(s *state) bool { return !s.Adopted && p.cfg.Links != nil }
+
+func (p *Pool) adoptLinks(ctx context.Context) error {
+	leases, err := p.cfg.Links(ctx)
+	if err != nil {
+		return fmt.Errorf("list the leases that links prove: %w", err)
+	}
+	return p.Adopt(ctx, leases)
+}
+
+// Adopt takes in leases that links prove and the file lacks, after it was lost.
+// One that is held already, by whomever, stays as it is. A zero Since is now.
+// Adopt may be repeated.
+func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
+	err := p.update(ctx, "adopt", func(s *state) error {
+		s.Adopted = true
+		for _, l := range leases {
+			if _, ok := s.Leases[l.Addr]; ok || !l.Addr.IsValid() || l.Owner == "" {
+				continue
+			}
+			if l.Since == 0 {
+				l.Since = p.clock()
+			}
+			l.Prefix = l.Prefix.Masked()
+			s.Leases[l.Addr] = record{Lease: l}
+			delete(s.Freed, l.Addr)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("adopt leases: %w", err)
+	}
+	return nil
+}
+
+// Collect ends leases that leaked, and returns them: those with a link to show
+// that are older than 5 minutes, whose address is not attached. attached is
+// called without the pool's lock, and after the leases were read; one that
+// changed since, or was confirmed, is not judged.
+func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[netip.Addr]bool, error)) ([]Lease, error) {
+	seen, err := p.read(ctx, "collect")
+	if err != nil {
+		return nil, fmt.Errorf("collect leases: %w", err)
+	}
+	now := p.clock()
+	suspects := map[netip.Addr]record{}
+	for addr, r := range seen.Leases {
+		if !r.Linkless && now-r.Since >= grace {
+			suspects[addr] = r
+		}
+	}
+	if len(suspects) == 0 {
+		return nil, nil
+	}
+	links, err := attached(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("collect leases: list what is attached: %w", err)
+	}
+	var leaked []Lease
+	err = p.update(ctx, "collect", func(s *state) error {
+		for addr, r := range suspects {
+			if links[addr] || s.Leases[addr] != r {
+				continue
+			}
+			l, _ := s.lease(addr)
+			leaked = append(leaked, l)
+			s.release(addr, p.clock(), p.cfg.CoolDown)
+		}
+		if leaked == nil {
+			return statefile.Unchanged
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("collect leases: %w", err)
+	}
+	slices.SortFunc(leaked, func(a, b Lease) int { return cmp.Compare(a.Addr.String(), b.Addr.String()) })
+	return leaked, nil
+}

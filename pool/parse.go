@@ -1,0 +1,186 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// document is what the host agent says in XML and a file in JSON, as it came.
+// IMDS is brought into the same form, with no address flagged.
+type document struct {
+	XMLName xml.Name `xml:"Interfaces" json:"-"`
+	NICs    []docNIC `xml:"Interface" json:"Interfaces"`
+}
+
+type docNIC struct {
+	MAC     string      `xml:"MacAddress,attr" json:"MacAddress"`
+	Primary loose       `xml:"IsPrimary,attr" json:"IsPrimary"`
+	Subnets []docSubnet `xml:"IPSubnet" json:"IPSubnets"`
+}
+
+type docSubnet struct {
+	Prefix string    `xml:"Prefix,attr" json:"Prefix"`
+	Addrs  []docAddr `xml:"IPAddress" json:"IPAddresses"`
+}
+
+type docAddr struct {
+	Address string `xml:"Address,attr" json:"Address"`
+	Primary loose  `xml:"IsPrimary,attr" json:"IsPrimary"`
+}
+
+type imdsDocument struct {
+	NICs []struct {
+		MAC  string `json:"macAddress"`
+		IPv4 struct {
+			Addrs []struct {
+				Private string `json:"privateIpAddress"`
+			} `json:"ipAddress"`
+			Subnets []struct {
+				Address string `json:"address"`
+				Prefix  loose  `json:"prefix"`
+			} `json:"subnet"`
+		} `json:"ipv4"`
+	} `json:"interface"`
+}
+
+// loose is a JSON string, number or boolean, as text.
+type loose string
+
+func (l *loose) UnmarshalJSON(b []byte) error {
+	var v any
+	if err := json.Unmarshal(b, &v); err != nil {
+		return err
+	}
+	switch v := v.(type) {
+	case string:
+		*l = loose(v)
+	case bool, float64:
+		*l = loose(b)
+	}
+	return nil
+}
+
+func (l loose) yes() bool {
+	yes, _ := strconv.ParseBool(strings.ToLower(strings.TrimSpace(string(l))))
+	return yes
+}
+
+func parseXML(body []byte) (d document, err error) {
+	x := xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(body, []byte("\ufeff"))))
+	x.CharsetReader = func(_ string, r io.Reader) (io.Reader, error) { return r, nil } // it is ASCII, whatever it declares
+	if err := x.Decode(&d); err != nil {
+		return document{}, unlike(body, "XML", err)
+	}
+	return d, nil
+}
+
+func parseFile(body []byte) (d document, err error) {
+	if err := json.Unmarshal(bytes.TrimPrefix(body, []byte("\ufeff")), &d); err != nil {
+		return document{}, unlike(body, "JSON", err)
+	}
+	return d, nil
+}
+
+func parseIMDS(body []byte) (document, error) {
+	var told imdsDocument
+	if err := json.Unmarshal(body, &told); err != nil {
+		return document{}, unlike(body, "JSON", err)
+	}
+	var d document
+	for _, n := range told.NICs {
+		nic := docNIC{MAC: n.MAC}
+		var prefixes []netip.Prefix
+		for _, s := range n.IPv4.Subnets {
+			text := s.Address
+			if s.Prefix != "" {
+				text += "/" + string(s.Prefix)
+			}
+			prefix, _ := parsePrefix(text) // invalid: contains nothing, and is noted later
+			prefixes = append(prefixes, prefix)
+			nic.Subnets = append(nic.Subnets, docSubnet{Prefix: text})
+		}
+		for _, a := range n.IPv4.Addrs {
+			addr, _ := netip.ParseAddr(a.Private)
+			in := max(0, slices.IndexFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) }))
+			if len(nic.Subnets) > 0 { // an address of no subnet goes to the first, where it is noted
+				nic.Subnets[in].Addrs = append(nic.Subnets[in].Addrs, docAddr{Address: a.Private})
+			}
+		}
+		d.NICs = append(d.NICs, nic)
+	}
+	return d, nil
+}
+
+// unlike says what came instead of want.
+func unlike(body []byte, want string, err error) error {
+	head := bytes.TrimSpace(body)
+	if len(head) == 0 {
+		return fmt.Errorf("it sent nothing, not %s", want)
+	}
+	lower := strings.ToLower(string(head[:min(len(head), 15)]))
+	head = head[:min(len(head), 80)]
+	if strings.HasPrefix(lower, "<!doctype html") || strings.HasPrefix(lower, "<html") {
+		return fmt.Errorf("it sent HTML, not %s: %q", want, head)
+	}
+	if errors.Is(err, io.ErrUnexpectedEOF) || strings.Contains(err.Error(), "unexpected EOF") || strings.Contains(err.Error(), "unexpected end") {
+		return fmt.Errorf("it sent %s that ends too early, after %d bytes: %q…", want, len(body), head)
+	}
+	return fmt.Errorf("it sent %q…, not the %s that was expected: %w", head, want, err)
+}
+
+// parseMAC brings 12 hex digits, with or without separators, into the form
+// 00:0d:3a:04:75:98.
+func parseMAC(text string) (string, error) {
+	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(strings.TrimSpace(text)))
+	if _, err := strconv.ParseUint(digits, 16, 48); err != nil || len(digits) != 12 {
+		return "", fmt.Errorf("%q is no MAC address", text)
+	}
+	var pairs []string
+	for pair := range slices.Chunk([]byte(digits), 2) {
+		pairs = append(pairs, string(pair))
+	}
+	return strings.Join(pairs, ":"), nil
+}
+
+// parsePrefix takes a missing length for 24, as IMDS documents it.
+func parsePrefix(text string) (netip.Prefix, error) {
+	text = strings.TrimSpace(text)
+	if !strings.Contains(text, "/") {
+		text += "/24"
+	}
+	p, err := netip.ParsePrefix(text)
+	return p.Masked(), err
+}
+
+// parseBlock reads an address, or a block of them: 10.0.0.16/28 is the NIC's
+// whole. Nothing larger than a /24 is taken for a block.
+func parseBlock(text string) (netip.Prefix, error) {
+	text = strings.TrimSpace(text)
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(text)
+	if err == nil && p.Bits() < p.Addr().BitLen()-8 {
+		err = errors.New("a block larger than a /24")
+	}
+	return p, err
+}
+
+// primaryFirst orders NICs as every search through them expects.
+func primaryFirst(nics []NIC) {
+	slices.SortStableFunc(nics, func(a, b NIC) int {
+		rank := map[bool]int{true: 0, false: 1}
+		return cmp.Compare(rank[a.Primary], rank[b.Primary])
+	})
+}

@@ -1,0 +1,206 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// view is what a choice rests on: the state under its lock, and what was read
+// of the world before.
+type view struct {
+	*state
+	answer answer
+	onHost map[netip.Addr]string // interface of each
+	now    time.Duration
+}
+
+// standing is why an address can be lent, or not.
+type standing int
+
+const (
+	fresh   standing = iota // never lent
+	rested                  // lent before, long enough ago
+	cooling                 // lent until lately
+	held                    // by an owner
+	onHost                  // by an interface of the host
+)
+
+func (v *view) standing(a netip.Addr) standing {
+	if _, ok := v.Leases[a]; ok {
+		return held
+	}
+	if _, ok := v.onHost[a]; ok {
+		return onHost
+	}
+	r, ok := v.Freed[a]
+	switch {
+	case !ok:
+		return fresh
+	case v.now >= r.Until:
+		return rested
+	}
+	return cooling
+}
+
+// pick chooses the address for r: one never lent, else the one released longest
+// ago, which among cooling addresses is the last resort.
+func (p *Pool) pick(v *view, r Request) (Lease, error) {
+	nic, sub, err := find(v.answer.NICs, r.MAC, r.Prefix)
+	if err != nil {
+		return Lease{}, err
+	}
+	l := Lease{Addr: r.Addr, Owner: r.Owner, MAC: nic.MAC, Prefix: sub.Prefix, Since: v.now, Linkless: r.Linkless}
+	if r.Addr.IsValid() {
+		return l, p.lendable(v, nic, sub, r.Addr)
+	}
+	if r.Range.IsValid() && (r.Range.Bits() < sub.Prefix.Bits() || !sub.Prefix.Contains(r.Range.Addr())) {
+		return l, fmt.Errorf("range %s: %w: it does not lie in subnet %s", r.Range, ErrNotOurs, sub.Prefix)
+	}
+	best := held
+	for _, a := range sub.Secondary {
+		if r.Range.IsValid() && !r.Range.Contains(a) {
+			continue
+		}
+		if is := v.standing(a); is < best || is == best && is != fresh && v.Freed[a].At < v.Freed[l.Addr].At {
+			best, l.Addr = is, a
+		}
+	}
+	if best >= held {
+		return l, p.exhausted(v, nic, sub, r.Range)
+	}
+	l.Early = best == cooling
+	return l, nil
+}
+
+// lendable says whether the address that was asked for can be given. That it
+// cools is no reason: who asks by name had it before, or knows.
+func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
+	if l, ok := v.Leases[a]; ok {
+		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Owner)
+	}
+	switch {
+	case !sub.Prefix.Contains(a):
+		return fmt.Errorf("address %s: %w: it does not lie in subnet %s", a, ErrNotOurs, sub.Prefix)
+	case a == sub.Primary:
+		return fmt.Errorf("address %s: %w: it is the own address of NIC %s", a, ErrNotOurs, nic.MAC)
+	case a == sub.Prefix.Addr().Next():
+		return fmt.Errorf("address %s: %w: it is the gateway of subnet %s", a, ErrNotOurs, sub.Prefix)
+	}
+	for _, s := range sub.Secondary {
+		if s == a && v.standing(a) == onHost {
+			return fmt.Errorf("address %s: %w: %s", a, ErrNotOurs, p.hostHas([]string{a.String()}, v.onHost[a]))
+		} else if s == a {
+			return nil
+		}
+	}
+	return fmt.Errorf("address %s: %w: NIC %s has no ipconfig with it%s; add one: %s --private-ip-address %s",
+		a, ErrNotOurs, nic.MAC, p.lag(v), addCommand, a)
+}
+
+const addCommand = "az network nic ip-config create -g GROUP --nic-name NIC -n NAME"
+
+// exhausted says why nothing can be lent, and what helps: each case has another
+// remedy.
+func (p *Pool) exhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) error {
+	c := v.census(nic.MAC, sub)
+	where := fmt.Sprintf("NIC %s in subnet %s", nic.MAC, sub.Prefix)
+	if len(sub.Secondary) == 0 {
+		return fmt.Errorf("%w: %s has %s and no secondary one%s; add some: %s",
+			ErrExhausted, where, plural(c.Configs, "ipconfig"), p.lag(v), addCommand)
+	}
+	counts := fmt.Sprintf("%s has %s: %d free, %d held, %d cooling, %d on the host",
+		where, plural(c.Configs, "ipconfig"), c.Free, c.Held, c.Cooling, c.OnHost)
+	var on []string
+	var dev string
+	for _, a := range sub.Secondary {
+		if v.standing(a) == onHost {
+			on, dev = append(on, a.String()), v.onHost[a]
+		}
+	}
+	switch {
+	case c.Free+c.Cooling > 0:
+		return fmt.Errorf("%w in range %s: %s%s; widen the range, or add an ipconfig in it: %s --private-ip-address ADDRESS",
+			ErrExhausted, within, counts, p.lag(v), addCommand)
+	case len(on) > 0:
+		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.hostHas(on, dev))
+	}
+	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.lag(v), addCommand)
+}
+
+// hostHas tells of addresses that an interface of the host holds.
+func (p *Pool) hostHas(addrs []string, dev string) string {
+	text := strings.Join(addrs[:min(len(addrs), 3)], ", ")
+	if more := len(addrs) - 3; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	text = fmt.Sprintf("the host itself holds %s (interface %s), as cloud-init has it", text, dev)
+	if p.cfg.Reclaim {
+		return text + ": reclaim=on takes them back when the bridge is next set up"
+	}
+	return text + `: set reclaim=on, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
+}
+
+// lag warns, within an error, that the list may be old.
+func (p *Pool) lag(v *view) string {
+	f := p.failures(v.state)
+	if f == "" || v.now-v.answer.At < p.cfg.QueryInterval {
+		return ""
+	}
+	return fmt.Sprintf(" (as known %v ago, since when: %s)", (v.now - v.answer.At).Round(time.Second), f)
+}
+
+func plural(n int, noun string) string {
+	switch {
+	case n == 1:
+		return "1 " + noun
+	case strings.HasSuffix(noun, "s"):
+		noun += "e"
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
+// Census counts the ipconfigs of a NIC in one subnet.
+type Census struct {
+	Configs   int `json:"ipconfigs"` // all, with the NIC's own
+	Free      int `json:"free"`      // can be lent now
+	Held      int `json:"held"`      // by an owner
+	Cooling   int `json:"cooling"`   // released lately: lent only if nothing is free
+	OnHost    int `json:"onHost"`    // held by an interface of the host: not lent
+	Withdrawn int `json:"withdrawn"` // held, though the source lists them no more; not among Configs
+}
+
+// own is 1 if the NIC's own address lies in this subnet: what Configs has beyond
+// the others.
+func (c Census) own() int { return c.Configs - c.Free - (c.Held - c.Withdrawn) - c.Cooling - c.OnHost }
+
+func (v *view) census(mac string, sub Subnet) Census {
+	c := Census{Configs: len(sub.Secondary)}
+	if sub.Primary.IsValid() {
+		c.Configs++
+	}
+	listed := map[netip.Addr]bool{}
+	for _, a := range sub.Secondary {
+		listed[a] = true
+		switch v.standing(a) {
+		case fresh, rested:
+			c.Free++
+		case cooling:
+			c.Cooling++
+		case held:
+			c.Held++
+		case onHost:
+			c.OnHost++
+		}
+	}
+	for a, l := range v.Leases {
+		if l.MAC == mac && l.Prefix == sub.Prefix && !listed[a] {
+			c.Held++
+			c.Withdrawn++
+		}
+	}
+	return c
+}

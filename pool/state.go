@@ -1,0 +1,146 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"azurevnet/internal/statefile"
+)
+
+const version = 1 // of leases.json
+
+// state is leases.json. Times are of CLOCK_BOOTTIME, in ns: they go on through
+// clock steps and suspend, and mean nothing in another boot. Fields are only
+// ever added; a change that is none of that kind takes another version.
+type state struct {
+	Version int                   `json:"version"`
+	Boot    string                `json:"boot"`              // boot id: leases of another boot are void
+	Adopted bool                  `json:"adopted,omitempty"` // what links prove was taken in since the file was made
+	Answers map[string]answer     `json:"answers,omitempty"` // by source
+	Leases  map[netip.Addr]record `json:"leases,omitempty"`
+	Freed   map[netip.Addr]rest   `json:"freed,omitempty"` // addresses lent before and free now
+}
+
+// answer is what one source said last. A failure leaves NICs and At alone.
+type answer struct {
+	NICs     []NIC         `json:"nics,omitempty"`
+	At       time.Duration `json:"at"`                 // when it said so; 0: in an earlier boot, or never
+	Notes    []string      `json:"notes,omitempty"`    // what was odd about it
+	Failure  string        `json:"failure,omitempty"`  // since then
+	FailedAt time.Duration `json:"failedAt,omitempty"` // last time
+}
+
+type record struct {
+	Lease
+	Confirmed time.Duration `json:"confirmed,omitempty"` // last time, if that was late in the grace: see Confirm
+}
+
+type rest struct {
+	At    time.Duration `json:"at"`    // released
+	Until time.Duration `json:"until"` // cools
+}
+
+// Check refuses what this program cannot know how to keep.
+func (s *state) Check() error {
+	if s.Version != version {
+		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, version)
+	}
+	return nil
+}
+
+// begin makes a new state usable and voids what another boot left: a /run that
+// is a disk. What the sources said may still be true, but is as old as the boot.
+func (s *state) begin(boot string) {
+	if s.Boot != boot {
+		for name, a := range s.Answers {
+			a.At, a.FailedAt = 0, 0
+			s.Answers[name] = a
+		}
+		*s = state{Version: version, Boot: boot, Answers: s.Answers}
+	}
+	if s.Answers == nil {
+		s.Answers = map[string]answer{}
+	}
+	if s.Leases == nil {
+		s.Leases = map[netip.Addr]record{}
+	}
+	if s.Freed == nil {
+		s.Freed = map[netip.Addr]rest{}
+	}
+}
+
+// lease returns who holds addr.
+func (s *state) lease(addr netip.Addr) (Lease, bool) {
+	r, ok := s.Leases[addr]
+	r.Lease.Addr = addr
+	return r.Lease, ok
+}
+
+// is says that l is held as it was given.
+func (s *state) is(l Lease) bool {
+	r, ok := s.Leases[l.Addr]
+	return ok && r.Owner == l.Owner && r.Since == l.Since
+}
+
+// release frees addr, which rests now.
+func (s *state) release(addr netip.Addr, now, coolDown time.Duration) {
+	delete(s.Leases, addr)
+	s.Freed[addr] = rest{At: now, Until: now + max(coolDown, 0)}
+}
+
+// forget drops rested addresses that no source lists any more.
+func (s *state) forget(now time.Duration) {
+	var listed []map[netip.Addr]bool
+	for _, a := range s.Answers {
+		listed = append(listed, secondaries(a.NICs))
+	}
+	for addr, r := range s.Freed {
+		gone := !slices.ContainsFunc(listed, func(set map[netip.Addr]bool) bool { return set[addr] })
+		if gone && now >= r.Until {
+			delete(s.Freed, addr)
+		}
+	}
+}
+
+// update changes the state under its lock. what names the call for those who
+// wait. A file that cannot be read is set aside and a new one begun.
+func (p *Pool) update(ctx context.Context, what string, change func(*state) error) error {
+	return p.rebuilt(ctx, what, func(boot, who string) error {
+		return statefile.Update(ctx, p.path, who, func(s *state) error {
+			s.begin(boot)
+			return change(s)
+		})
+	})
+}
+
+// read returns the state as it stands, without the lock.
+func (p *Pool) read(ctx context.Context, what string) (s state, err error) {
+	err = p.rebuilt(ctx, what, func(boot, _ string) (err error) {
+		s, err = statefile.Read[state](p.path)
+		s.begin(boot)
+		return err
+	})
+	return s, err
+}
+
+func (p *Pool) rebuilt(ctx context.Context, what string, use func(boot, who string) error) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	who := filepath.Base(os.Args[0]) + ": " + what
+	if err = use(boot, who); errors.Is(err, statefile.ErrUnreadable) {
+		if err = statefile.SetAside[state](ctx, p.path, who); err == nil {
+			err = use(boot, who)
+		}
+	}
+	return err
+}

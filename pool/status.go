@@ -1,0 +1,207 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"azurevnet/internal/statefile"
+)
+
+// Status is the pool as an operator asks for it. Durations are in ns.
+type Status struct {
+	Sources  []SourceStatus               `json:"sources"`           // in the order they are asked
+	NICs     []NICStatus                  `json:"nics"`              // the primary first; empty: nothing is known
+	Leases   map[netip.Addr]Lease         `json:"leases"`            // by address
+	Cooling  map[netip.Addr]time.Duration `json:"cooling,omitempty"` // by address: for how long yet
+	Now      time.Duration                `json:"now"`               // CLOCK_BOOTTIME: a lease's age is Now − Since
+	Warnings []string                     `json:"warnings,omitempty"`
+}
+
+// SourceStatus is what became of asking one source.
+type SourceStatus struct {
+	Name       string        `json:"name"`
+	Used       bool          `json:"used,omitempty"`       // its answer is the newest, and is what counts
+	Answered   bool          `json:"answered"`             // ever
+	Age        time.Duration `json:"age,omitempty"`        // of the answer; one from before the boot counts from the boot
+	Failure    string        `json:"failure,omitempty"`    // of the last try; empty: it answered, or was not needed
+	FailureAge time.Duration `json:"failureAge,omitempty"` // of that try
+}
+
+// NICStatus is one NIC with the counts of its ipconfigs.
+type NICStatus struct {
+	MAC     string         `json:"mac"`
+	Primary bool           `json:"primary"`
+	Subnets []SubnetStatus `json:"subnets"`
+}
+
+// SubnetStatus is one subnet of a NIC.
+type SubnetStatus struct {
+	Prefix  netip.Prefix          `json:"prefix"`
+	Primary netip.Addr            `json:"primary,omitzero"` // the NIC's own address
+	Hosted  map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that the host holds, and on which interface
+	Census
+}
+
+// Status tells how the pool stands. The source is asked, shortly, if its answer
+// is older than the interval; that it fails is told, and is no error.
+func (p *Pool) Status(ctx context.Context) (Status, error) {
+	st, err := p.status(ctx)
+	if err != nil {
+		return Status{}, fmt.Errorf("pool status: %w", err)
+	}
+	return st, nil
+}
+
+func (p *Pool) status(ctx context.Context) (Status, error) {
+	s, err := p.read(ctx, "status")
+	if err == nil && p.due(&s, p.cfg.QueryInterval) {
+		if err = p.ask(ctx, p.aside()); err == nil {
+			s, err = p.read(ctx, "status")
+		}
+	}
+	if err != nil {
+		return Status{}, err
+	}
+	onHost, err := p.held()
+	if err != nil {
+		return Status{}, err
+	}
+	current, from, _ := p.known(&s)
+	v := &view{state: &s, answer: current, onHost: onHost, now: p.clock()}
+	st := Status{Leases: map[netip.Addr]Lease{}, Cooling: map[netip.Addr]time.Duration{}, Now: v.now}
+	for addr := range s.Leases {
+		st.Leases[addr], _ = s.lease(addr)
+	}
+	for addr, r := range s.Freed {
+		if r.Until > v.now {
+			st.Cooling[addr] = r.Until - v.now
+		}
+	}
+	for _, src := range p.sources {
+		st.Sources = append(st.Sources, s.source(src.name, src.name == from, v.now))
+	}
+	for _, n := range current.NICs {
+		st.NICs = append(st.NICs, v.nic(n))
+	}
+	st.Warnings = p.warnings(v, st)
+	return st, nil
+}
+
+func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
+	a := s.Answers[name]
+	st := SourceStatus{Name: name, Used: used, Answered: len(a.NICs) > 0, Failure: a.Failure}
+	if st.Answered {
+		st.Age = now - a.At
+	}
+	if a.Failure != "" {
+		st.FailureAge = now - a.FailedAt
+	}
+	return st
+}
+
+func (v *view) nic(n NIC) NICStatus {
+	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
+	for _, sub := range n.Subnets {
+		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, Census: v.census(n.MAC, sub)}
+		for _, a := range sub.Secondary {
+			if v.standing(a) == onHost {
+				one.Hosted[a] = v.onHost[a]
+			}
+		}
+		st.Subnets = append(st.Subnets, one)
+	}
+	return st
+}
+
+// warnings are what an operator should know though nothing failed.
+func (p *Pool) warnings(v *view, st Status) []string {
+	w := slices.Clone(v.answer.Notes)
+	for _, src := range st.Sources {
+		if src.Failure != "" {
+			w = append(w, fmt.Sprintf("%s failed %v ago: %s", src.Name, src.FailureAge.Round(time.Second), src.Failure))
+		}
+	}
+	w = append(w, p.disagreement(v)...)
+	for _, n := range st.NICs {
+		for _, s := range n.Subnets {
+			if s.OnHost > 0 {
+				addr := slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare)[0]
+				w = append(w, fmt.Sprintf("NIC %s in subnet %s: %s cannot be lent: %s", n.MAC, s.Prefix,
+					plural(s.OnHost, "address"), p.hostHas(s.hosted(), s.Hosted[addr])))
+			}
+		}
+	}
+	listed := secondaries(v.answer.NICs)
+	for _, addr := range slices.SortedFunc(maps.Keys(v.Leases), netip.Addr.Compare) {
+		l := v.Leases[addr]
+		if !listed[addr] && len(v.answer.NICs) > 0 {
+			w = append(w, fmt.Sprintf("%s is held by %s though Azure lists it no more: nothing reaches it", addr, l.Owner))
+		}
+		if l.Early {
+			w = append(w, fmt.Sprintf("%s was lent to %s while it cooled: nothing else was free", addr, l.Owner))
+		}
+	}
+	for _, bad := range statefile.Aside(p.path) {
+		w = append(w, "an unreadable leases file was set aside: "+bad)
+	}
+	return w
+}
+
+func (s SubnetStatus) hosted() []string {
+	var all []string
+	for _, a := range slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare) {
+		all = append(all, a.String())
+	}
+	return all
+}
+
+// disagreement compares the answer that counts with one of another source from
+// about the same time: with auto, one that answered just before it failed.
+func (p *Pool) disagreement(v *view) []string {
+	const sameTime = 5 * time.Minute
+	_, from, _ := p.known(v.state)
+	mine := secondaries(v.answer.NICs)
+	var w []string
+	for name, a := range v.Answers {
+		if name == from || len(a.NICs) == 0 || a.At == 0 || v.answer.At-a.At > sameTime {
+			continue
+		}
+		theirs := secondaries(a.NICs)
+		var diff []netip.Addr
+		for addr := range mine {
+			if !theirs[addr] {
+				diff = append(diff, addr)
+			}
+		}
+		for addr := range theirs {
+			if !mine[addr] {
+				diff = append(diff, addr)
+			}
+		}
+		if len(diff) > 0 {
+			slices.SortFunc(diff, netip.Addr.Compare)
+			w = append(w, fmt.Sprintf("%s and %s disagree about %v: %s, which answered last, counts", from, name, diff, from))
+		}
+	}
+	slices.Sort(w)
+	return w
+}
+
+// secondaries is the set of all secondary addresses.
+func secondaries(nics []NIC) map[netip.Addr]bool {
+	set := map[netip.Addr]bool{}
+	for _, n := range nics {
+		for _, s := range n.Subnets {
+			for _, a := range s.Secondary {
+				set[a] = true
+			}
+		}
+	}
+	return set
+}
