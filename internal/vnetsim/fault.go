@@ -2,8 +2,119 @@
 
 package vnetsim
 
+import (
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+)
+
+// Source is a server that tells a VM its addresses.
 type Source string
+
+const (
+	HostAgent Source = "host agent"
+	IMDS      Source = "imds"
+)
+
+func (s Source) addr() netip.Addr {
+	if s == IMDS {
+		return IMDSAddr
+	}
+	return HostAgentAddr
+}
+
+// Fault is a way in which a source fails.
 type Fault string
 
-func (v *VNet) serve() error                   { return nil }
-func (m *VM) setFault(s Source, f Fault) error { return nil }
+const (
+	Healthy   Fault = ""          // the VM's addresses
+	BlackHole Fault = "blackhole" // packets vanish
+	Refused   Fault = "refused"   // connections are reset
+	Status500 Fault = "500"       //
+	Status401 Fault = "401"       // as where the Metadata Security Protocol is enforced
+	Throttled Fault = "429"       // with Retry-After: 1
+	HTML      Fault = "html"      // 200 with a proxy's log-in page
+	Truncated Fault = "truncated" // half of the document
+	Huge      Fault = "huge"      // the right document, 10 MB of it white space
+	Empty     Fault = "empty"     // 200 with a document without interfaces
+	Chunked   Fault = "chunked"   // the right document without a Content-Length: not a failure
+	Stale     Fault = "stale"     // the last secondary address of each NIC is missing: the sources disagree
+)
+
+// Faults are all but Healthy.
+var Faults = []Fault{BlackHole, Refused, Status500, Status401, Throttled, HTML, Truncated, Huge, Empty, Chunked, Stale}
+
+// SetFault makes a source fail for every VM, also those added later, until it
+// is set to Healthy.
+func (v *VNet) SetFault(s Source, f Fault) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.faults[s] = f
+	for _, vm := range v.vms {
+		if err := vm.setFault(s, f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// SetFault makes a source fail for this VM.
+func (m *VM) SetFault(s Source, f Fault) error {
+	m.vnet.mu.Lock()
+	defer m.vnet.mu.Unlock()
+	return m.setFault(s, f)
+}
+
+// setFault is called with the VNet's mutex held.
+func (m *VM) setFault(s Source, f Fault) error {
+	verdicts := map[Fault]string{BlackHole: "drop", Refused: "goto refuse"}
+	key := fmt.Sprintf("%s . %s", m.Primary, s.addr())
+	var rules string
+	if _, ok := verdicts[m.faults[s]]; ok {
+		rules += fmt.Sprintf("delete element ip fabric faults { %s }\n", key)
+	}
+	if verdict, ok := verdicts[f]; ok {
+		rules += fmt.Sprintf("add element ip fabric faults { %s : %s }\n", key, verdict)
+	}
+	if err := m.vnet.fabric.nft(rules); err != nil {
+		return fmt.Errorf("make the %s of %s fail: %w", s, m.Name, err)
+	}
+	m.faults[s] = f
+	return nil
+}
+
+// answer sends a document as the fault has it.
+func answer(w http.ResponseWriter, f Fault, contentType, document, empty string) {
+	w.Header().Set("Content-Type", contentType)
+	switch f {
+	case Status500:
+		http.Error(w, "Internal Server Error", http.StatusInternalServerError)
+		return
+	case Status401:
+		http.Error(w, "Unauthorized", http.StatusUnauthorized)
+		return
+	case Throttled:
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "Too Many Requests", http.StatusTooManyRequests)
+		return
+	case HTML:
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		document = "<!DOCTYPE html>\n<html><head><title>Log in</title></head><body><form>Log in to go on<br></form></body></html>\n"
+	case Truncated:
+		document = document[:len(document)/2]
+	case Huge:
+		first := strings.IndexAny(document, ">{") + 1
+		document = document[:first] + strings.Repeat(" ", 10<<20) + document[first:]
+	case Empty:
+		document = empty
+	case Chunked:
+		half := len(document) / 2
+		fmt.Fprint(w, document[:half])
+		http.NewResponseController(w).Flush()
+		fmt.Fprint(w, document[half:])
+		return
+	}
+	w.Header().Set("Content-Length", fmt.Sprint(len(document)))
+	fmt.Fprint(w, document)
+}

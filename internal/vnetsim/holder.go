@@ -199,9 +199,12 @@ func (m *machine) setup() error {
 			return err
 		}
 	}
-	// An engine's overlay2 cannot lie on an overlay.
-	if err := m.bind("docker", "/var/lib/docker"); err != nil {
-		return err
+	// An engine's overlay2 cannot lie on an overlay, and the machine's engine
+	// does not configure the VM's.
+	for _, dir := range []string{"/var/lib/docker", "/etc/docker"} {
+		if err := m.bind(dir); err != nil {
+			return err
+		}
 	}
 	if err := os.MkdirAll("/run/lock", 0o755); err != nil {
 		return err
@@ -229,16 +232,16 @@ func (m *machine) overlay(dir string) error {
 	return nil
 }
 
-// bind puts a directory of the VM's disk at target.
-func (m *machine) bind(name, target string) error {
-	src := filepath.Join(m.Disk, name)
-	for _, d := range []string{src, target} {
+// bind puts a directory of the VM's disk at dir.
+func (m *machine) bind(dir string) error {
+	src := filepath.Join(m.Disk, strings.ReplaceAll(dir, "/", "_"))
+	for _, d := range []string{src, dir} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return err
 		}
 	}
-	if err := syscall.Mount(src, target, "", syscall.MS_BIND, ""); err != nil {
-		return fmt.Errorf("bind %s: %w", target, err)
+	if err := syscall.Mount(src, dir, "", syscall.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind %s: %w", dir, err)
 	}
 	return nil
 }

@@ -10,7 +10,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 )
 
 // VMConfig describes a VM.
@@ -59,27 +61,41 @@ type VM struct {
 	Gateway netip.Addr   // of eth0
 	Public  netip.Addr   // what the internet sees of Primary
 
-	vnet    *VNet
-	disk    string
+	vnet   *VNet
+	disk   string
+	hold   bool
+	nics   []*nic           // their addresses are guarded by the VNet's mutex
+	faults map[Source]Fault // guarded by the VNet's mutex
+
+	power   sync.Mutex // guards boot and power cut, and what follows; taken before the VNet's mutex
 	cgroups []cgroup
-	hold    bool
-	nics    []*nic
-	faults  map[Source]Fault
 	engine  *engine
 }
 
 // AddVM makes a VM and boots it.
 func (v *VNet) AddVM(cfg VMConfig) (*VM, error) {
+	vm, err := v.newVM(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("add vm %s: %w", cfg.Name, err)
+	}
+	if err := vm.Boot(); err != nil {
+		return nil, fmt.Errorf("add vm %s: %w", vm.Name, errors.Join(err, v.forget(vm)))
+	}
+	return vm, nil
+}
+
+// newVM gives a VM its name, addresses and disk.
+func (v *VNet) newVM(cfg VMConfig) (*VM, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if cfg.Name == "" {
 		cfg.Name = fmt.Sprintf("vm%d", len(v.vms)+1)
 	}
 	if cfg.Name != filepath.Base(cfg.Name) || cfg.Name == ".." || cfg.Name == "." {
-		return nil, fmt.Errorf("add vm %q: not a host name", cfg.Name)
+		return nil, errors.New("not a host name")
 	}
 	if slices.ContainsFunc(v.vms, func(vm *VM) bool { return vm.Name == cfg.Name }) {
-		return nil, fmt.Errorf("add vm %s: there is one of that name", cfg.Name)
+		return nil, errors.New("there is one of that name")
 	}
 	vm := &VM{
 		Namespace: &Namespace{name: cfg.Name, enter: []string{"--mount", "--uts", "--ipc", "--pid", "--cgroup"}},
@@ -92,27 +108,30 @@ func (v *VNet) AddVM(cfg VMConfig) (*VM, error) {
 	}
 	for _, n := range append([]NICConfig{{v.Subnet, cfg.Secondaries, cfg.MTU}}, cfg.NICs...) {
 		if err := v.addNIC(vm, n); err != nil {
-			return nil, fmt.Errorf("add vm %s: %w", cfg.Name, err)
+			return nil, err
 		}
 	}
 	first := vm.nics[0]
 	first.public = vm.Public
 	vm.MAC, vm.Primary, vm.Prefix, vm.Gateway = first.MAC, first.Primary, first.Prefix, first.Gateway
 	if err := os.Mkdir(vm.disk, 0o755); err != nil {
-		return nil, fmt.Errorf("add vm %s: %w", cfg.Name, err)
-	}
-	v.vms = append(v.vms, vm)
-	if err := vm.boot(); err != nil {
-		vm.powerCut()
-		v.vms = slices.DeleteFunc(v.vms, func(m *VM) bool { return m == vm })
-		return nil, fmt.Errorf("add vm %s: %w", cfg.Name, err)
+		return nil, err
 	}
 	for source, fault := range v.faults {
 		if err := vm.setFault(source, fault); err != nil {
 			return nil, err
 		}
 	}
+	v.vms = append(v.vms, vm)
 	return vm, nil
+}
+
+// forget takes back a VM that did not boot.
+func (v *VNet) forget(vm *VM) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.vms = slices.DeleteFunc(v.vms, func(m *VM) bool { return m == vm })
+	return os.RemoveAll(vm.disk)
 }
 
 // addNIC gives the VM a NIC with addresses, as Azure does from the fourth up.
@@ -175,6 +194,8 @@ func (m *VM) Secondaries() []netip.Addr { return m.NICs()[0].Secondaries }
 // SetSecondaries adds and withdraws secondary addresses of eth0, which the
 // fabric, the host agent and IMDS follow at once. The VM itself is not touched.
 func (m *VM) SetSecondaries(addrs []netip.Addr) error {
+	m.power.Lock()
+	defer m.power.Unlock()
 	m.vnet.mu.Lock()
 	defer m.vnet.mu.Unlock()
 	n := m.nics[0]
@@ -203,8 +224,8 @@ func (m *VM) SetSecondaries(addrs []netip.Addr) error {
 // PowerCut kills everything in the VM at once, and takes its NICs and /run
 // away. The disk stays.
 func (m *VM) PowerCut() error {
-	m.vnet.mu.Lock()
-	defer m.vnet.mu.Unlock()
+	m.power.Lock()
+	defer m.power.Unlock()
 	if m.PidOne() == 0 {
 		return fmt.Errorf("cut the power of %s: it has none", m.Name)
 	}
@@ -220,14 +241,20 @@ func (m *VM) powerCut() error {
 		<-m.engine.exited
 		m.engine = nil
 	}
-	return removeAll(cgroupDirs(m.cgroups), cgroupTimeout)
+	if err := removeAll(cgroupDirs(m.cgroups), 10*time.Second); err != nil {
+		return fmt.Errorf("cut the power of %s: %w", m.Name, err)
+	}
+	return nil
 }
 
 // Boot gives the VM power again: new namespaces, the same disk, NICs and
 // addresses. It starts nothing in the VM.
 func (m *VM) Boot() error {
-	m.vnet.mu.Lock()
-	defer m.vnet.mu.Unlock()
+	m.power.Lock()
+	defer m.power.Unlock()
+	if m.vnet.closing.Load() {
+		return fmt.Errorf("boot %s: the vnet is closed", m.Name)
+	}
 	if m.PidOne() != 0 {
 		return fmt.Errorf("boot %s: it has power", m.Name)
 	}

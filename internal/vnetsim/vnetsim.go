@@ -17,7 +17,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -48,10 +50,11 @@ type VNet struct {
 	fabric  *Namespace
 	servers []func()  // close the listeners in Internet
 	once    sync.Once // Close
-	closed  error     // of the first Close
+	closing atomic.Bool
+	closed  error // of the first Close
 
-	mu     sync.Mutex            // guards what follows, and changes of the fabric
-	vms    []*VM                 //
+	mu     sync.Mutex // guards what follows: what Azure knows
+	vms    []*VM
 	next   map[netip.Prefix]uint // by subnet: offset of the next free address
 	ports  int                   // ports given out
 	faults map[Source]Fault      // of VMs added later
@@ -116,13 +119,17 @@ func (v *VNet) start() error {
 // called again, and returns what the first call did.
 func (v *VNet) Close() error {
 	v.once.Do(func() {
+		v.closing.Store(true)
 		for _, stop := range v.servers {
 			stop()
 		}
 		v.mu.Lock()
-		defer v.mu.Unlock()
-		for _, vm := range v.vms {
+		vms := slices.Clone(v.vms)
+		v.mu.Unlock()
+		for _, vm := range vms {
+			vm.power.Lock() // a boot that has begun ends first
 			vm.stopHolder()
+			vm.power.Unlock()
 		}
 		if v.Internet != nil {
 			v.Internet.stopHolder()
