@@ -1,0 +1,244 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"maps"
+	"reflect"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// elemsPerMessage keeps a message's list of elements, of at most ~130 bytes
+// each, under the 64 KiB that a netlink attribute's length can say.
+const elemsPerMessage = 250
+
+// dialTable speaks to nf_tables of the calling thread's namespace. Each use is
+// one short connection: a lasting one would keep the namespace it was opened in.
+func dialTable() (*nftables.Conn, error) {
+	return nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		// A whole table is one datagram, and each message of it is acknowledged.
+		_ = c.SetWriteBuffer(4 << 20)
+		_ = c.SetReadBuffer(4 << 20)
+		return nil
+	}))
+}
+
+// writeTable makes the kernel's table want, in one transaction, and reports
+// whether it was something else. Only elements that differ are touched where
+// chains and rules stand; else the table is replaced whole, which no packet sees
+// half done.
+func writeTable(want *tableState) (changed bool, err error) {
+	have, err := readTable()
+	if err != nil {
+		return false, err
+	}
+	if !have.sameRules(want) {
+		return true, replaceTable(want)
+	}
+	c, err := dialTable()
+	if err != nil {
+		return false, err
+	}
+	for i, s := range want.sets {
+		if maps.Equal(s.elems, have.sets[i].elems) {
+			continue
+		}
+		changed = true
+		if err := s.change(c, have.sets[i].elems); err != nil {
+			return false, err
+		}
+	}
+	if !changed {
+		return false, nil
+	}
+	if c.Flush() != nil {
+		// A set of another release has our name and another type.
+		return true, replaceTable(want)
+	}
+	return true, nil
+}
+
+// replaceTable puts want in the place of whatever table there is.
+func replaceTable(want *tableState) error {
+	c, err := dialTable()
+	if err != nil {
+		return err
+	}
+	c.AddTable(bridgeTable) // to delete none is an error
+	c.DelTable(bridgeTable)
+	c.AddTable(bridgeTable)
+	for _, ch := range want.chains {
+		c.AddChain(ch.nft())
+	}
+	for _, s := range want.sets {
+		if err := c.AddSet(s.nft(), nil); err != nil {
+			return err
+		}
+	}
+	for _, ch := range want.chains {
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: bridgeTable, Chain: ch.nft(), Exprs: r})
+		}
+	}
+	for _, s := range want.sets {
+		if err := s.change(c, nil); err != nil {
+			return err
+		}
+	}
+	return c.Flush()
+}
+
+// change buffers what turns the elements have into s's.
+func (s *tableSet) change(c *nftables.Conn, have map[elemKey]string) error {
+	var add, del []nftables.SetElement
+	for k, v := range s.elems {
+		if was, ok := have[k]; !ok || was != v || s.interval {
+			add = append(add, s.element(k, v))
+		}
+	}
+	for k, was := range have {
+		if v, ok := s.elems[k]; !ok || was != v {
+			del = append(del, s.element(k, was))
+		}
+	}
+	if s.interval && len(have) > 0 { // intervals that change may overlap meanwhile
+		c.FlushSet(s.nft())
+		del = nil
+	}
+	for part := range slices.Chunk(del, elemsPerMessage) {
+		if err := c.SetDeleteElements(s.nft(), part); err != nil {
+			return err
+		}
+	}
+	// Both ends of an interval go in one message.
+	slices.SortFunc(add, func(a, b nftables.SetElement) int { return slices.Compare(a.Key, b.Key) })
+	for part := range slices.Chunk(add, elemsPerMessage) {
+		if err := c.SetAddElements(s.nft(), part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *tableSet) element(k elemKey, v string) nftables.SetElement {
+	e := nftables.SetElement{Key: []byte(k.bytes), IntervalEnd: k.end}
+	switch {
+	case k.end || s.data.Name == "":
+	case s.data.Name != nftables.TypeVerdict.Name:
+		e.Val = []byte(v)
+	case v == "accept":
+		e.VerdictData = &expr.Verdict{Kind: expr.VerdictAccept}
+	default:
+		e.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: v[len("goto "):]}
+	}
+	return e
+}
+
+func (s *tableSet) nft() *nftables.Set {
+	return &nftables.Set{Table: bridgeTable, Name: s.name, KeyType: s.key, DataType: s.data,
+		IsMap: s.data.Name != "", Interval: s.interval}
+}
+
+func (c *tableChain) nft() *nftables.Chain {
+	ch := &nftables.Chain{Table: bridgeTable, Name: c.name}
+	if c.hook != nil {
+		ch.Type, ch.Hooknum, ch.Priority = nftables.ChainTypeFilter, c.hook, c.prio
+	}
+	return ch
+}
+
+// readTable is the table as the kernel holds it; none is an empty one.
+func readTable() (*tableState, error) {
+	c, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.CloseLasting() }()
+	t := &tableState{}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyBridge)
+	if err != nil {
+		return nil, err
+	}
+	for _, ch := range chains {
+		if ch.Table.Name != tableName {
+			continue
+		}
+		rules, err := c.GetRules(bridgeTable, ch)
+		if err != nil {
+			return nil, err
+		}
+		tc := &tableChain{name: ch.Name, hook: ch.Hooknum, prio: ch.Priority}
+		for _, r := range rules {
+			tc.rules = append(tc.rules, r.Exprs)
+		}
+		t.chains = append(t.chains, tc)
+	}
+	if len(t.chains) == 0 {
+		return t, nil
+	}
+	sets, err := c.GetSets(bridgeTable)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sets {
+		s.Table = bridgeTable
+		elems, err := c.GetSetElements(s)
+		if err != nil {
+			return nil, err
+		}
+		ts := &tableSet{name: s.Name, interval: s.Interval, elems: map[elemKey]string{}}
+		for _, e := range elems {
+			ts.elems[elemKey{string(e.Key), e.IntervalEnd}] = valueOf(e)
+		}
+		t.sets = append(t.sets, ts)
+	}
+	return t, nil
+}
+
+// valueOf spells an element's value as tableSet does. The kernel tells a verdict
+// as nested attributes, which the library leaves as they are.
+func valueOf(e nftables.SetElement) string {
+	if len(e.Val) <= 6 { // a MAC, or none
+		return string(e.Val)
+	}
+	attrs, err := netlink.UnmarshalAttributes(e.Val)
+	if err != nil {
+		return ""
+	}
+	verdict := "accept"
+	for _, a := range attrs {
+		if a.Type == unix.NFTA_VERDICT_CHAIN {
+			verdict = "goto " + string(a.Data[:len(a.Data)-1])
+		}
+	}
+	return verdict
+}
+
+// sameRules tells whether both tables have the same chains, rules and sets, and
+// then puts t's in want's order.
+func (t *tableState) sameRules(want *tableState) bool {
+	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
+		return false
+	}
+	for _, w := range want.chains {
+		i := slices.IndexFunc(t.chains, func(c *tableChain) bool { return c.name == w.name })
+		if i < 0 || !reflect.DeepEqual(t.chains[i], w) {
+			return false
+		}
+	}
+	ordered := make([]*tableSet, len(want.sets))
+	for n, w := range want.sets {
+		i := slices.IndexFunc(t.sets, func(s *tableSet) bool { return s.name == w.name && s.interval == w.interval })
+		if i < 0 {
+			return false
+		}
+		ordered[n] = t.sets[i]
+	}
+	t.sets = ordered
+	return true
+}
