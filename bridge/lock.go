@@ -34,7 +34,7 @@ func (h *Host) lockExclusive(ctx context.Context, who string) (unlock func(), er
 // lock waits by polling, for flock(2) itself has no deadline. The kernel lets
 // go of the lock with its holder's last descriptor, so a dead holder keeps nobody.
 func (h *Host) lock(ctx context.Context, who string, try func(*flock.Flock, context.Context, time.Duration) (bool, error)) (func(), error) {
-	if err := os.MkdirAll(h.path(), 0o700); err != nil {
+	if err := os.MkdirAll(h.path(), 0o755); err != nil {
 		return nil, fmt.Errorf("lock the bridge: %w", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, lockWait)

@@ -4,15 +4,12 @@ package bridge
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
-	"github.com/gofrs/flock"
+	"azurevnet/internal/statefile"
 )
 
 // hostState is host.json: what of the host's network the kernel cannot tell.
@@ -42,43 +39,22 @@ type bridgeState struct {
 
 const stateVersion = 1
 
-// state reads host.json. None, one of another boot and one that cannot be
-// understood are an empty state: the kernel tells the rest.
-func (h *Host) state() (*hostState, error) {
-	boot, err := bootID()
-	if err != nil {
-		return nil, err
+// Check makes a file of another version unreadable.
+func (s hostState) Check() error {
+	if s.Version != stateVersion {
+		return fmt.Errorf("version %d, and this program knows %d", s.Version, stateVersion)
 	}
-	fresh := &hostState{Version: stateVersion, Boot: boot}
-	data, err := os.ReadFile(h.path("host.json"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return fresh, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read the host's state: %w", err)
-	}
-	s := &hostState{}
-	if json.Unmarshal(data, s) != nil || s.Version != stateVersion || s.Boot != boot {
-		return fresh, nil
-	}
-	return s, nil
+	return nil
 }
 
-// updateState changes host.json under its own lock; who is named to those who
-// wait. Nothing is written when change returns an error, which comes back as it
-// is. The file and its directory are on disk when updateState returns.
-func (h *Host) updateState(ctx context.Context, who string, change func(*hostState) error) error {
-	if err := os.MkdirAll(h.path(), 0o700); err != nil {
-		return err
-	}
-	l := flock.New(h.path("host.json.lock"))
-	if _, err := l.TryLockContext(ctx, lockPoll); err != nil {
-		return fmt.Errorf("lock %s for %q: %w", l.Path(), who, err)
-	}
-	defer l.Close()
-	s, err := h.state()
+// renew empties a state that is new or of another boot.
+func (s *hostState) renew() error {
+	boot, err := bootID()
 	if err != nil {
 		return err
+	}
+	if s.Boot != boot {
+		*s = hostState{Version: stateVersion, Boot: boot}
 	}
 	if s.Bridges == nil {
 		s.Bridges = map[string]*bridgeState{}
@@ -86,29 +62,41 @@ func (h *Host) updateState(ctx context.Context, who string, change func(*hostSta
 	if s.Policies == nil {
 		s.Policies = map[string]Policy{}
 	}
-	if err := change(s); err != nil {
-		return err
-	}
-	data, err := json.Marshal(s)
-	if err != nil {
-		return err
-	}
-	return replaceFile(h.path("host.json"), data)
+	return nil
 }
 
-// replaceFile puts data in the place of file, whole or not at all.
-func replaceFile(file string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
-	if err != nil {
-		return err
+// state reads host.json. None, one of another boot and one that cannot be
+// understood are an empty state: the kernel tells the rest.
+func (h *Host) state() (*hostState, error) {
+	s, err := statefile.Read[hostState](h.path("host.json"))
+	if errors.Is(err, statefile.ErrUnreadable) {
+		s, err = hostState{}, nil
 	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(0o600), f.Sync(), f.Close())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return os.Rename(f.Name(), file)
+	return &s, s.renew()
+}
+
+// updateState changes host.json under its own lock; who is named to those who
+// wait. A file that cannot be understood is set aside first. Nothing is written
+// when change returns an error, which comes back as it is. The file and its
+// directory are on disk when updateState returns.
+func (h *Host) updateState(ctx context.Context, who string, change func(*hostState) error) error {
+	file := h.path("host.json")
+	renewed := func(s *hostState) error {
+		if err := s.renew(); err != nil {
+			return err
+		}
+		return change(s)
+	}
+	err := statefile.Durable(ctx, file, who, renewed)
+	if errors.Is(err, statefile.ErrUnreadable) {
+		if err = statefile.SetAside[hostState](ctx, file, who); err == nil {
+			err = statefile.Durable(ctx, file, who, renewed)
+		}
+	}
+	return err
 }
 
 // bootID tells this boot of the kernel from any other.

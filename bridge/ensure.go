@@ -1,0 +1,290 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// undoWait bounds the way back from a failed move, which must be walked though
+// the deadline of the call that failed has passed.
+const undoWait = 15 * time.Second
+
+// Ensure makes the bridge that spec wishes, adopts what stands of it, or
+// finishes what a crash left; where it stands it costs a few reads and no lock.
+// The host's addresses, routes and all else that made the NIC its own move to
+// the bridge, and connections live on. On failure the host is back on its NIC.
+func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
+	if b, ok := h.stands(spec); ok {
+		return b, nil
+	}
+	unlock, err := h.lockExclusive(ctx, "ensure "+spec.title())
+	if err != nil {
+		return Bridge{}, err
+	}
+	defer unlock()
+	b, err := h.ensure(ctx, spec)
+	if err != nil {
+		return Bridge{}, fmt.Errorf("ensure a bridge over the NIC %s: %w", spec.MAC, err)
+	}
+	return b, nil
+}
+
+func (spec Spec) title() string {
+	if spec.Name != "" {
+		return spec.Name
+	}
+	return spec.MAC
+}
+
+// stands tells whether the bridge of spec stands, from as few reads as can tell.
+func (h *Host) stands(spec Spec) (Bridge, bool) {
+	s, err := h.state()
+	if err != nil {
+		return Bridge{}, false
+	}
+	name, st := s.of(spec.MAC)
+	if st == nil || st.Phase != standing || spec.Name != "" && spec.Name != name || spec.MTU != 0 && spec.MTU != st.MTU {
+		return Bridge{}, false
+	}
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return Bridge{}, false
+	}
+	nic, err := netlink.LinkByName(st.NIC)
+	if err != nil {
+		return Bridge{}, false
+	}
+	a, n := l.Attrs(), nic.Attrs()
+	mtu := n.MTU
+	if st.MTU != 0 {
+		mtu = st.MTU
+	}
+	if !strings.HasPrefix(a.Alias, bridgeAlias) || a.HardwareAddr.String() != n.HardwareAddr.String() || n.MasterIndex != a.Index ||
+		a.Flags&n.Flags&net.FlagUp == 0 || a.MTU != mtu {
+		return Bridge{}, false
+	}
+	all, err := addresses.dump(unix.AF_INET)
+	if err != nil {
+		return Bridge{}, false
+	}
+	var has identity
+	for _, m := range all {
+		if m = normalAddress(m, link{a.Index, name}); m != nil {
+			has.Addresses = append(has.Addresses, m)
+		}
+	}
+	for _, m := range st.Moved.less(has).Addresses {
+		if m[0] == unix.AF_INET {
+			return Bridge{}, false
+		}
+	}
+	return Bridge{Name: name, NIC: st.NIC, MAC: a.HardwareAddr, MTU: a.MTU}, true
+}
+
+// of is the bridge over the NIC with that MAC.
+func (s *hostState) of(mac string) (string, *bridgeState) {
+	for name, st := range s.Bridges {
+		if st.MAC == mac {
+			return name, st
+		}
+	}
+	return "", nil
+}
+
+func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
+	s, err := h.known()
+	if err != nil {
+		return Bridge{}, err
+	}
+	t, err := readLinks()
+	if err != nil {
+		return Bridge{}, err
+	}
+	mac, err := parseMAC(spec.MAC)
+	if err != nil {
+		return Bridge{}, err
+	}
+	nic, err := t.nic(mac)
+	if err != nil {
+		return Bridge{}, err
+	}
+	name, st := s.of(mac.String())
+	if name, err = t.choose(spec, nic, name); err != nil {
+		return Bridge{}, err
+	}
+	if st == nil {
+		if other := s.Bridges[name]; other != nil {
+			return Bridge{}, fmt.Errorf("%s is the bridge of %s already: give this one another name", name, other.NIC)
+		}
+		if l := t.named(name); l != nil {
+			return Bridge{}, fmt.Errorf("%s exists already as a link of type %s that is not ours: give the bridge another name", name, l.Type())
+		}
+		st = &bridgeState{MAC: mac.String()}
+	}
+	if spec.MTU != 0 && st.MTU != 0 && spec.MTU != st.MTU {
+		return Bridge{}, fmt.Errorf("%s has an MTU of %d bytes, and another of %d is asked for", name, st.MTU, spec.MTU)
+	}
+	if spec.MTU != 0 {
+		st.MTU = spec.MTU
+	}
+	m, err := h.raise(ctx, name, st)
+	if err != nil {
+		return Bridge{}, err
+	}
+	return m.asBridge()
+}
+
+// choose names the bridge of nic: the one it has, or a new one.
+func (t linkTable) choose(spec Spec, nic netlink.Link, has string) (string, error) {
+	a := nic.Attrs()
+	if m := t.at(a.MasterIndex); m != nil && m.Attrs().Name != has {
+		return "", fmt.Errorf("%s is a port of %s, a %s that is not ours: take it out first (ip link set %s nomaster)", a.Name, m.Attrs().Name, m.Type(), a.Name)
+	}
+	name := spec.Name
+	switch {
+	case has != "" && (name == "" || name == has):
+		return has, nil
+	case has != "":
+		return "", fmt.Errorf("%s is in the bridge %s already and cannot be in %s too: one NIC has one bridge", a.Name, has, name)
+	case name == "" && spec.Primary:
+		name = "azure0"
+	case name == "":
+		name = fmt.Sprintf("azure%d", a.Index)
+	}
+	return name, checkName(name)
+}
+
+// known is the state, with every bridge of ours that it does not know adopted:
+// the file is lost sooner than the bridge.
+func (h *Host) known() (*hostState, error) {
+	s, err := h.state()
+	if err != nil {
+		return nil, err
+	}
+	t, err := readLinks()
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range t.bridges() {
+		if s.Bridges[b.Name] != nil {
+			continue
+		}
+		l := t.named(b.Name).Attrs()
+		has, err := capture(link{l.Index, l.Name}, false)
+		if err != nil {
+			return nil, err
+		}
+		st := &bridgeState{Phase: standing, NIC: b.NIC, MAC: b.MAC.String(), Moved: has}
+		if nic := t.named(b.NIC); nic != nil && nic.Attrs().MTU != b.MTU {
+			st.MTU = b.MTU
+		}
+		s.Bridges[b.Name] = st
+	}
+	return s, nil
+}
+
+// raise walks up. What failed to stand for the first time is undone; what stood
+// is left for the next try, unless the host is half on its way: then it goes
+// back to its NIC, and the journal keeps the wish.
+func (h *Host) raise(ctx context.Context, name string, st *bridgeState) (*move, error) {
+	wished := st.Phase != ""
+	m, err := h.newMove(name, st)
+	if err != nil {
+		return nil, err
+	}
+	err = m.walk(ctx, m.up())
+	if err == nil {
+		return m, nil
+	}
+	if st.Phase != moving {
+		return m, err
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
+	defer cancel()
+	m.undoing = true
+	down := m.undo()
+	if !wished {
+		down = m.down()
+	}
+	if bad := m.walk(undo, down); bad != nil {
+		err = errors.Join(err, fmt.Errorf("and then undo it: %w", bad))
+	}
+	return m, err
+}
+
+// Remove undoes the bridge: the NIC is the host's own again, and nothing of the
+// bridge is left. It refuses while endpoints are attached. No such bridge is
+// success. On failure the host is back on the bridge, or, where only traces of
+// the bridge are left, the next Remove or Reconcile finishes.
+func (h *Host) Remove(ctx context.Context, name string) error {
+	unlock, err := h.lockExclusive(ctx, "remove "+name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := h.known()
+	if err != nil {
+		return err
+	}
+	st := s.Bridges[name]
+	if st == nil {
+		return nil
+	}
+	on, err := h.endpointsOn(ctx, name)
+	if err != nil {
+		return err
+	}
+	if len(on) > 0 {
+		return fmt.Errorf("remove %s: attached to it: %s", name, strings.Join(on, ", "))
+	}
+	if err := h.lower(ctx, name, st); err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
+}
+
+// lower walks down, and back up if that fails while the bridge is still there.
+func (h *Host) lower(ctx context.Context, name string, st *bridgeState) error {
+	m, err := h.newMove(name, st)
+	if err != nil {
+		return err
+	}
+	if err = m.walk(ctx, m.down()); err == nil {
+		return nil
+	}
+	if m.gone || m.bridge.index == 0 {
+		return err
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
+	defer cancel()
+	if _, bad := h.raise(undo, name, st); bad != nil {
+		err = errors.Join(err, fmt.Errorf("and then undo it: %w", bad))
+	}
+	return err
+}
+
+// endpointsOn names the endpoints attached to a bridge.
+func (h *Host) endpointsOn(ctx context.Context, name string) ([]string, error) {
+	all, err := h.Attachments(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, a := range all {
+		if a.Bridge == name {
+			out = append(out, fmt.Sprintf("%s (%s)", a.Owner, a.Addr.Addr()))
+		}
+	}
+	slices.Sort(out)
+	return out, nil
+}

@@ -1,0 +1,426 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+)
+
+// move is one walk of the host's identity between a NIC and its bridge, up or
+// down. Every step finds what stands and does what lacks, so that the same walk
+// makes a bridge, mends it, adopts it, and finishes what a crash left.
+type move struct {
+	h      *Host
+	name   string // of the bridge
+	st     *bridgeState
+	nic    link
+	bridge link // index 0 until it exists
+
+	held    identity // on the NIC as the walk begins
+	whole   bool     // the host was on the bridge as the walk begins
+	undoing bool     // the walk is the way back from a failed one
+	gone    bool     // the bridge was deleted on the way
+	mended  []string // what was found wanting, in sentences
+}
+
+// step is a named step of a walk.
+type step struct {
+	name string
+	do   func(ctx context.Context) error
+}
+
+func (m *move) walk(ctx context.Context, steps []step) error {
+	for _, s := range steps {
+		err := ctx.Err()
+		if err == nil && m.h.step != nil {
+			err = m.h.step(s.name)
+		}
+		if err == nil {
+			err = s.do(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+func (m *move) mend(format string, args ...any) {
+	m.mended = append(m.mended, fmt.Sprintf(format, args...))
+}
+
+// up is make-before-break: until "port" the host lives on the NIC alone; from
+// there what comes in is the bridge's, which has the addresses already, while
+// what goes out may use either; "clear" then takes what the bridge has off the NIC.
+func (m *move) up() []step {
+	return []step{
+		{"journal", m.journal},
+		{"rules", m.rules},
+		{"table", m.table},
+		{"bridge", m.makeBridge},
+		{"addresses", m.addresses},
+		{"port", m.port},
+		{"routes", m.routes},
+		{"clear", m.clear},
+		{"verify", m.verifyUp},
+		{"endpoints", m.endpoints},
+		{"dns", m.dns},
+		{"stand", m.stand},
+	}
+}
+
+// down is up's mirror.
+func (m *move) down() []step {
+	return []step{
+		{"journal", m.leave},
+		{"addresses", m.addressesBack},
+		{"routes", m.routesBack},
+		{"port", m.portBack},
+		{"verify", m.verifyDown},
+		{"bridge", m.dropBridge},
+		{"table", m.dropTable},
+		{"rules", m.dropRules},
+		{"dns", m.dnsBack},
+		{"forget", m.forget},
+	}
+}
+
+// undo is the part of down that brings the host home and keeps the wish for
+// the bridge in the journal.
+func (m *move) undo() []step {
+	return []step{
+		{"addresses", m.addressesBack},
+		{"routes", m.routesBack},
+		{"port", m.portBack},
+		{"verify", m.verifyDown},
+		{"bridge", m.dropBridge},
+		{"dns", m.dnsBack},
+	}
+}
+
+// newMove reads where the identity is. The NIC must exist.
+func (h *Host) newMove(name string, st *bridgeState) (*move, error) {
+	m := &move{h: h, name: name, st: st}
+	t, err := readLinks()
+	if err != nil {
+		return nil, err
+	}
+	mac, err := parseMAC(st.MAC)
+	if err != nil {
+		return nil, err
+	}
+	nic, err := t.nic(mac)
+	if err != nil {
+		return nil, err
+	}
+	m.nic = link{nic.Attrs().Index, nic.Attrs().Name}
+	if l := t.named(name); l != nil {
+		if l.Type() != "bridge" {
+			return nil, fmt.Errorf("%s exists already as a link of type %s: give the bridge another name", name, l.Type())
+		}
+		m.bridge = link{l.Attrs().Index, name}
+	}
+	if m.held, err = capture(m.nic, true); err != nil {
+		return nil, err
+	}
+	m.whole = m.bridge.index != 0 && nic.Attrs().MasterIndex == m.bridge.index && st.Phase == standing
+	return m, nil
+}
+
+// asBridge is the bridge as it is to stand.
+func (m *move) asBridge() (Bridge, error) {
+	nic, err := netlink.LinkByIndex(m.nic.index)
+	if err != nil {
+		return Bridge{}, fmt.Errorf("read %s: %w", m.nic.name, err)
+	}
+	b := Bridge{Name: m.name, NIC: m.nic.name, MAC: nic.Attrs().HardwareAddr, MTU: nic.Attrs().MTU}
+	if m.st.MTU > b.MTU {
+		return Bridge{}, fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish", m.st.MTU, b.MTU, b.NIC)
+	}
+	if m.st.MTU != 0 {
+		b.MTU = m.st.MTU
+	}
+	return b, nil
+}
+
+// journal writes down what is about to move, before anything does. What the
+// NIC holds while the bridge stands came there since (a DHCP client, a restarted
+// networkd, cloud-init) and moves too.
+func (m *move) journal(ctx context.Context) error {
+	if _, err := m.asBridge(); err != nil {
+		return err
+	}
+	if m.st.Moved.DNS == nil {
+		m.held.DNS = m.h.readDNS(ctx, m.nic.index)
+	}
+	was := *m.st
+	m.st.Moved = was.Moved.merge(m.held)
+	m.st.NIC = m.nic.name
+	if !m.whole {
+		m.st.Phase = moving
+	}
+	if !equalJSON(was, *m.st) || !m.whole {
+		if err := m.save(ctx); err != nil {
+			return err
+		}
+	}
+	return m.h.keepOff(ctx)
+}
+
+// save writes the journal.
+func (m *move) save(ctx context.Context) error {
+	return m.h.updateState(ctx, "move "+m.name, func(s *hostState) error {
+		s.Bridges[m.name] = m.st
+		return nil
+	})
+}
+
+func (m *move) rules(ctx context.Context) error {
+	b, err := m.asBridge()
+	if err != nil {
+		return err
+	}
+	all, err := m.h.Bridges(ctx)
+	if err != nil {
+		return err
+	}
+	mended, err := m.h.ensureRules(append(others(all, m.name), b))
+	m.mended = append(m.mended, mended...)
+	return err
+}
+
+func (m *move) table(ctx context.Context) error {
+	b, err := m.asBridge()
+	if err != nil {
+		return err
+	}
+	changed, err := m.h.syncTable(b)
+	if changed {
+		m.mend("the nft table of %s was not as it should be", m.name)
+	}
+	return err
+}
+
+// makeBridge makes the bridge, or what it lacks of §3 of the datapath.
+func (m *move) makeBridge(ctx context.Context) error {
+	want, err := m.asBridge()
+	if err != nil {
+		return err
+	}
+	if m.bridge.index == 0 {
+		if err := createBridge(want); err != nil {
+			return err
+		}
+		m.mend("%s was gone", m.name)
+	}
+	l, err := netlink.LinkByName(m.name)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", m.name, err)
+	}
+	m.bridge = link{l.Attrs().Index, m.name}
+	return m.mendBridge(l, want)
+}
+
+func (m *move) mendBridge(l netlink.Link, want Bridge) error {
+	a := l.Attrs()
+	if alias := bridgeAlias + want.NIC + " " + want.MAC.String(); a.Alias != alias {
+		if err := netlink.LinkSetAlias(l, alias); err != nil {
+			return fmt.Errorf("mark %s as ours: %w", want.Name, err)
+		}
+	}
+	if a.HardwareAddr.String() != want.MAC.String() {
+		if err := netlink.LinkSetHardwareAddr(l, want.MAC); err != nil {
+			return fmt.Errorf("give %s the MAC %s: %w", want.Name, want.MAC, err)
+		}
+		m.mend("%s had the MAC %s", want.Name, a.HardwareAddr)
+	}
+	if a.MTU != want.MTU {
+		if err := netlink.LinkSetMTU(l, want.MTU); err != nil {
+			return fmt.Errorf("give %s an MTU of %d: %w", want.Name, want.MTU, err)
+		}
+		m.mend("%s had an MTU of %d bytes", want.Name, a.MTU)
+	}
+	if err := m.sysctls(); err != nil {
+		return err
+	}
+	if a.Flags&net.FlagUp == 0 {
+		if err := netlink.LinkSetUp(l); err != nil {
+			return fmt.Errorf("set %s up: %w", want.Name, err)
+		}
+		m.mend("%s was down", want.Name)
+	}
+	return nil
+}
+
+// sysctls are set before the bridge is up: it must make no link-local address
+// of its own, for it gets the NIC's, and must heed no router advertisement.
+// A redirect would only tell containers the gateway they have; the kernel sends
+// them if either "all" or the link says so.
+func (m *move) sysctls() error {
+	for _, s := range []struct{ name, value string }{
+		{"ipv6/conf/" + m.name + "/accept_ra", "0"},
+		{"ipv6/conf/" + m.name + "/addr_gen_mode", "1"},
+		{"ipv4/conf/" + m.name + "/send_redirects", "0"},
+		{"ipv4/conf/all/send_redirects", "0"},
+		{"ipv4/ip_forward", "1"},
+	} {
+		changed, err := m.h.setSysctl(s.name, s.value)
+		if err != nil && !(isNotExist(err) && strings.HasPrefix(s.name, "ipv6/")) { // a kernel without IPv6
+			return fmt.Errorf("set %s to %s: %w", s.name, s.value, err)
+		}
+		if changed {
+			m.mend("%s was not %s", s.name, s.value)
+		}
+	}
+	return nil
+}
+
+// addresses gives the bridge what it lacks of the host's addresses, and the
+// neighbours that the NIC knows, lest the first packets wait for ARP.
+func (m *move) addresses(ctx context.Context) error {
+	lacks, err := m.lacks()
+	if err != nil {
+		return err
+	}
+	lacks.Routes, lacks.Rules = nil, nil
+	m.miss(lacks)
+	if err := lacks.putAddresses(m.bridge, true); err != nil {
+		return err
+	}
+	if m.whole {
+		return nil
+	}
+	return seed(m.nic, m.bridge)
+}
+
+// lacks is what of the host's identity the bridge does not have.
+func (m *move) lacks() (identity, error) {
+	has, err := capture(m.bridge, true)
+	if err != nil {
+		return identity{}, err
+	}
+	if !m.whole { // a rebuild brings back also what others had given the bridge
+		return m.st.Moved.merge(m.st.Joined).less(has), nil
+	}
+	return m.st.Moved.less(has), nil
+}
+
+// port puts the NIC into the bridge. The static entry keeps the fabric's MAC,
+// which every frame from outside has, from moving to another port.
+func (m *move) port(ctx context.Context) error {
+	nic, err := netlink.LinkByIndex(m.nic.index)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", m.nic.name, err)
+	}
+	if nic.Attrs().MasterIndex != m.bridge.index {
+		if err := netlink.LinkSetMasterByIndex(nic, m.bridge.index); err != nil {
+			return fmt.Errorf("put %s into %s: %w", m.nic.name, m.name, err)
+		}
+		m.mend("%s was not in %s", m.nic.name, m.name)
+	}
+	if nic.Attrs().Flags&net.FlagUp == 0 {
+		if err := netlink.LinkSetUp(nic); err != nil {
+			return fmt.Errorf("set %s up: %w", m.nic.name, err)
+		}
+		m.mend("%s was down", m.nic.name)
+	}
+	changed, err := ensureFabric(m.nic, m.bridge)
+	if changed {
+		m.mend("the forwarding entry of the fabric on %s was gone", m.nic.name)
+	}
+	return err
+}
+
+func (m *move) routes(ctx context.Context) error {
+	lacks, err := m.lacks()
+	if err != nil {
+		return err
+	}
+	lacks.Addresses, lacks.Neighbours = nil, nil
+	m.miss(lacks)
+	return lacks.putRoutes(m.bridge)
+}
+
+func (m *move) miss(lacks identity) {
+	for _, text := range lacks.texts() {
+		m.mend("%s lacked its %s", m.name, text)
+	}
+}
+
+func (m *move) clear(ctx context.Context) error {
+	for _, text := range m.held.texts() {
+		m.mend("%s held %s beside %s", m.nic.name, text, m.name)
+	}
+	return m.held.clear(m.nic)
+}
+
+func (m *move) verifyUp(ctx context.Context) error {
+	lacks, err := m.lacks()
+	if err != nil {
+		return err
+	}
+	if left := lacks.texts(); len(left) > 0 {
+		return fmt.Errorf("%s did not get its %s", m.name, strings.Join(left, ", "))
+	}
+	if m.whole {
+		return nil
+	}
+	return m.st.Moved.verifyGateways(ctx, m.bridge)
+}
+
+func (m *move) endpoints(ctx context.Context) error {
+	b, err := m.asBridge()
+	if err != nil {
+		return err
+	}
+	mended, err := m.h.syncPorts(b)
+	m.mended = append(m.mended, mended...)
+	return err
+}
+
+// dns is best effort: the host finds names by /etc/resolv.conf meanwhile.
+func (m *move) dns(ctx context.Context) error {
+	changed, err := m.h.writeDNS(ctx, m.bridge.index, m.st.Moved.DNS)
+	if changed || err != nil && !m.whole {
+		m.mend("systemd-resolved knew no DNS servers of %s%s", m.name, because(err))
+	}
+	return nil
+}
+
+// stand ends the journal. What the bridge has beyond what moved is remembered,
+// to be brought back should the bridge get lost.
+func (m *move) stand(ctx context.Context) error {
+	has, err := capture(m.bridge, false)
+	if err != nil {
+		return err
+	}
+	joined := has.less(m.st.Moved)
+	joined.DNS = nil
+	if m.st.Phase == standing && equalJSON(joined, m.st.Joined) {
+		return nil
+	}
+	m.st.Phase, m.st.Joined = standing, joined
+	return m.save(ctx)
+}
+
+func others(all []Bridge, name string) []Bridge {
+	var out []Bridge
+	for _, b := range all {
+		if b.Name != name {
+			out = append(out, b)
+		}
+	}
+	return out
+}
+
+func because(err error) string {
+	if err == nil {
+		return ""
+	}
+	return ": " + err.Error()
+}
