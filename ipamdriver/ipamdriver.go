@@ -1,0 +1,276 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package ipamdriver is libnetwork's IpamDriver over the pool: it turns Docker's
+// pools and addresses into leases. It is not the network and makes no link, and
+// keeps nothing that a later call needs: a PoolID says it all.
+package ipamdriver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/ipam"
+
+	"azurevnet/pool"
+)
+
+// AddressSpace is the one name of the local and the global address space. They
+// must be the same: engines from 27 then skip the check against host routes that
+// a VNet's subnet can never pass.
+const AddressSpace = "azure-vnet"
+
+// Keys of the engine's protocol.
+const (
+	gatewayData    = "com.docker.network.gateway"
+	addressType    = "RequestAddressType"
+	addressGateway = "com.docker.network.gateway"
+)
+
+// Config says what the driver works on.
+type Config struct {
+	Pool     *pool.Pool
+	NIC      func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
+	Attached func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
+	Warn     func(text string)                                                   // told what is no failure, but worth knowing; may be nil
+}
+
+// Driver answers the IpamDriver calls. Its methods are safe for parallel use.
+type Driver struct {
+	cfg Config
+
+	mu     sync.Mutex
+	chosen map[netip.Prefix]choice // pools chosen for the engine that nothing has used yet
+}
+
+// choice is a pool given out for an empty request.
+type choice struct {
+	id string
+	at time.Time
+}
+
+// choiceAge bounds how long an unused choice is taken for the engine's loop,
+// which asks again within a millisecond; an engine that died has no loop.
+const choiceAge = 10 * time.Second
+
+// New returns a driver.
+func New(cfg Config) *Driver {
+	if cfg.Warn == nil {
+		cfg.Warn = func(string) {}
+	}
+	return &Driver{cfg: cfg, chosen: map[netip.Prefix]choice{}}
+}
+
+// GetCapabilities asks for neither MAC addresses nor replay.
+func (d *Driver) GetCapabilities(context.Context) (*ipam.CapabilitiesResponse, error) {
+	return &ipam.CapabilitiesResponse{}, nil
+}
+
+// GetDefaultAddressSpaces returns one name for both.
+func (d *Driver) GetDefaultAddressSpaces(context.Context) (*ipam.AddressSpacesResponse, error) {
+	return &ipam.AddressSpacesResponse{LocalDefaultAddressSpace: AddressSpace, GlobalDefaultAddressSpace: AddressSpace}, nil
+}
+
+// RequestPool checks that the pool is exactly a subnet of a NIC of this VM, or
+// chooses the NIC's first. It takes nothing: a pool that is never released
+// leaks nothing.
+func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*ipam.RequestPoolResponse, error) {
+	if r.AddressSpace != "" && r.AddressSpace != AddressSpace {
+		return nil, fmt.Errorf("request pool: address space %.80q is not this driver's, which is %s", r.AddressSpace, AddressSpace)
+	}
+	if r.V6 {
+		return nil, errors.New("request pool: IPv6 is not served yet: leave out --ipv6")
+	}
+	var want, within netip.Prefix
+	var err error
+	if r.Pool != "" {
+		if want, err = parsePrefix(r.Pool); err != nil {
+			return nil, fmt.Errorf("request pool: --subnet %w", err)
+		}
+	}
+	if r.SubPool != "" {
+		if r.Pool == "" {
+			return nil, errors.New("request pool: --ip-range needs --subnet")
+		}
+		if within, err = parsePrefix(r.SubPool); err != nil {
+			return nil, fmt.Errorf("request pool: --ip-range %w", err)
+		}
+		if !contains(want, within) {
+			return nil, fmt.Errorf("request pool: --ip-range %s lies outside --subnet %s", within, want)
+		}
+	}
+	mac, err := d.master(ctx, r.Options)
+	if err != nil {
+		return nil, fmt.Errorf("request pool: %w", err)
+	}
+	nic, subnet, err := d.cfg.Pool.Subnet(ctx, mac, want)
+	if err != nil {
+		return nil, fmt.Errorf("request pool: %w", err)
+	}
+	id := poolID{mac: nic.MAC, prefix: subnet.Prefix, within: within, serial: newSerial()}
+	if r.Pool == "" {
+		if err := d.choose(id); err != nil {
+			return nil, fmt.Errorf("request pool: %w", err)
+		}
+	}
+	return &ipam.RequestPoolResponse{
+		PoolID: id.String(),
+		Pool:   id.prefix.String(),
+		Data:   map[string]string{gatewayData: netip.PrefixFrom(id.gateway(), id.prefix.Bits()).String()},
+	}, nil
+}
+
+// master returns the MAC that --ipam-opt master= names, "" without it.
+func (d *Driver) master(ctx context.Context, options map[string]string) (mac string, err error) {
+	for key, value := range options {
+		if key != "master" {
+			return "", fmt.Errorf("unknown --ipam-opt %.80q: the only one is master=<NIC>", key)
+		}
+		if mac, err = d.cfg.NIC(ctx, value); err != nil {
+			return "", fmt.Errorf("--ipam-opt master=%.80s: %w", value, err)
+		}
+	}
+	return mac, nil
+}
+
+// choose notes a pool chosen for an empty request. Engines before 27 ask again
+// and again while the pool overlaps a host route, which a VNet's subnet always
+// does; only an error ends that loop.
+func (d *Driver) choose(id poolID) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if last, ok := d.chosen[id.prefix]; ok && time.Since(last.at) < choiceAge {
+		return fmt.Errorf("this engine does not let a driver choose the subnet: pass --subnet %s", id.prefix)
+	}
+	d.chosen[id.prefix] = choice{id: id.String(), at: time.Now()}
+	return nil
+}
+
+// Used tells that a network has been made of prefix: what was chosen for it is in use.
+func (d *Driver) Used(prefix netip.Prefix) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.chosen, prefix)
+}
+
+// forget ends the choice made with id.
+func (d *Driver) forget(id poolID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.chosen[id.prefix].id == id.String() {
+		delete(d.chosen, id.prefix)
+	}
+}
+
+// ReleasePool releases what the pool still holds and no link has: auxiliary
+// addresses, and what a lost call left.
+func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) error {
+	id, err := parsePoolID(r.PoolID)
+	if err != nil {
+		return fmt.Errorf("release pool: %w", err)
+	}
+	d.forget(id)
+	status, err := d.cfg.Pool.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("release pool %s: %w", id, err)
+	}
+	var errs []error
+	for addr, lease := range status.Leases {
+		if lease.Owner == id.owner() {
+			errs = append(errs, d.release(ctx, id, addr))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("release pool %s: %w", id, err)
+	}
+	return nil
+}
+
+// RequestAddress leases an address of the pool: the one asked for (--ip, an
+// auxiliary address) or the one freed longest ago. The gateway is Azure's and
+// leased to nobody.
+func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressRequest) (*ipam.RequestAddressResponse, error) {
+	id, err := parsePoolID(r.PoolID)
+	if err != nil {
+		return nil, fmt.Errorf("request address: %w", err)
+	}
+	d.forget(id)
+	var want netip.Addr
+	if r.Address != "" {
+		if want, err = netip.ParseAddr(r.Address); err != nil {
+			return nil, fmt.Errorf("request address: %.80q is not an address", r.Address)
+		}
+	}
+	if r.Options[addressType] == addressGateway {
+		if want.IsValid() && want != id.gateway() {
+			return nil, fmt.Errorf("request address: the gateway of %s is %s and no other: Azure fixes it; leave out --gateway", id.prefix, id.gateway())
+		}
+		return answer(id, id.gateway()), nil
+	}
+	if want.IsValid() {
+		if err := id.lendable(want); err != nil {
+			return nil, fmt.Errorf("request address %s: %w", want, err)
+		}
+	}
+	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
+	if err != nil {
+		return nil, fmt.Errorf("request address: %w", err)
+	}
+	if lease.Early {
+		d.cfg.Warn(fmt.Sprintf("%s was released a moment ago and is lent again: no other address is left; give the NIC more ipconfigs", lease.Addr))
+	}
+	return answer(id, lease.Addr), nil
+}
+
+func answer(id poolID, addr netip.Addr) *ipam.RequestAddressResponse {
+	return &ipam.RequestAddressResponse{Address: netip.PrefixFrom(addr, id.prefix.Bits()).String()}
+}
+
+// lendable refuses what no ipconfig of Azure can be, in words that say why.
+func (id poolID) lendable(addr netip.Addr) error {
+	if !id.prefix.Contains(addr) {
+		return fmt.Errorf("it lies outside the network's subnet %s", id.prefix)
+	}
+	if addr == id.gateway() {
+		return errors.New("it is the subnet's gateway, which is Azure's")
+	}
+	return nil
+}
+
+// ReleaseAddress releases an address of the pool; one that is not held is
+// success, and so is the gateway. An address whose link still stands is kept:
+// it is released when the link is gone.
+func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressRequest) error {
+	id, err := parsePoolID(r.PoolID)
+	if err != nil {
+		return fmt.Errorf("release address: %w", err)
+	}
+	text, _, _ := strings.Cut(r.Address, "/")
+	addr, err := netip.ParseAddr(text)
+	if err != nil {
+		return fmt.Errorf("release address: %.80q is not an address", r.Address)
+	}
+	if addr == id.gateway() {
+		return nil
+	}
+	if err := d.release(ctx, id, addr); err != nil {
+		return fmt.Errorf("release address: %w", err)
+	}
+	return nil
+}
+
+func (d *Driver) release(ctx context.Context, id poolID, addr netip.Addr) error {
+	link, err := d.cfg.Attached(ctx, addr)
+	if err != nil {
+		return fmt.Errorf("%s: is a container still attached: %w", addr, err)
+	}
+	if link != "" {
+		return fmt.Errorf("%s is still attached to %s: it is released when that link is gone", addr, link)
+	}
+	_, err = d.cfg.Pool.Release(ctx, id.owner(), addr)
+	return err
+}

@@ -1,0 +1,117 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ipamdriver
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strings"
+)
+
+// ownerPrefix begins the owner of every lease of a Docker network; the rest is the PoolID.
+const ownerPrefix = "docker/"
+
+// poolID says all that a later call needs: after a reboot Docker asks for an
+// address of a pool that it never requests again.
+type poolID struct {
+	mac    string       // of the NIC, lower case with colons
+	prefix netip.Prefix // the NIC's subnet
+	within netip.Prefix // --ip-range; zero: none
+	serial string       // hex; tells apart the pools of two networks on one subnet
+}
+
+var (
+	macShape    = regexp.MustCompile(`^[0-9a-f]{12}$`)
+	serialShape = regexp.MustCompile(`^[0-9a-f]{12}$`)
+)
+
+// newSerial returns a serial that no other pool of this host has.
+func newSerial() string {
+	var b [6]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// String is <mac>-<prefix>-<range>-<serial>, without colons and slashes.
+func (id poolID) String() string {
+	within := ""
+	if id.within.IsValid() {
+		within = flat(id.within)
+	}
+	return strings.Join([]string{strings.ReplaceAll(id.mac, ":", ""), flat(id.prefix), within, id.serial}, "-")
+}
+
+func (id poolID) owner() string { return ownerPrefix + id.String() }
+
+// gateway is Azure's, always the first address of a subnet.
+func (id poolID) gateway() netip.Addr { return id.prefix.Addr().Next() }
+
+// parsePoolID is String's inverse. It accepts nothing that String does not
+// write, for a PoolID names an owner of leases.
+func parsePoolID(s string) (poolID, error) {
+	bad := func(why string) (poolID, error) {
+		return poolID{}, fmt.Errorf("pool %.80q is none of this driver's: %s", s, why)
+	}
+	part := strings.Split(s, "-")
+	if len(part) != 4 {
+		return bad("it is not <mac>-<prefix>-<range>-<serial>")
+	}
+	if !macShape.MatchString(part[0]) {
+		return bad("its first part is not a MAC")
+	}
+	if !serialShape.MatchString(part[3]) {
+		return bad("its last part is not a serial")
+	}
+	prefix, err := unflat(part[1])
+	if err != nil {
+		return bad("its second part is not a subnet")
+	}
+	id := poolID{mac: colons(part[0]), prefix: prefix, serial: part[3]}
+	if part[2] != "" {
+		if id.within, err = unflat(part[2]); err != nil || !contains(prefix, id.within) {
+			return bad("its third part is not a range of the subnet")
+		}
+	}
+	if id.String() != s {
+		return bad("it is not in canonical form")
+	}
+	return id, nil
+}
+
+func flat(p netip.Prefix) string { return strings.ReplaceAll(p.String(), "/", "_") }
+
+func unflat(s string) (netip.Prefix, error) {
+	return parsePrefix(strings.ReplaceAll(s, "_", "/"))
+}
+
+func colons(mac string) string {
+	var b strings.Builder
+	for i := 0; i < len(mac); i += 2 {
+		if i > 0 {
+			b.WriteByte(':')
+		}
+		b.WriteString(mac[i : i+2])
+	}
+	return b.String()
+}
+
+// parsePrefix takes an IPv4 prefix without host bits.
+func parsePrefix(s string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		return netip.Prefix{}, fmt.Errorf("%.80q is not a CIDR such as 10.240.0.0/16", s)
+	case !p.Addr().Is4():
+		return netip.Prefix{}, fmt.Errorf("%s: IPv6 is not served yet", p)
+	case p != p.Masked():
+		return netip.Prefix{}, fmt.Errorf("%s has host bits set: write %s", p, p.Masked())
+	}
+	return p, nil
+}
+
+func contains(outer, inner netip.Prefix) bool {
+	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
+}
