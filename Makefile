@@ -46,3 +46,30 @@ status: build ## what is lent, attached and known; works while the plugin is dea
 .PHONY: clean
 clean: ## remove build/
 	rm -rf build
+
+##: proving
+
+.PHONY: demo
+demo: needs rootfs ## two simulated VMs whose containers talk by VNet addresses; KEEP=1 leaves them up
+	@$(GO) build -o build/demo ./test/demo
+	@KEEP=$(KEEP) build/demo $(plugin)
+
+.PHONY: test
+test: needs rootfs ## everything, with a real dockerd in namespaces; one summary, one exit status
+	scripts/test.sh
+
+.PHONY: soak
+soak: needs rootfs ## what takes longer: crashes at random for SOAK (10m), and fuzzing
+	scripts/soak.sh
+
+.PHONY: fresh
+fresh: ## make demo and make test on a bare Debian that has only Go, git and make
+	scripts/fresh.sh
+
+.PHONY: bench
+bench: needs ## benchmarks of pool, bridge and state files
+	$(GO) test -run '^$$' -bench . -benchmem ./pool ./bridge ./internal/statefile
+
+.PHONY: needs
+needs:
+	@scripts/needs.sh

@@ -1,0 +1,15 @@
+#!/bin/sh
+# test.sh: the whole proof. One summary, one exit status.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+# Words are passed to go test: scripts/test.sh -run TestReadme ./test
+set -eu
+cd "$(dirname "$0")/.."
+go=$(command -v go || echo /usr/local/go/bin/go)
+
+unformatted=$("$go" list -f '{{.Dir}}' ./... | xargs "$(dirname "$("$go" env GOROOT)/bin/go")/gofmt" -l)
+[ -z "$unformatted" ] || { echo "test.sh: gofmt would change:" "$unformatted" >&2; exit 1; }
+"$go" vet ./...
+"$go" tool staticcheck ./...
+[ $# -gt 0 ] || set -- ./...
+exec "$go" tool gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- -race -timeout 14m "$@"

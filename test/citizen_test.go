@@ -1,0 +1,232 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// server answers HTTP on port 80 with the client's address.
+const server = `mkdir -p /www/cgi-bin
+printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' >/www/cgi-bin/who
+chmod +x /www/cgi-bin/who
+exec httpd -f -p 80 -h /www`
+
+// noise is what no fabric carries: multicast, broadcast, IPv6.
+const noise = `ping6 -c 5 -i 0.2 -I eth0 ff02::1; ping -c 5 -i 0.2 224.0.0.251; ping -c 5 -i 0.2 255.255.255.255
+for to in 224.0.0.251 239.1.2.3 255.255.255.255; do echo x | nc -u -w 1 $to 5353; done; arping -c 2 -I eth0 1.2.3.4; true`
+
+// place is somewhere that pings and fetches can be sent from.
+type place struct {
+	name string
+	addr netip.Addr
+	in   []string // begins a command that runs there
+	on   host
+}
+
+func (p place) try(arg ...string) (string, error) {
+	all := append(append([]string{}, p.in...), arg...)
+	return p.on.try(all[0], all[1:]...)
+}
+
+func onHost(h host) place { return place{h.Name, h.Primary, []string{"busybox"}, h} }
+func inContainer(h host, name string, addr netip.Addr) place {
+	return place{name, addr, []string{"docker", "exec", name}, h}
+}
+
+func fetch(url string) []string { return []string{"wget", "-q", "-T", "5", "-O", "-", url} }
+
+func TestContainersAreFirstClassCitizens(t *testing.T) {
+	vnet, vms := newVNet(t,
+		vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+	vm1, vm2, plain := vms[0], vms[1], vms[2]
+	vm1.withPlugin()
+	vm2.withPlugin()
+	vm1.network("azure")
+	vm1.network("bare", "snat=off")
+	vm2.network("azure")
+	servers := []place{
+		inContainer(vm1, "a1", vm1.container("azure", "a1", server)),
+		inContainer(vm1, "a2", vm1.container("azure", "a2", server)),
+		inContainer(vm1, "b1", vm1.container("bare", "b1", server)),
+		inContainer(vm2, "a3", vm2.container("azure", "a3", server)),
+	}
+	everywhere := append([]place{onHost(vm1), onHost(vm2), onHost(plain)}, servers...)
+	a1, b1 := servers[0], servers[2]
+
+	t.Run("everyone reaches every container, and is seen with his own address", func(t *testing.T) {
+		for _, from := range everywhere {
+			for _, to := range servers {
+				if _, err := from.try("ping", "-c", "1", "-W", "3", to.addr.String()); err != nil {
+					t.Errorf("%s does not ping %s: %v", from.name, to.name, err)
+				}
+				got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to.addr))...)
+				if err != nil || got != from.addr.String() {
+					t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
+				}
+			}
+		}
+	})
+	t.Run("containers reach every host", func(t *testing.T) {
+		for _, from := range servers {
+			for _, to := range []host{vm1, vm2, plain} {
+				if _, err := from.try("ping", "-c", "1", "-W", "3", to.Primary.String()); err != nil {
+					t.Errorf("%s does not ping %s: %v", from.name, to.Name, err)
+				}
+			}
+		}
+	})
+	t.Run("the internet is reached with snat=on and not with snat=off", func(t *testing.T) {
+		url := "http://" + vnetsim.InternetAddr.String() + "/"
+		if got, err := a1.try(fetch(url)...); err != nil || got != vm1.Public.String() {
+			t.Errorf("with snat=on the internet sees %q, want %s: %v", got, vm1.Public, err)
+		}
+		if got, err := b1.try(fetch(url)...); err == nil {
+			t.Errorf("with snat=off the internet answers %q", got)
+		}
+	})
+	t.Run("the host agent is for the host", func(t *testing.T) {
+		url := "http://" + vnetsim.HostAgentAddr.String() + "/machine/plugins?comp=nmagent&type=getinterfaceinfov1"
+		if got, err := vm1.try("busybox", fetch(url)...); err != nil || !strings.Contains(got, "<Interfaces>") {
+			t.Errorf("the host gets %q: %v", got, err)
+		}
+		for _, from := range []place{a1, b1} {
+			if got, err := from.try(fetch(url)...); err == nil {
+				t.Errorf("%s gets %.80q", from.name, got)
+			}
+		}
+		if _, err := a1.try("nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err != nil {
+			t.Errorf("DNS of the host agent: %v", err)
+		}
+	})
+	t.Run("containers find each other by name", func(t *testing.T) {
+		if got, err := a1.try(fetch("http://a2/cgi-bin/who")...); err != nil || got != a1.addr.String() {
+			t.Errorf("a2 sees %q, want %s: %v", got, a1.addr, err)
+		}
+	})
+	t.Run("an address and a MAC are had as asked for", func(t *testing.T) {
+		want := vm2.Secondaries()[3]
+		h := vm2.in(t)
+		if got := h.container("azure", "fixed", "sleep 1000", "--ip", want.String(), "--mac-address", "02:aa:bb:cc:dd:ee"); got != want {
+			t.Errorf("--ip %s gives %s", want, got)
+		}
+		if link := h.docker("exec", "fixed", "ip", "link", "show", "eth0"); !strings.Contains(link, "02:aa:bb:cc:dd:ee") {
+			t.Errorf("--mac-address is not had: %s", link)
+		}
+		if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", want.String()); err != nil {
+			t.Errorf("not reached from the plain VM: %v", err)
+		}
+	})
+	t.Run("noise never reaches the fabric", func(t *testing.T) {
+		for _, from := range servers {
+			if out, err := from.try("sh", "-c", noise); err != nil {
+				t.Errorf("%s: %s %v", from.name, out, err)
+			}
+		}
+	})
+	t.Run("nobody takes another's address or MAC", func(t *testing.T) {
+		h := vm1.in(t)
+		thief := h.container("azure", "thief", "sleep 1000", "--cap-add", "NET_ADMIN")
+		steal := inContainer(h, "thief", thief)
+		for _, theft := range []string{
+			"ip addr add " + servers[1].addr.String() + "/32 dev eth0; ping -c 2 -W 1 -I " + servers[1].addr.String() + " " + plain.Primary.String(),
+			"ip addr add 10.240.99.99/32 dev eth0; ping -c 2 -W 1 -I 10.240.99.99 " + plain.Primary.String(),
+			"ip link set eth0 address 02:de:ad:be:ef:00 && ping -c 2 -W 1 " + plain.Primary.String(),
+		} {
+			if out, err := steal.try("sh", "-c", theft); err == nil {
+				t.Errorf("%s: it is answered: %s", theft, out)
+			}
+		}
+		if got, err := onHost(plain).try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", servers[1].addr))...); err != nil || got != plain.Primary.String() {
+			t.Errorf("the victim is not reached any more: %q %v", got, err)
+		}
+	})
+	clean(t, vnet)
+}
+
+func TestAContainersLife(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 31}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin()
+	h.network("azure")
+	reached := func(t *testing.T, name string) {
+		t.Helper()
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", h.in(t).address(name).String()); err != nil {
+			t.Errorf("%s is not reached: %v", name, err)
+		}
+	}
+	t.Run("run, restart, stop, start, rm", func(t *testing.T) {
+		h := h.in(t)
+		h.container("azure", "one", "sleep 1000")
+		reached(t, "one")
+		h.docker("restart", "-t", "0", "one")
+		reached(t, "one")
+		h.docker("stop", "-t", "0", "one")
+		h.empty()
+		h.docker("start", "one")
+		reached(t, "one")
+		h.docker("rm", "-f", "one")
+		h.empty()
+	})
+	t.Run("connect and disconnect", func(t *testing.T) {
+		h := h.in(t)
+		h.docker("run", "-d", "--init", "--name", "two", "busybox", "sleep", "1000")
+		h.docker("network", "connect", "azure", "two")
+		if s := h.state(); len(s.Leases) != 1 || len(s.Attachments) != 1 {
+			t.Errorf("connected, and the state is %+v", s)
+		}
+		h.docker("network", "disconnect", "azure", "two")
+		h.empty()
+		h.docker("rm", "-f", "two")
+	})
+	t.Run("thirty at once have thirty addresses, and leave none", func(t *testing.T) {
+		h := h.in(t)
+		const count = 30
+		names := make([]string, count)
+		failed := make(chan error, count)
+		for i := range names {
+			names[i] = fmt.Sprintf("c%d", i)
+			go func() {
+				_, err := h.try("docker", "run", "-d", "--init", "--network", "azure", "--name", names[i], "busybox", "sleep", "1000")
+				failed <- err
+			}()
+		}
+		for range names {
+			if err := <-failed; err != nil {
+				t.Error(err)
+			}
+		}
+		holder := map[netip.Addr]string{}
+		for _, name := range names {
+			addr := h.address(name)
+			if other, taken := holder[addr]; taken {
+				t.Errorf("%s and %s both have %s", name, other, addr)
+			}
+			holder[addr] = name
+			reached(t, name)
+		}
+		h.docker(append([]string{"rm", "-f"}, names...)...)
+		h.empty()
+	})
+	t.Run("the last network gone, the host has everything back", func(t *testing.T) {
+		h := h.in(t)
+		h.docker("network", "rm", "azure")
+		h.docker("plugin", "disable", plugin)
+		start := time.Now()
+		h.must(top+"/build/azure-vnet-plugin", "uninstall")
+		t.Logf("uninstall took %v", time.Since(start).Round(time.Millisecond))
+		if out := h.must("ip", "-br", "link"); strings.Contains(out, "azure0") {
+			t.Errorf("azure0 still stands:\n%s", out)
+		}
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", h.Primary.String()); err != nil {
+			t.Errorf("the host is not reached: %v", err)
+		}
+	})
+	clean(t, vnet)
+}

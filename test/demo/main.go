@@ -1,0 +1,199 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Command demo shows azure-vnet on a simulated VNet: two VMs with a Docker
+// engine and the plugin each, containers that talk by VNet addresses, and what
+// the fabric saw of it. It proves nothing that the tests do not; it is for
+// people.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+const plugin = "azure-vnet:latest"
+
+// demo is what one run holds.
+type demo struct {
+	dir   string // build/plugin, ready for docker plugin create
+	vnet  *vnetsim.VNet
+	vm    []*vnetsim.VM // vm1 and vm2 run Docker, vm3 is plain
+	rows  []row
+	start time.Time
+}
+
+// row is one line of the closing table.
+type row struct{ who, address, whom, result string }
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if len(os.Args) != 2 {
+		fmt.Fprintln(os.Stderr, "usage: demo <plugin directory>; make demo calls it")
+		os.Exit(2)
+	}
+	d := &demo{dir: os.Args[1], start: time.Now()}
+	err := d.run(ctx)
+	if d.vnet != nil {
+		if err == nil && os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0" {
+			d.keep(ctx)
+		}
+		say("removing the VMs and all they ran")
+		err = errors.Join(err, d.vnet.Close())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+func (d *demo) run(ctx context.Context) error {
+	for _, step := range []func(context.Context) error{d.boot, d.install, d.containers, d.reach, d.table} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// boot makes the VNet and its VMs.
+func (d *demo) boot(context.Context) (err error) {
+	say("a VNet, 10.240.0.0/16, with Azure's rules: foreign MACs and addresses are dropped, and counted")
+	if d.vnet, err = vnetsim.New(vnetsim.Config{}); err != nil {
+		return err
+	}
+	for i, secondaries := range []int{4, 4, 0} {
+		vm, err := d.vnet.AddVM(vnetsim.VMConfig{Name: fmt.Sprintf("vm%d", i+1), Secondaries: secondaries})
+		if err != nil {
+			return err
+		}
+		d.vm = append(d.vm, vm)
+		say("%s: %s, %d secondary addresses", vm.Name, vm.Primary, secondaries)
+	}
+	return nil
+}
+
+// install starts an engine on vm1 and vm2 and gives it the plugin and a network.
+func (d *demo) install(ctx context.Context) error {
+	for _, vm := range d.vm[:2] {
+		say("%s: dockerd, and docker plugin create %s", vm.Name, plugin)
+		if err := vm.StartDocker(ctx); err != nil {
+			return err
+		}
+		if err := vm.ImportBusybox(ctx); err != nil {
+			return err
+		}
+		for _, command := range [][]string{
+			{"plugin", "create", plugin, d.dir},
+			{"plugin", "enable", plugin},
+		} {
+			if _, err := vm.Docker(ctx, command...); err != nil {
+				return err
+			}
+		}
+		if err := show(ctx, vm, "network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", d.vnet.Subnet.String(), "azure"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// containers runs a web server on vm1 and a client on vm2.
+func (d *demo) containers(ctx context.Context) error {
+	page := "echo a container with an address of the VNet > /index.html; exec httpd -f -p 80"
+	if err := show(ctx, d.vm[0], "run", "-d", "--name", "web", "--network", "azure", "busybox", "sh", "-c", page); err != nil {
+		return err
+	}
+	return show(ctx, d.vm[1], "run", "-d", "--name", "client", "--network", "azure", "busybox", "sleep", "3600")
+}
+
+// reach fetches the page from everywhere, and the internet from a container.
+func (d *demo) reach(ctx context.Context) error {
+	web, err := address(ctx, d.vm[0], "web")
+	if err != nil {
+		return err
+	}
+	client, err := address(ctx, d.vm[1], "client")
+	if err != nil {
+		return err
+	}
+	url := "http://" + web + "/"
+	fetch := []string{"busybox", "wget", "-q", "-T", "10", "-O", "-"}
+	inClient := append([]string{"docker", "exec", "client"}, fetch...)
+	for _, f := range []struct {
+		who, address string
+		vm           *vnetsim.VM
+		command      []string
+		url, whom    string
+	}{
+		{"container client on vm2", client, d.vm[1], inClient, url, "container web on vm1"},
+		{"plain VM vm3", d.vm[2].Primary.String(), d.vm[2], fetch, url, "container web on vm1"},
+		{"its own host vm1", d.vm[0].Primary.String(), d.vm[0], fetch, url, "container web on vm1"},
+		{"container client on vm2", client, d.vm[1], inClient, "http://" + vnetsim.InternetAddr.String() + "/", "the internet, by SNAT"},
+	} {
+		out, err := f.vm.Run(ctx, f.command[0], append(f.command[1:], f.url)...)
+		if err != nil {
+			return fmt.Errorf("%s does not reach %s: %w", f.who, f.whom, err)
+		}
+		d.rows = append(d.rows, row{f.who, f.address, f.whom, strings.TrimSpace(out)})
+	}
+	return nil
+}
+
+// table prints who reached whom, and what the fabric dropped.
+func (d *demo) table(context.Context) error {
+	fmt.Println()
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "FROM\tADDRESS\tTO\tGOT")
+	for _, r := range d.rows {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", r.who, r.address, r.whom, r.result)
+	}
+	w.Flush()
+	violations, err := d.vnet.Violations()
+	if err != nil {
+		return err
+	}
+	total := uint64(0)
+	for name, n := range violations {
+		if total += n; n > 0 {
+			fmt.Printf("  dropped by the fabric: %s: %d\n", name, n)
+		}
+	}
+	fmt.Printf("\nfabric violations: %d (in %.0f s)\n\n", total, time.Since(d.start).Seconds())
+	if total > 0 {
+		return errors.New("the fabric dropped frames: Azure would have, too")
+	}
+	return nil
+}
+
+// keep waits for Ctrl-C and tells how to look around.
+func (d *demo) keep(ctx context.Context) {
+	say("kept up until Ctrl-C; look around with")
+	for _, vm := range d.vm {
+		fmt.Printf("  sudo nsenter -t %d -a    # %s, %s\n", vm.PidOne(), vm.Name, vm.Primary)
+	}
+	<-ctx.Done()
+}
+
+// show runs a docker command and prints it.
+func show(ctx context.Context, vm *vnetsim.VM, arg ...string) error {
+	say("%s: docker %s", vm.Name, strings.Join(arg, " "))
+	_, err := vm.Docker(ctx, arg...)
+	return err
+}
+
+func address(ctx context.Context, vm *vnetsim.VM, container string) (string, error) {
+	out, err := vm.Docker(ctx, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
+	return strings.TrimSpace(out), err
+}
+
+func say(format string, arg ...any) { fmt.Printf("• "+format+"\n", arg...) }

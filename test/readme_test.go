@@ -1,0 +1,134 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// blocks are the shell blocks of a document by how they are proved: the remark
+// before each says it.
+func blocks(t *testing.T, doc string) map[string][]string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(top, doc))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[string][]string{}
+	marked := regexp.MustCompile("(?s)<!-- (run|read): ([^>]*) -->\n```sh\n(.*?)```")
+	for _, m := range marked.FindAllStringSubmatch(string(text), -1) {
+		found[m[1]+": "+m[2]] = append(found[m[1]+": "+m[2]], m[3])
+	}
+	if all := strings.Count(string(text), "```sh\n"); all != len(marked.FindAllString(string(text), -1)) {
+		t.Errorf("%s: a shell block has no remark that says how it is proved", doc)
+	}
+	return found
+}
+
+// asUser gives a command what the README takes for granted: sudo, and the
+// project at its public address.
+func asUser(t *testing.T, env []string) []string {
+	t.Helper()
+	bin := t.TempDir()
+	if err := os.WriteFile(filepath.Join(bin, "sudo"), []byte("#!/bin/sh\nexec env \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return append(env, "PATH="+bin+":"+os.Getenv("PATH"), "GIT_CONFIG_COUNT=1",
+		"GIT_CONFIG_KEY_0=url."+top+".insteadOf", "GIT_CONFIG_VALUE_0=https://github.com/azure-vnet/azure-vnet")
+}
+
+func TestReadmeEveryBlockIsProved(t *testing.T) {
+	known := []string{"run: clone", "run: vm", "run: make", "read: needs Azure"}
+	found := blocks(t, "README.md")
+	for _, how := range known {
+		if len(found[how]) == 0 {
+			t.Errorf("no block is marked %q", how)
+		}
+		delete(found, how)
+	}
+	for how := range found {
+		t.Errorf("no test proves blocks marked %q", how)
+	}
+}
+
+func TestReadmeTryIt(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make namespaces: sudo make test")
+	}
+	script := "set -eu\n" + blocks(t, "README.md")["run: clone"][0]
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", script)
+	cmd.Dir, cmd.Env = t.TempDir(), asUser(t, os.Environ())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"container client on vm2", "plain VM vm3", "its own host vm1", "the internet, by SNAT", "fabric violations: 0"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("the demo does not say %q:\n%s", want, out)
+		}
+	}
+}
+
+func TestReadmeOnAVM(t *testing.T) {
+	if err := built(); err != nil {
+		t.Fatal(err)
+	}
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
+	h := vms[0]
+	h.withEngine()
+	// A web server by the name that the README uses; there is no registry here.
+	h.docker("run", "--name", "made", "busybox", "true")
+	h.docker("commit", "--change", `CMD ["httpd","-f","-p","80"]`, "made", "nginx")
+	h.docker("rm", "made")
+	h.must("mkdir", "-p", "/etc/cloud/cloud.cfg.d")
+	before := h.must("ip", "-br", "addr", "show", "eth0")
+
+	// Installed files go to the VM's own disk.
+	h.must("sh", "-c", "mkdir -p /run/up /run/work && mount -t overlay -o lowerdir=/usr/local,upperdir=/run/up,workdir=/run/work overlay /usr/local")
+	blocks := blocks(t, "README.md")["run: vm"]
+	script := func(lines string) {
+		t.Helper()
+		cmd := h.Command(t.Context(), "sh", "-euc", lines)
+		cmd.Dir, cmd.Env = top, asUser(t, os.Environ())
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s\n%v\n%s", lines, err, out)
+		}
+		t.Logf("%s\n%s", lines, out)
+	}
+	// In the order of the text, but that the last one, on what is wrong, needs
+	// the plugin that the one before removes.
+	last := len(blocks) - 1
+	for _, lines := range append(append([]string{}, blocks[:last-1]...), blocks[last], blocks[last-1]) {
+		script(lines)
+	}
+	if after := h.must("ip", "-br", "addr", "show", "eth0"); strings.Fields(after)[2] != strings.Fields(before)[2] {
+		t.Errorf("eth0 was\n%s\nand is\n%s", before, after)
+	}
+	for _, gone := range []string{"/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg", "/usr/local/sbin/azure-vnet-plugin", "/run/azure-vnet"} {
+		if out, err := h.try("ls", "-d", gone); err == nil {
+			t.Errorf("uninstall left %s", out)
+		}
+	}
+	if out := h.docker("plugin", "ls", "-q"); out != "" {
+		t.Errorf("uninstall left a plugin: %s", out)
+	}
+}
+
+func TestReadmeDevelopment(t *testing.T) {
+	for _, block := range blocks(t, "README.md")["run: make"] {
+		for line := range strings.Lines(block) {
+			target := strings.Fields(strings.TrimPrefix(strings.TrimSpace(line), "sudo "))
+			if out, err := exec.Command("make", "-C", top, "-n", target[1]).CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", line, err, out)
+			}
+		}
+	}
+}

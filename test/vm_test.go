@@ -1,0 +1,244 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+const plugin = "azure-vnet:latest"
+
+// top is the root of the checkout.
+var top = func() string {
+	dir, err := filepath.Abs("..")
+	if err != nil {
+		panic(err)
+	}
+	return dir
+}()
+
+// built makes build/plugin once for all tests of this run.
+var built = sync.OnceValue(func() error {
+	out, err := exec.Command("make", "-C", top, "rootfs").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("make rootfs: %w\n%s", err, out)
+	}
+	return nil
+})
+
+// host is a VM with what tests ask of it. Its methods end the test on failure.
+type host struct {
+	*vnetsim.VM
+	t *testing.T
+}
+
+// newVNet starts a VNet with VMs, which the end of the test removes.
+func newVNet(t *testing.T, vms ...vnetsim.VMConfig) (*vnetsim.VNet, []host) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make namespaces: sudo make test")
+	}
+	vnet, err := vnetsim.New(vnetsim.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := vnet.Close(); err != nil {
+			t.Errorf("close the vnet: %v", err)
+		}
+	})
+	var hosts []host
+	for _, cfg := range vms {
+		vm, err := vnet.AddVM(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := host{vm, t}
+		hosts = append(hosts, h)
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("%s: dockerd says:\n%s", vm.Name, vm.DockerLog())
+			}
+		})
+	}
+	return vnet, hosts
+}
+
+// in is the host, failing a subtest instead.
+func (h host) in(t *testing.T) host { return host{h.VM, t} }
+
+// try runs a command in the VM.
+func (h host) try(name string, arg ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	defer cancel()
+	out, err := h.Run(ctx, name, arg...)
+	return strings.TrimSpace(out), err
+}
+
+// must runs a command in the VM that succeeds.
+func (h host) must(name string, arg ...string) string {
+	h.t.Helper()
+	out, err := h.try(name, arg...)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return out
+}
+
+// docker runs a docker command that succeeds.
+func (h host) docker(arg ...string) string {
+	h.t.Helper()
+	return h.must("docker", arg...)
+}
+
+// refused runs a docker command that fails with an error that says all of want.
+func (h host) refused(arg []string, want ...string) {
+	h.t.Helper()
+	out, err := h.try("docker", arg...)
+	if err == nil {
+		h.t.Errorf("docker %s: it succeeded: %s", strings.Join(arg, " "), out)
+		return
+	}
+	for _, w := range want {
+		if !strings.Contains(err.Error(), w) {
+			h.t.Errorf("docker %s: the error does not say %q: %v", strings.Join(arg, " "), w, err)
+		}
+	}
+}
+
+// withEngine starts a dockerd with the busybox image.
+func (h host) withEngine(arg ...string) {
+	h.t.Helper()
+	h.startEngine(arg...)
+	if err := h.ImportBusybox(h.t.Context()); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h host) startEngine(arg ...string) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
+	defer cancel()
+	if err := h.StartDocker(ctx, arg...); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// withPlugin starts a dockerd with the plugin enabled; settings are KEY=value.
+func (h host) withPlugin(settings ...string) {
+	h.t.Helper()
+	if err := built(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.withEngine()
+	h.docker("plugin", "create", plugin, filepath.Join(top, "build", "plugin"))
+	if len(settings) > 0 {
+		h.docker(append([]string{"plugin", "set", plugin}, settings...)...)
+	}
+	h.docker("plugin", "enable", plugin)
+}
+
+// network makes a network of the VM's subnet.
+func (h host) network(name string, option ...string) {
+	h.t.Helper()
+	arg := []string{"network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", h.Prefix.String()}
+	for _, o := range option {
+		arg = append(arg, "-o", o)
+	}
+	h.docker(append(arg, name)...)
+}
+
+// container runs busybox in the background and returns its address.
+func (h host) container(network, name, command string, arg ...string) netip.Addr {
+	h.t.Helper()
+	all := append([]string{"run", "-d", "--init", "--network", network, "--name", name}, arg...)
+	h.docker(append(all, "busybox", "sh", "-c", command)...)
+	return h.address(name)
+}
+
+// address is a running container's.
+func (h host) address(container string) netip.Addr {
+	h.t.Helper()
+	out := h.docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
+	addr, err := netip.ParseAddr(out)
+	if err != nil {
+		h.t.Fatalf("%s on %s has no address: %v", container, h.Name, err)
+	}
+	return addr
+}
+
+// state is what a VM holds of containers: nothing of it may outlive them.
+type state struct {
+	Leases      []string // addresses
+	Attachments []string // host veths
+}
+
+// state asks azure-vnet-plugin status.
+func (h host) state() state {
+	h.t.Helper()
+	var report struct {
+		Pool struct {
+			Leases []struct{ Addr string }
+		}
+		Attachments []struct{ Link string }
+	}
+	if err := json.Unmarshal([]byte(h.must(filepath.Join(top, "build", "azure-vnet-plugin"), "status", "-json")), &report); err != nil {
+		h.t.Fatal(err)
+	}
+	var s state
+	for _, l := range report.Pool.Leases {
+		s.Leases = append(s.Leases, l.Addr)
+	}
+	for _, a := range report.Attachments {
+		s.Attachments = append(s.Attachments, a.Link)
+	}
+	return s
+}
+
+// empty says that no lease, veth and map element is left.
+func (h host) empty() {
+	h.t.Helper()
+	if s := h.state(); len(s.Leases)+len(s.Attachments) > 0 {
+		h.t.Errorf("%s still holds %+v", h.Name, s)
+	}
+	if links := h.must("ip", "-o", "link"); strings.Contains(links, "azv") || strings.Contains(links, "azc") {
+		h.t.Errorf("%s still has veths:\n%s", h.Name, links)
+	}
+	if table := h.must("nft", "list", "table", "bridge", "azure_vnet"); strings.Contains(table, `"azv`) && strings.Contains(table, "02:42:") {
+		h.t.Errorf("%s still has map elements:\n%s", h.Name, table)
+	}
+}
+
+// eventually polls until ok, for as long as a thing that heals may take.
+func eventually(t *testing.T, what string, within time.Duration, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(within); !ok(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", within, what)
+		}
+	}
+}
+
+// clean says that the fabric dropped nothing.
+func clean(t *testing.T, vnet *vnetsim.VNet) {
+	t.Helper()
+	v, err := vnet.Violations()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(v) > 0 {
+		t.Errorf("the fabric dropped frames that break Azure's rules: %v", v)
+	}
+}
