@@ -39,6 +39,13 @@ var (
 // the zero value.
 type Checker interface{ Check() error }
 
+// Codec is a value that reads and writes its usual form faster than package
+// json. Scan is false for a body in any other form, even one that is right.
+type Codec interface {
+	Scan(body []byte) bool
+	Append(to []byte) ([]byte, error)
+}
+
 // Read returns the value in the file, the zero value if there is none. It takes
 // no lock.
 func Read[T any](path string) (T, error) {
@@ -74,7 +81,7 @@ func update[T any](ctx context.Context, path, who string, durable bool, change f
 	}
 	var known []byte // what this program understood of old, if that was not all
 	if old.foreign {
-		if known, err = json.Marshal(v); err != nil {
+		if known, err = encode(&v); err != nil {
 			return fmt.Errorf("encode %s: %w", path, err)
 		}
 	}
@@ -83,7 +90,7 @@ func update[T any](ctx context.Context, path, who string, durable bool, change f
 	} else if err != nil {
 		return err
 	}
-	body, err := json.Marshal(v)
+	body, err := encode(&v)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", path, err)
 	}
@@ -156,19 +163,11 @@ func load[T any](path string) (v T, c content, err error) {
 // decode reads strictly first: when that succeeds, and it nearly always does,
 // there is nothing in the file that merge would have to keep.
 func decode[T any](body []byte) (v T, foreign bool, err error) {
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
-	if d.Decode(&v) != nil || rest(d) != nil {
+	if !scan(body, &v) && !strict(body, &v) {
 		v, foreign = *new(T), true
-		if len(bytes.TrimSpace(body)) == 0 {
-			return v, false, errors.New("it is empty")
-		}
-		if err := json.Unmarshal(body, &v); err != nil {
+		if err := lenient(body, &v); err != nil {
 			return *new(T), false, err
 		}
-	}
-	if bytes.Equal(bytes.TrimSpace(body), []byte("null")) {
-		return v, false, errors.New("it holds null")
 	}
 	if c, ok := any(&v).(Checker); ok {
 		if err := c.Check(); err != nil {
@@ -178,13 +177,45 @@ func decode[T any](body []byte) (v T, foreign bool, err error) {
 	return v, foreign, nil
 }
 
-// rest is an error if anything but space follows the value.
-func rest(d *json.Decoder) error {
-	if _, err := d.Token(); err != io.EOF {
-		return errors.New("more follows the value")
+func encode(v any) ([]byte, error) {
+	if c, ok := v.(Codec); ok {
+		return c.Append(nil)
 	}
-	return nil
+	return json.Marshal(v)
 }
+
+func scan[T any](body []byte, v *T) bool {
+	s, ok := any(v).(Codec)
+	if !ok {
+		return false
+	}
+	if ok = s.Scan(body); !ok {
+		*v = *new(T)
+	}
+	return ok
+}
+
+func strict(body []byte, v any) bool {
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields()
+	if d.Decode(v) != nil {
+		return false
+	}
+	_, err := d.Token()
+	return err == io.EOF && !isNull(body)
+}
+
+func lenient(body []byte, v any) error {
+	switch {
+	case len(bytes.TrimSpace(body)) == 0:
+		return errors.New("it is empty")
+	case isNull(body):
+		return errors.New("it holds null")
+	}
+	return json.Unmarshal(body, v)
+}
+
+func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
 
 // replace writes a temporary file and renames it over path. The name is fixed:
 // the lock is held, and what a killed writer left is overwritten. On failure

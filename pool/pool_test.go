@@ -1,0 +1,163 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const (
+	mac1 = "00:0d:3a:04:75:98"
+	mac2 = "00:0d:3a:03:c5:ab"
+)
+
+func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
+func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+// nic is a NIC with n ipconfigs in one subnet, of which .4 is its own.
+func nic(mac, subnet string, n int) docNIC {
+	d := docNIC{MAC: strings.ToUpper(strings.ReplaceAll(mac, ":", "")), Primary: "true"}
+	s := docSubnet{Prefix: subnet}
+	a := prefix(subnet).Addr().Next().Next().Next().Next()
+	for i := range n {
+		s.Addrs = append(s.Addrs, docAddr{Address: a.String(), Primary: loose(fmt.Sprint(i == 0))})
+		a = a.Next()
+	}
+	d.Subnets = []docSubnet{s}
+	return d
+}
+
+// fabric is Azure as one VM sees it: an HTTP server that tells what it is told to.
+type fabric struct {
+	mu      sync.Mutex
+	body    string
+	answer  http.HandlerFunc // instead of body
+	asked   int
+	now     time.Duration // of the pools that face it
+	onHost  map[netip.Addr]string
+	url     string
+	reclaim bool
+}
+
+// azure is a fabric whose host agent lists these NICs.
+func azure(nics ...docNIC) *fabric {
+	f := &fabric{now: time.Hour}
+	f.list(nics...)
+	return f
+}
+
+func (f *fabric) list(nics ...docNIC) {
+	body, err := xml.Marshal(document{NICs: nics})
+	if err != nil {
+		panic(err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.body, f.answer = string(body), nil
+}
+
+func (f *fabric) fail(h http.HandlerFunc) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.answer = h
+}
+
+func (f *fabric) pass(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.now += d
+}
+
+func (f *fabric) questions() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.asked
+}
+
+func (f *fabric) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	f.asked++
+	body, answer := f.body, f.answer
+	f.mu.Unlock()
+	if answer != nil {
+		answer(w, r)
+		return
+	}
+	fmt.Fprint(w, body)
+}
+
+// newPool is a pool of a fresh VM on f, whose clock stands until f lets it pass
+// and whose host holds no address but what f says.
+func newPool(t testing.TB, f *fabric) *Pool {
+	t.Helper()
+	return poolIn(t, f, t.TempDir())
+}
+
+func poolIn(t testing.TB, f *fabric, dir string) *Pool {
+	t.Helper()
+	if f.url == "" {
+		srv := httptest.NewServer(f)
+		t.Cleanup(srv.Close)
+		f.url = srv.URL
+	}
+	p, err := New(Config{Dir: dir, Source: "wireserver", QueryURL: f.url + "/", Reclaim: f.reclaim})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.clock = func() time.Duration {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.now
+	}
+	p.held = func() (map[netip.Addr]string, error) { return f.onHost, nil }
+	p.host = func() (host, error) { return host{}, nil }
+	return p
+}
+
+func (p *Pool) must(t testing.TB, r Request) Lease {
+	t.Helper()
+	l, err := p.Lease(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// wants fails unless err is want and says every one of words.
+func wants(t testing.TB, err, want error, words ...string) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Fatalf("error is %v, not %v", err, want)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("error does not say %q: %v", w, err)
+		}
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	dir := t.TempDir()
+	for name, c := range map[string]Config{
+		"relative directory":  {Dir: "run"},
+		"unknown source":      {Dir: dir, Source: "azure"},
+		"negative interval":   {Dir: dir, QueryInterval: -1},
+		"a URL without host":  {Dir: dir, QueryURL: "168.63.129.16"},
+		"a URL for a file":    {Dir: dir, Source: filepath.Join(dir, "f"), QueryURL: "http://a/"},
+		"a URL that is local": {Dir: dir, QueryURL: "file:///etc/passwd"},
+	} {
+		if p, err := New(c); err == nil {
+			t.Errorf("%s: taken: %+v", name, p.cfg)
+		}
+	}
+}
