@@ -3,7 +3,6 @@
 package bridge
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -72,10 +71,11 @@ type tableInput struct {
 // tableInput reads the host; without is left out of the bridges.
 func (h *Host) tableInput(without string) (tableInput, error) {
 	in := tableInput{endpoints: map[string]alias{}, subnets: map[string][]netip.Prefix{}}
-	bridges, err := h.Bridges(context.Background())
+	links, err := readLinks()
 	if err != nil {
 		return in, err
 	}
+	bridges := links.bridges()
 	in.bridges = slices.DeleteFunc(slices.Clone(bridges), func(b Bridge) bool { return b.Name == without })
 	state, err := h.state()
 	if err != nil {
@@ -88,10 +88,6 @@ func (h *Host) tableInput(without string) (tableInput, error) {
 		return in, err
 	}
 	defer nl.Close()
-	links, err := whole(nl.LinkList)
-	if err != nil {
-		return in, fmt.Errorf("list links: %w", err)
-	}
 	ours := map[int]string{} // bridges and their NICs: what goes there goes to the VNet
 	for _, l := range links {
 		if a, ok := endpointOf(l); ok {

@@ -3,11 +3,15 @@
 package bridge
 
 import (
+	"errors"
+	"fmt"
 	"maps"
+	"os"
 	"reflect"
 	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -115,8 +119,15 @@ func (s *tableSet) change(c *nftables.Conn, have map[elemKey]string) error {
 			return err
 		}
 	}
-	// Both ends of an interval go in one message.
-	slices.SortFunc(add, func(a, b nftables.SetElement) int { return slices.Compare(a.Key, b.Key) })
+	// In order, and an interval's end before the start of one that follows at
+	// once: else the kernel sees them overlap.
+	slices.SortFunc(add, func(a, b nftables.SetElement) int {
+		order := slices.Compare(a.Key, b.Key)
+		if order == 0 && a.IntervalEnd {
+			order = -1
+		}
+		return order
+	})
 	for part := range slices.Chunk(add, elemsPerMessage) {
 		if err := c.SetAddElements(s.nft(), part); err != nil {
 			return err
@@ -140,8 +151,12 @@ func (s *tableSet) element(k elemKey, v string) nftables.SetElement {
 }
 
 func (s *tableSet) nft() *nftables.Set {
-	return &nftables.Set{Table: bridgeTable, Name: s.name, KeyType: s.key, DataType: s.data,
+	set := &nftables.Set{Table: bridgeTable, Name: s.name, KeyType: s.key, DataType: s.data,
 		IsMap: s.data.Name != "", Interval: s.interval}
+	if s.key.Name == nftables.TypeIFName.Name {
+		set.KeyByteOrder = binaryutil.NativeEndian // or nft lists the name as empty
+	}
+	return set
 }
 
 func (c *tableChain) nft() *nftables.Chain {
@@ -241,4 +256,61 @@ func (t *tableState) sameRules(want *tableState) bool {
 	}
 	t.sets = ordered
 	return true
+}
+
+// elementsOf are an endpoint's elements, each in a set of its own.
+func elementsOf(host string, a alias) []*tableSet {
+	k := keysOf(host, a)
+	of := func(name string, data nftables.SetDatatype, key elemKey, value string) *tableSet {
+		return &tableSet{name: name, data: data, elems: map[elemKey]string{key: value}}
+	}
+	return []*tableSet{
+		of("ep4_"+a.bridge, nftables.TypeEtherAddr, elemKey{bytes: ipKey(a.addr.Addr())}, string(a.mac)),
+		of("src", nftables.TypeVerdict, k.src, "goto "+netChain(a.bridge, a.policy)),
+		of("arp", nftables.TypeVerdict, k.arp, "goto arp_"+a.bridge),
+		of("ip6", nftables.SetDatatype{}, k.ip6, ""),
+	}
+}
+
+// addElements adds an endpoint to the table as it stands, in one transaction. It
+// is false where the table lacks what the elements lead to, or has others in
+// their place: then the table is to be made whole.
+func addElements(host string, a alias) bool {
+	c, err := nftables.New()
+	if err != nil {
+		return false
+	}
+	for _, s := range elementsOf(host, a) {
+		if s.change(c, nil) != nil {
+			return false
+		}
+	}
+	return c.Flush() == nil
+}
+
+// deleteElements takes an endpoint out of the table. None is success.
+func deleteElements(host string, a alias) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	sets := elementsOf(host, a)
+	for _, s := range sets {
+		if err := (&tableSet{name: s.name, data: s.data}).change(c, s.elems); err != nil {
+			return err
+		}
+	}
+	if c.Flush() == nil {
+		return nil
+	}
+	// One that lacks undoes the transaction: one by one, then.
+	for _, s := range sets {
+		if err := (&tableSet{name: s.name, data: s.data}).change(c, s.elems); err != nil {
+			return err
+		}
+		if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("nft table %s: take %s out of %s: %w", tableName, host, s.name, err)
+		}
+	}
+	return nil
 }

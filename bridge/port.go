@@ -1,0 +1,196 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// syncPorts makes every endpoint of b what its alias says: master, MTU, port
+// flags, forwarding entry and neighbour; and clears away what has no alias. It
+// names what it mended. The caller holds the exclusive lock: a link without an
+// alias may otherwise be an attach in flight.
+func (h *Host) syncPorts(b Bridge) (mended []string, err error) {
+	links, err := readLinks()
+	if err != nil {
+		return nil, err
+	}
+	br := links.named(b.Name)
+	if br == nil {
+		return nil, fmt.Errorf("ports of %s: the bridge does not stand", b.Name)
+	}
+	s := &portSync{b: b, index: br.Attrs().Index, held: map[netip.Addr]bool{}}
+	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, err
+	}
+	defer s.nl.Close()
+	if err := s.read(); err != nil {
+		return nil, fmt.Errorf("ports of %s: %w", b.Name, err)
+	}
+	var errs []error // one port that cannot be mended must not keep the others
+	for _, l := range links {
+		a, ok := endpointOf(l)
+		if ok && a.bridge == b.Name {
+			s.held[a.addr.Addr()] = true
+			errs = append(errs, s.mend(l, a))
+		}
+		if !ok && halfMade(l) {
+			errs = append(errs, s.fix(l.Attrs().Name+": half made, deleted", func() error { return delLink(s.nl, l) }))
+		}
+	}
+	errs = append(errs, s.forget())
+	return s.mended, errors.Join(errs...)
+}
+
+// halfMade tells a link that an attach died over.
+func halfMade(l netlink.Link) bool {
+	a := l.Attrs()
+	digits, ours := strings.CutPrefix(a.Name, hostPrefix)
+	return ours && l.Type() == "veth" && a.Alias == "" && len(digits) == 11 && strings.Trim(digits, "0123456789abcdef") == ""
+}
+
+type portSync struct {
+	b      Bridge
+	index  int // of the bridge
+	nl     *netlink.Handle
+	flags  map[int]map[uint16]byte // by port
+	fdb    map[string]bool         // static entries: see fdbKey
+	neigh  map[netip.Addr]netlink.Neigh
+	held   map[netip.Addr]bool // attached
+	mended []string
+}
+
+func (s *portSync) read() error {
+	var err error
+	if s.flags, err = readPortFlags(); err != nil {
+		return fmt.Errorf("read port flags: %w", err)
+	}
+	fdb, err := whole(func() ([]netlink.Neigh, error) { return s.nl.NeighList(0, unix.AF_BRIDGE) })
+	if err != nil {
+		return fmt.Errorf("read forwarding entries: %w", err)
+	}
+	s.fdb = map[string]bool{}
+	for _, n := range fdb {
+		if n.MasterIndex == s.index && n.State&netlink.NUD_NOARP != 0 && n.Vlan == 0 {
+			s.fdb[fdbKey(n.LinkIndex, n.HardwareAddr)] = true
+		}
+	}
+	list, err := whole(func() ([]netlink.Neigh, error) { return s.nl.NeighList(s.index, unix.AF_INET) })
+	if err != nil {
+		return fmt.Errorf("read neighbours: %w", err)
+	}
+	s.neigh = map[netip.Addr]netlink.Neigh{}
+	for _, n := range list {
+		if ip, ok := netip.AddrFromSlice(n.IP.To4()); ok && n.State&netlink.NUD_PERMANENT != 0 {
+			s.neigh[ip] = n
+		}
+	}
+	return nil
+}
+
+func fdbKey(port int, mac []byte) string { return fmt.Sprintf("%d %x", port, mac) }
+
+// fix does one thing and notes what it was.
+func (s *portSync) fix(what string, do func() error) error {
+	if err := do(); err != nil {
+		return fmt.Errorf("mend %s: %w", what, err)
+	}
+	s.mended = append(s.mended, what)
+	return nil
+}
+
+// mend brings one endpoint back to what its alias says. The master comes first:
+// flags and forwarding entry go with it.
+func (s *portSync) mend(l netlink.Link, a alias) error {
+	at := l.Attrs()
+	joined := at.MasterIndex == s.index
+	var errs []error
+	fix := func(right bool, what string, do func() error) {
+		if !right {
+			errs = append(errs, s.fix(at.Name+": "+what, do))
+		}
+	}
+	fix(joined, "master", func() error { return s.nl.LinkSetMasterByIndex(l, s.index) })
+	fix(at.Flags&1 != 0, "down", func() error { return s.nl.LinkSetUp(l) })
+	fix(at.MTU == s.b.MTU, fmt.Sprintf("MTU %d", at.MTU), func() error { return s.setMTU(l) })
+	for _, f := range portFlags {
+		if is, ok := s.flags[at.Index][uint16(f.attr)]; !joined || !ok || is != f.value {
+			fix(false, f.name, func() error { return setPort(at.Index) })
+			break
+		}
+	}
+	fix(joined && s.fdb[fdbKey(at.Index, a.mac)], "forwarding entry", func() error { return s.nl.NeighSet(forwarding(at.Index, a.mac)) })
+	n, known := s.neigh[a.addr.Addr()]
+	fix(known && bytes.Equal(n.HardwareAddr, a.mac), "neighbour", func() error { return s.nl.NeighSet(neighbourFor(s.index, a)) })
+	return errors.Join(errs...)
+}
+
+// setMTU sets both ends' MTU, the container's first: while the host's end still
+// differs, a repeat knows that there is something to do. The container's
+// namespace need not be entered: the kernel knows it by the id it has here.
+func (s *portSync) setMTU(l netlink.Link) error {
+	if at := l.Attrs(); at.ParentIndex > 0 {
+		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		msg.Index = int32(at.ParentIndex)
+		req.AddData(msg)
+		if at.NetNsID >= 0 {
+			req.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(at.NetNsID))))
+		}
+		req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(s.b.MTU))))
+		if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+			return fmt.Errorf("the container's end: %w", err)
+		}
+	}
+	return s.nl.LinkSetMTU(l, s.b.MTU)
+}
+
+// forget deletes the neighbours that attaches made and nobody has any more: the
+// MAC that is derived from the address tells them.
+func (s *portSync) forget() error {
+	var errs []error
+	for ip, n := range s.neigh {
+		if s.held[ip] || !bytes.Equal(n.HardwareAddr, MACFor(ip)) {
+			continue
+		}
+		errs = append(errs, s.fix("neighbour "+ip.String()+": nobody's, deleted", func() error { return s.nl.NeighDel(&n) }))
+	}
+	return errors.Join(errs...)
+}
+
+// readPortFlags reads the flags of all ports of all bridges in one dump.
+func readPortFlags() (map[int]map[uint16]byte, error) {
+	msgs, err := whole(func() ([][]byte, error) {
+		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+		req.AddData(nl.NewIfInfomsg(unix.AF_BRIDGE))
+		return req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	})
+	if err != nil {
+		return nil, err
+	}
+	all := map[int]map[uint16]byte{}
+	for _, m := range msgs {
+		flags := map[uint16]byte{}
+		eachAttr(m[unix.SizeofIfInfomsg:], func(attr uint16, value []byte) bool {
+			if attr == unix.IFLA_PROTINFO {
+				eachAttr(value, func(attr uint16, value []byte) bool {
+					if len(value) == 1 {
+						flags[attr] = value[0]
+					}
+					return true
+				})
+			}
+			return true
+		})
+		all[int(int32(native.Uint32(m[4:])))] = flags
+	}
+	return all, nil
+}
