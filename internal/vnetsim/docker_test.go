@@ -45,7 +45,7 @@ func TestDockerOutlivesPowerCut(t *testing.T) {
 	step("start", vm.StartDocker(ctx))
 	step("import", vm.ImportBusybox(ctx))
 	step("create", func() error {
-		_, err := vm.Docker(ctx, "run", "-d", "--restart", "always", "--name", "web", "busybox", "sleep", "1000000")
+		_, err := vm.Docker(ctx, "run", "-d", "--stop-signal", "KILL", "--restart", "always", "--name", "web", "busybox", "sleep", "1000000")
 		return err
 	}())
 	if got := docker(t, vm, "run", "--rm", "busybox", "echo", "hello"); got != "hello" {
@@ -55,7 +55,7 @@ func TestDockerOutlivesPowerCut(t *testing.T) {
 		t.Errorf("the internet saw %q, want %s", got, vm.Public)
 	}
 	step("kill", vm.StopDocker(ctx, syscall.SIGKILL))
-	step("start again", vm.StartDocker(ctx, "--live-restore"))
+	step("start again", vm.StartDocker(ctx))
 	step("stop", vm.StopDocker(ctx, syscall.SIGTERM))
 	step("start again", vm.StartDocker(ctx))
 	step("cut", vm.PowerCut())

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -85,6 +86,21 @@ func (n *Namespace) Command(ctx context.Context, name string, arg ...string) *ex
 		cmd.Err = fmt.Errorf("it has no power")
 	}
 	return cmd
+}
+
+// Enter is a shell's command line that gives a person a shell in the namespace.
+func (n *Namespace) Enter() string {
+	return strings.Join(n.Command(context.Background(), "bash").Args, " ")
+}
+
+// DialContext is net.Dialer's, from within the network namespace. The address
+// must not need a resolver.
+func (n *Namespace) DialContext(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	err = n.Do(func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
 }
 
 // Run runs a command as Command does and returns its standard output. The

@@ -291,28 +291,32 @@ func (m *VM) boot() (err error) {
 		if err := m.vnet.plug(n, m.PidOne()); err != nil {
 			return err
 		}
-		if err := m.ip(m.dhcp(n, i == 0)); err != nil {
+		if err := m.ip(m.dhcp(n, i)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// dhcp is what Azure's DHCP makes of a NIC: the primary address and, on the
-// primary NIC, the default route and option 121's.
-func (m *VM) dhcp(n *nic, primary bool) string {
+// dhcp is what Azure's DHCP makes of the i-th NIC: the primary address and, on
+// eth0, the default route and option 121's. A further NIC has the policy
+// routing that Azure's documentation asks for: what comes in by it leaves by it.
+func (m *VM) dhcp(n *nic, i int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "address add %s/%d broadcast + dev %s metric 100\n", n.Primary, n.Prefix.Bits(), n.Name)
-	if m.hold && primary {
+	if m.hold && i == 0 {
 		for _, a := range n.Secondaries {
 			fmt.Fprintf(&b, "address add %s/%d dev %s\n", a, n.Prefix.Bits(), n.Name)
 		}
 	}
 	fmt.Fprintf(&b, "link set %s up\n", n.Name)
-	if primary {
-		for _, dst := range []string{"default", HostAgentAddr.String(), IMDSAddr.String()} {
-			fmt.Fprintf(&b, "route add %s via %s dev %s proto dhcp src %s metric 100\n", dst, n.Gateway, n.Name, n.Primary)
-		}
+	if i > 0 {
+		fmt.Fprintf(&b, "route add default via %s dev %s table %d\n", n.Gateway, n.Name, 200+i)
+		fmt.Fprintf(&b, "rule add from %s lookup %d\n", n.Primary, 200+i)
+		return b.String()
+	}
+	for _, dst := range []string{"default", HostAgentAddr.String(), IMDSAddr.String()} {
+		fmt.Fprintf(&b, "route add %s via %s dev %s proto dhcp src %s metric 100\n", dst, n.Gateway, n.Name, n.Primary)
 	}
 	return b.String()
 }
