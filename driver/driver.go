@@ -1,0 +1,206 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package driver is libnetwork's NetworkDriver over the bridge: it turns Docker's
+// networks and endpoints into bridges and attachments. It is not the pool: the
+// addresses come leased by the IpamDriver, and are only checked here.
+//
+// Docker tells a network once and never again, so networks.json outlives the
+// boot. Of endpoints nothing is remembered: the kernel's links tell.
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+
+	"github.com/docker/go-plugins-helpers/network"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// ownerPrefix begins the owner of every lease and of every link of Docker's.
+const ownerPrefix = "docker/"
+
+// Config says what the driver works on.
+type Config struct {
+	Dir          string // directory of networks.json, which must outlive a reboot; made if missing
+	Host         *bridge.Host
+	Pool         *pool.Pool
+	AddressSpace string                // the IpamDriver's: a pool of any other is not ours
+	Used         func(pf netip.Prefix) // told that a network was made of the subnet; may be nil
+}
+
+// Driver answers the NetworkDriver calls. Its methods are safe for parallel use
+// and repeatable.
+type Driver struct {
+	cfg Config
+}
+
+// New returns a driver.
+func New(cfg Config) *Driver {
+	if cfg.Used == nil {
+		cfg.Used = func(netip.Prefix) {}
+	}
+	return &Driver{cfg: cfg}
+}
+
+// GetCapabilities: networks are of this host, and reach others.
+func (d *Driver) GetCapabilities(context.Context) (*network.CapabilitiesResponse, error) {
+	return &network.CapabilitiesResponse{Scope: network.LocalScope, ConnectivityScope: network.GlobalScope}, nil
+}
+
+// idShape is what Docker's ids look like, so that no id is ever a path.
+var idShape = regexp.MustCompile(`^[0-9a-zA-Z]{1,64}$`)
+
+func checkIDs(ids ...string) error {
+	for _, id := range ids {
+		if !idShape.MatchString(id) {
+			return fmt.Errorf("%.80q is not an id: 1 to 64 letters and digits", id)
+		}
+	}
+	return nil
+}
+
+// CreateNetwork checks the network, writes it to disk and ensures its bridge. A
+// repeat with the same content is success.
+func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequest) error {
+	n, err := d.plan(ctx, r)
+	if err != nil {
+		return fmt.Errorf("create network: %w", err)
+	}
+	added := false
+	err = d.change(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
+		if old, ok := all[r.NetworkID]; ok && !old.equal(n) {
+			return fmt.Errorf("%s exists with other options", r.NetworkID)
+		} else if ok {
+			return nil
+		}
+		if err := n.agrees(all); err != nil {
+			return err
+		}
+		all[r.NetworkID], added = n, true
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("create network: %w", err)
+	}
+	if _, err = d.cfg.Host.Ensure(ctx, n.spec()); err == nil {
+		err = ctx.Err() // an answer after the deadline reaches nobody
+	}
+	if err != nil {
+		if added {
+			err = errors.Join(err, d.forget(context.WithoutCancel(ctx), r.NetworkID))
+		}
+		return fmt.Errorf("create network: %w", err)
+	}
+	d.cfg.Used(n.Prefix)
+	return nil
+}
+
+// agrees refuses a network that wants another MTU of a bridge that it shares.
+func (n Network) agrees(all map[string]Network) error {
+	for id, other := range all {
+		if other.MAC == n.MAC && other.MTU != n.MTU {
+			return fmt.Errorf("networks of one NIC share its bridge and its MTU: network %.12s has %s, this one asks for %s", id, mtuText(other.MTU), mtuText(n.MTU))
+		}
+	}
+	return nil
+}
+
+func mtuText(bytes int) string {
+	if bytes == 0 {
+		return "the NIC's"
+	}
+	return fmt.Sprint(bytes)
+}
+
+// plan checks a request and says what it asks for. It keeps auxiliary addresses,
+// which is repeatable, and changes nothing else.
+func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Network, error) {
+	if err := checkIDs(r.NetworkID); err != nil {
+		return Network{}, err
+	}
+	o, err := parseNetworkOptions(r.Options)
+	if err != nil {
+		return Network{}, err
+	}
+	if len(r.IPv6Data) > 0 {
+		return Network{}, errors.New("IPv6 is not served yet: create the network without --ipv6 and IPv6 subnets")
+	}
+	if len(r.IPv4Data) != 1 || r.IPv4Data[0] == nil {
+		return Network{}, fmt.Errorf("a network has exactly one subnet, and %d were given", len(r.IPv4Data))
+	}
+	data := r.IPv4Data[0]
+	if data.AddressSpace != d.cfg.AddressSpace {
+		return Network{}, fmt.Errorf("its addresses come from %.40q and not from Azure: create it with --ipam-driver azure-vnet:latest (the tag that -d has)", data.AddressSpace)
+	}
+	prefix, err := netip.ParsePrefix(data.Pool)
+	if err != nil {
+		return Network{}, fmt.Errorf("its subnet %.80q is not a CIDR", data.Pool)
+	}
+	nic, err := d.nic(ctx, o.master, prefix)
+	if err != nil {
+		return Network{}, err
+	}
+	n := Network{
+		MAC: nic.MAC, Primary: nic.Primary, Bridge: o.bridge, MTU: o.mtu,
+		Prefix: prefix, Gateway: prefix.Addr().Next(), SNAT: o.policy.SNAT, Direct: o.policy.Direct,
+	}
+	if data.Gateway != "" {
+		if gateway, err := netip.ParsePrefix(data.Gateway); err != nil || gateway.Addr() != n.Gateway {
+			return Network{}, fmt.Errorf("the gateway of %s is %s, which Azure fixes, and not %.80s: leave out --gateway", prefix, n.Gateway, data.Gateway)
+		}
+	}
+	n.Aux, err = d.keepAux(ctx, n, data.AuxAddresses)
+	return n, err
+}
+
+// nic is the NIC that has the subnet, and must be master if that is given.
+func (d *Driver) nic(ctx context.Context, master string, prefix netip.Prefix) (pool.NIC, error) {
+	mac := ""
+	if master != "" {
+		var err error
+		if _, mac, err = d.cfg.Host.NIC(ctx, master); err != nil {
+			return pool.NIC{}, fmt.Errorf("-o master=%s: %w", master, err)
+		}
+	}
+	nic, _, err := d.cfg.Pool.Subnet(ctx, mac, prefix)
+	return nic, err
+}
+
+// DeleteNetwork forgets the network. Its bridge stays, for other networks and for
+// the next one: moving the host's address back and forth serves nobody, and
+// uninstall does it. An unknown network is success.
+func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequest) error {
+	if err := checkIDs(r.NetworkID); err != nil {
+		return fmt.Errorf("delete network: %w", err)
+	}
+	if err := d.forget(ctx, r.NetworkID); err != nil {
+		return fmt.Errorf("delete network: %w", err)
+	}
+	return nil
+}
+
+func (d *Driver) forget(ctx context.Context, id string) error {
+	return d.change(ctx, "forget network "+id, func(all map[string]Network) error {
+		delete(all, id)
+		return nil
+	})
+}
+
+// AllocateNetwork and FreeNetwork belong to swarm networks.
+func (d *Driver) AllocateNetwork(context.Context, *network.AllocateNetworkRequest) (*network.AllocateNetworkResponse, error) {
+	return nil, errors.New("allocate network: swarm networks are not served: its addresses belong to one VM; create the network on each node with --scope local")
+}
+
+// FreeNetwork has nothing to free.
+func (d *Driver) FreeNetwork(context.Context, *network.FreeNetworkRequest) error { return nil }
+
+// DiscoverNew has no use for other nodes: Azure routes to them.
+func (d *Driver) DiscoverNew(context.Context, *network.DiscoveryNotification) error { return nil }
+
+// DiscoverDelete has no use for other nodes either.
+func (d *Driver) DiscoverDelete(context.Context, *network.DiscoveryNotification) error { return nil }

@@ -1,0 +1,188 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/network"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// undoTime bounds a rollback, which runs after the call's own deadline too.
+const undoTime = 10 * time.Second
+
+// CreateEndpoint attaches a container's interface: all that can fail of a
+// docker run is here, since an engine from 29 leaves a container without network
+// when Join fails. A failure leaves nothing, for the engine sends no DeleteEndpoint
+// after one.
+func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (*network.CreateEndpointResponse, error) {
+	attached, err := d.attach(ctx, r)
+	if err != nil {
+		return nil, fmt.Errorf("create endpoint: %w", err)
+	}
+	answer := &network.EndpointInterface{} // an address that is echoed is an error to the engine
+	if r.Interface.MacAddress == "" {
+		answer.MacAddress = attached.MAC.String()
+	}
+	return &network.CreateEndpointResponse{Interface: answer}, nil
+}
+
+func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (bridge.Attachment, error) {
+	none := bridge.Attachment{}
+	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
+		return none, err
+	}
+	if err := checkEndpointOptions(r.Options); err != nil {
+		return none, err
+	}
+	n, err := d.network(r.NetworkID)
+	if err != nil {
+		return none, err
+	}
+	addr, mac, err := n.asked(r.Interface)
+	if err != nil {
+		return none, err
+	}
+	lease, err := d.lease(ctx, n, addr.Addr())
+	if err != nil {
+		return none, err
+	}
+	br, err := d.cfg.Host.Ensure(ctx, n.spec())
+	if err != nil {
+		return none, err
+	}
+	owner := ownerPrefix + r.EndpointID
+	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
+		Owner: owner, Lease: lease.Owner, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, Policy: n.policy(),
+	})
+	if errors.Is(err, bridge.ErrAttached) {
+		return none, err // somebody else's success: not ours to undo
+	}
+	if err == nil {
+		err = d.cfg.Pool.Confirm(ctx, lease)
+	}
+	if err == nil {
+		err = ctx.Err() // an answer after the deadline reaches nobody
+	}
+	if err != nil {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		defer cancel()
+		return none, errors.Join(err, d.cfg.Host.Detach(undo, owner))
+	}
+	return attached, nil
+}
+
+// asked reads the interface that the engine wants: an address of the network,
+// and a MAC (nil: ours to choose).
+func (n Network) asked(want *network.EndpointInterface) (netip.Prefix, net.HardwareAddr, error) {
+	switch {
+	case want == nil || want.Address == "":
+		return netip.Prefix{}, nil, errors.New("the engine gave no address")
+	case want.AddressIPv6 != "":
+		return netip.Prefix{}, nil, errors.New("IPv6 is not served yet")
+	}
+	addr, err := netip.ParsePrefix(want.Address)
+	if err != nil {
+		return netip.Prefix{}, nil, fmt.Errorf("%.80q is not an address with its mask", want.Address)
+	}
+	if addr.Masked() != n.Prefix {
+		return netip.Prefix{}, nil, fmt.Errorf("%s is not of the network's subnet %s", addr, n.Prefix)
+	}
+	if want.MacAddress == "" {
+		return addr, nil, nil
+	}
+	mac, err := net.ParseMAC(want.MacAddress)
+	if err != nil || len(mac) != 6 {
+		return netip.Prefix{}, nil, fmt.Errorf("%.80q is not a MAC address", want.MacAddress)
+	}
+	if mac[0]&1 != 0 {
+		return netip.Prefix{}, nil, fmt.Errorf("MAC %s is a multicast address: no interface can have it", mac)
+	}
+	return addr, mac, nil
+}
+
+// lease is the one that the IpamDriver made for the endpoint.
+func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Lease, error) {
+	lease, held, err := d.cfg.Pool.Held(ctx, addr)
+	switch {
+	case err != nil:
+		return lease, err
+	case !held:
+		return lease, fmt.Errorf("%s is not leased: the addresses of this network come from --ipam-driver azure-vnet:latest only", addr)
+	case !strings.HasPrefix(lease.Owner, ownerPrefix):
+		return lease, fmt.Errorf("%s is held by %s", addr, lease.Owner)
+	case lease.Linkless:
+		return lease, fmt.Errorf("%s is an auxiliary address of a network", addr)
+	case lease.MAC != n.MAC || lease.Prefix != n.Prefix:
+		return lease, fmt.Errorf("%s belongs to NIC %s (%s) and the network to NIC %s (%s): create the network with --ipam-opt master= and -o master= naming one NIC", addr, lease.MAC, lease.Prefix, n.MAC, n.Prefix)
+	}
+	return lease, nil
+}
+
+// DeleteEndpoint removes the endpoint's link; one that is not there is success.
+func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRequest) error {
+	if err := checkIDs(r.EndpointID); err != nil {
+		return fmt.Errorf("delete endpoint: %w", err)
+	}
+	if err := d.cfg.Host.Detach(ctx, ownerPrefix+r.EndpointID); err != nil {
+		return fmt.Errorf("delete endpoint: %w", err)
+	}
+	return nil
+}
+
+// Join tells the engine which link to move into the container. Always with the
+// gateway: without one the engine adds an interface of its own.
+func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.JoinResponse, error) {
+	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
+		return nil, fmt.Errorf("join: %w", err)
+	}
+	n, err := d.network(r.NetworkID)
+	if err != nil {
+		return nil, fmt.Errorf("join: %w", err)
+	}
+	all, err := d.cfg.Host.Attachments(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("join: %w", err)
+	}
+	for _, at := range all {
+		if at.Owner != ownerPrefix+r.EndpointID {
+			continue
+		}
+		if at.Peer == "" {
+			return nil, fmt.Errorf("join: endpoint %.12s is in a container already", r.EndpointID)
+		}
+		return &network.JoinResponse{
+			InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"},
+			Gateway:       n.Gateway.String(),
+		}, nil
+	}
+	return nil, fmt.Errorf("join: endpoint %.12s is not attached: start the container again", r.EndpointID)
+}
+
+// Leave has nothing to do: the engine has brought the link back, and DeleteEndpoint
+// removes it.
+func (d *Driver) Leave(context.Context, *network.LeaveRequest) error { return nil }
+
+// EndpointInfo has nothing to add to what the engine knows.
+func (d *Driver) EndpointInfo(context.Context, *network.InfoRequest) (*network.InfoResponse, error) {
+	return &network.InfoResponse{Value: map[string]string{}}, nil
+}
+
+// ProgramExternalConnectivity has nothing to program: CreateEndpoint refuses ports.
+func (d *Driver) ProgramExternalConnectivity(context.Context, *network.ProgramExternalConnectivityRequest) error {
+	return nil
+}
+
+// RevokeExternalConnectivity has nothing to revoke.
+func (d *Driver) RevokeExternalConnectivity(context.Context, *network.RevokeExternalConnectivityRequest) error {
+	return nil
+}

@@ -1,0 +1,103 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+
+	"azurevnet/bridge"
+	"azurevnet/internal/statefile"
+)
+
+// networksVersion is the version of networks.json. Only a change that an older
+// release would misread raises it.
+const networksVersion = 1
+
+// Networks is networks.json: what Docker told once and, after a reboot, never
+// tells again.
+type Networks struct {
+	Version  int                `json:"version"`
+	Networks map[string]Network `json:"networks"` // by Docker's id
+}
+
+// Network is one Docker network.
+type Network struct {
+	MAC     string         `json:"mac"`               // of the NIC, lower case with colons
+	Primary bool           `json:"primary,omitempty"` // the NIC is the VM's primary
+	Bridge  string         `json:"bridge,omitempty"`  // name asked for; empty: the NIC's own
+	MTU     int            `json:"mtu,omitempty"`     // bytes; 0: the NIC's
+	Prefix  netip.Prefix   `json:"prefix"`            // the NIC's subnet
+	Gateway netip.Addr     `json:"gateway"`
+	SNAT    bool           `json:"snat"`
+	Direct  []netip.Prefix `json:"direct,omitempty"` // none: bridge.Policy's own
+	Aux     []Aux          `json:"aux,omitempty"`    // auxiliary addresses, ascending
+}
+
+// Aux is an auxiliary address: held for the network, and by no container.
+type Aux struct {
+	Addr  netip.Addr `json:"addr"`
+	Owner string     `json:"owner"` // of its lease
+}
+
+func (n Network) spec() bridge.Spec {
+	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, MTU: n.MTU}
+}
+
+func (n Network) policy() bridge.Policy {
+	return bridge.Policy{SNAT: n.SNAT, Direct: n.Direct}
+}
+
+func (n Network) equal(o Network) bool {
+	return n.MAC == o.MAC && n.Bridge == o.Bridge && n.MTU == o.MTU && n.Prefix == o.Prefix && n.Gateway == o.Gateway &&
+		n.SNAT == o.SNAT && slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
+}
+
+// NetworksFile is the path of networks.json in dir.
+func NetworksFile(dir string) string { return filepath.Join(dir, "networks.json") }
+
+// Check refuses a version that this release does not know: guessing would lose
+// networks that Docker tells only once.
+func (f Networks) Check() error {
+	if f.Version != networksVersion {
+		return fmt.Errorf("it is of version %d and this release knows only %d: run the release that wrote it", f.Version, networksVersion)
+	}
+	return nil
+}
+
+// ReadNetworks reads networks.json in dir; a file that is not there has no
+// networks. One that cannot be read is an error and is left as it is.
+func ReadNetworks(dir string) (Networks, error) {
+	file, err := statefile.Read[Networks](NetworksFile(dir))
+	if err != nil {
+		return Networks{}, fmt.Errorf("docker's networks: %w", err)
+	}
+	return file, nil
+}
+
+// network returns a network that was created here.
+func (d *Driver) network(id string) (Network, error) {
+	file, err := ReadNetworks(d.cfg.Dir)
+	if err != nil {
+		return Network{}, err
+	}
+	n, ok := file.Networks[id]
+	if !ok {
+		return Network{}, fmt.Errorf("network %.64q is not known here: remove it and create it again", id)
+	}
+	return n, nil
+}
+
+// change lets fn change the file, and has it on disk when it returns.
+func (d *Driver) change(ctx context.Context, who string, fn func(map[string]Network) error) error {
+	return statefile.Durable(ctx, NetworksFile(d.cfg.Dir), who, func(f *Networks) error {
+		f.Version = networksVersion
+		if f.Networks == nil {
+			f.Networks = map[string]Network{}
+		}
+		return fn(f.Networks)
+	})
+}

@@ -1,0 +1,170 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"azurevnet/bridge"
+)
+
+// Keys of the engine's protocol.
+const (
+	keyGeneric    = "com.docker.network.generic"
+	keyIPv4       = "com.docker.network.enable_ipv4"
+	keyIPv6       = "com.docker.network.enable_ipv6"
+	keyInternal   = "com.docker.network.internal"
+	keyPortMap    = "com.docker.network.portmap"
+	engineOptions = "com.docker.network." // the engine's own endpoint options begin so
+)
+
+// options are what -o may say of a network.
+type options struct {
+	master string // NIC by name or MAC; empty: the one that has the subnet
+	bridge string // name; empty: see bridge.Spec
+	mtu    int    // bytes; 0: the NIC's
+	policy bridge.Policy
+}
+
+// networkOptions are the options of docker network create -o. Each parses its
+// value into o.
+var networkOptions = map[string]func(o *options, value string) error{
+	"master":                           func(o *options, v string) error { return name(&o.master, v) },
+	"bridge":                           func(o *options, v string) error { return linkName(&o.bridge, v) },
+	"mtu":                              func(o *options, v string) error { return mtu(&o.mtu, v) },
+	"snat":                             func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
+	"direct":                           func(o *options, v string) error { return prefixes(&o.policy.Direct, v) },
+	"mode":                             func(_ *options, v string) error { return mode(v) },
+	"com.microsoft.azure.network.mode": func(_ *options, v string) error { return mode(v) },
+}
+
+// parseNetworkOptions reads the Options of CreateNetwork.
+func parseNetworkOptions(all map[string]any) (options, error) {
+	o := options{policy: bridge.Policy{SNAT: true}}
+	switch {
+	case isTrue(all[keyIPv6]):
+		return o, fmt.Errorf("--ipv6 is not served yet: create the network without it")
+	case isTrue(all[keyInternal]):
+		return o, fmt.Errorf("--internal is not served yet: create the network without it")
+	case all[keyIPv4] != nil && !isTrue(all[keyIPv4]):
+		return o, fmt.Errorf("a network without IPv4 is not served yet")
+	}
+	if all[keyGeneric] == nil {
+		return o, nil
+	}
+	generic, ok := all[keyGeneric].(map[string]any)
+	if !ok {
+		return o, fmt.Errorf("options (%s) are not a map", keyGeneric)
+	}
+	for _, key := range slices.Sorted(maps.Keys(generic)) {
+		parse, known := networkOptions[key]
+		if !known {
+			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(networkOptions)), ", "))
+		}
+		value, ok := generic[key].(string)
+		if !ok {
+			return o, fmt.Errorf("-o %s: its value is not a string", key)
+		}
+		if err := parse(&o, value); err != nil {
+			return o, fmt.Errorf("-o %s=%.80s: %w", key, value, err)
+		}
+	}
+	return o, nil
+}
+
+// checkEndpointOptions refuses what would be ignored: published ports, and any
+// --driver-opt.
+func checkEndpointOptions(all map[string]any) error {
+	switch ports := all[keyPortMap].(type) {
+	case nil:
+	case []any:
+		if len(ports) > 0 {
+			return fmt.Errorf("published ports (-p, -P) are not served yet: the container is reached at its own address without them")
+		}
+	default:
+		return fmt.Errorf("%s is not a list", keyPortMap)
+	}
+	for _, key := range slices.Sorted(maps.Keys(all)) {
+		if !strings.HasPrefix(key, engineOptions) {
+			return fmt.Errorf("unknown --driver-opt %.80q: this driver has none", key)
+		}
+	}
+	return nil
+}
+
+// isTrue reads a flag that the engine sends as a boolean, or as a string in old
+// releases.
+func isTrue(v any) bool {
+	if s, ok := v.(string); ok {
+		on, _ := strconv.ParseBool(s)
+		return on
+	}
+	on, _ := v.(bool)
+	return on
+}
+
+var linkNameShape = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`)
+
+// linkName takes what the kernel takes for an interface, less what a shell or a
+// path would read otherwise.
+func linkName(to *string, v string) error {
+	if !linkNameShape.MatchString(v) {
+		return fmt.Errorf("an interface name is 1 to 15 letters, digits, dots, dashes or underscores")
+	}
+	*to = v
+	return nil
+}
+
+// name takes an interface name or a MAC.
+func name(to *string, v string) error {
+	if mac, err := net.ParseMAC(v); err == nil && len(mac) == 6 {
+		*to = mac.String()
+		return nil
+	}
+	return linkName(to, v)
+}
+
+// mtu takes what IPv4 can work with (RFC 791) up to what a link can carry.
+func mtu(to *int, v string) error {
+	n, err := strconv.Atoi(v)
+	if err != nil || n < 68 || n > 65535 {
+		return fmt.Errorf("an MTU is a number of bytes from 68 to 65535")
+	}
+	*to = n
+	return nil
+}
+
+func onOff(to *bool, v string) error {
+	if v != "on" && v != "off" {
+		return fmt.Errorf("on or off")
+	}
+	*to = v == "on"
+	return nil
+}
+
+func prefixes(to *[]netip.Prefix, v string) error {
+	for field := range strings.SplitSeq(v, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(field))
+		if err != nil || !p.Addr().Is4() {
+			return fmt.Errorf("%.80q is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16", field)
+		}
+		*to = append(*to, p.Masked())
+	}
+	slices.SortFunc(*to, netip.Prefix.Compare)
+	*to = slices.Compact(*to)
+	return nil
+}
+
+func mode(v string) error {
+	if v != "bridge" {
+		return fmt.Errorf("the only mode is bridge")
+	}
+	return nil
+}

@@ -1,0 +1,109 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"encoding/json"
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/bridge"
+)
+
+func TestNetworkOptions(t *testing.T) {
+	on := bridge.Policy{SNAT: true}
+	for _, c := range []struct {
+		name, json string
+		want       options
+		err        string
+	}{
+		{"none", `{}`, options{policy: on}, ""},
+		{"an empty map", `{"com.docker.network.generic":{}}`, options{policy: on}, ""},
+		{"what an engine adds", `{"com.docker.network.enable_ipv4":true,"com.docker.network.enable_ipv6":false,"com.docker.network.internal":false,"com.docker.network.generic":null}`, options{policy: on}, ""},
+		{"all", `{"com.docker.network.generic":{"master":"eth1","bridge":"azure1","mtu":"1400","mode":"bridge","snat":"off","direct":"192.168.0.0/16, 10.1.2.3/8,10.0.0.0/8","com.microsoft.azure.network.mode":"bridge"}}`,
+			options{"eth1", "azure1", 1400, bridge.Policy{Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.0.0/16")}}}, ""},
+		{"a NIC by its MAC", `{"com.docker.network.generic":{"master":"00-0D-3A-04-75-98"}}`, options{master: "00:0d:3a:04:75:98", policy: on}, ""},
+
+		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.microsoft.azure.network.mode, direct, master, mode, mtu, snat`},
+		{"--ipv6", `{"com.docker.network.enable_ipv6":true}`, options{}, "--ipv6 is not served yet: create the network without it"},
+		{"--ipv6 of an old engine", `{"com.docker.network.enable_ipv6":"true"}`, options{}, "--ipv6 is not served yet: create the network without it"},
+		{"--internal", `{"com.docker.network.internal":true}`, options{}, "--internal is not served yet: create the network without it"},
+		{"--ipv4=false", `{"com.docker.network.enable_ipv4":false}`, options{}, "a network without IPv4 is not served yet"},
+		{"not a map", `{"com.docker.network.generic":[1]}`, options{}, "options (com.docker.network.generic) are not a map"},
+		{"not a string", `{"com.docker.network.generic":{"mtu":1400}}`, options{}, "-o mtu: its value is not a string"},
+		{"mtu", `{"com.docker.network.generic":{"mtu":"67"}}`, options{}, "-o mtu=67: an MTU is a number of bytes from 68 to 65535"},
+		{"mode", `{"com.docker.network.generic":{"mode":"tunnel"}}`, options{}, "-o mode=tunnel: the only mode is bridge"},
+		{"snat", `{"com.docker.network.generic":{"snat":"true"}}`, options{}, "-o snat=true: on or off"},
+		{"direct, IPv6", `{"com.docker.network.generic":{"direct":"fd00::/8"}}`, options{}, `-o direct=fd00::/8: "fd00::/8" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
+		{"direct, empty", `{"com.docker.network.generic":{"direct":""}}`, options{}, `-o direct=: "" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
+		{"a path for a bridge", `{"com.docker.network.generic":{"bridge":"../x"}}`, options{}, "-o bridge=../x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"too long a name", `{"com.docker.network.generic":{"bridge":"a23456789012345x"}}`, options{}, "-o bridge=a23456789012345x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := parseNetworkOptions(parse(t, c.json))
+			checkError(t, err, c.err)
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(options{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); c.err == "" && diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestEndpointOptions(t *testing.T) {
+	for _, c := range []struct{ name, json, err string }{
+		{"none", `{}`, ""},
+		{"what an engine adds", `{"com.docker.network.portmap":[],"com.docker.network.endpoint.exposedports":[{"Proto":6,"Port":80}],"com.docker.network.endpoint.macaddress":"AkIK8AAH"}`, ""},
+		{"no ports", `{"com.docker.network.portmap":null}`, ""},
+		{"-p", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostPort":8080}]}`, "published ports (-p, -P) are not served yet: the container is reached at its own address without them"},
+		{"not a list", `{"com.docker.network.portmap":7}`, "com.docker.network.portmap is not a list"},
+		{"--driver-opt", `{"qos":"high"}`, `unknown --driver-opt "qos": this driver has none`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			checkError(t, checkEndpointOptions(parse(t, c.json)), c.err)
+		})
+	}
+}
+
+func parse(t *testing.T, text string) (m map[string]any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &m); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func checkError(t *testing.T, err error, want string) {
+	t.Helper()
+	got := ""
+	if err != nil {
+		got = err.Error()
+	}
+	if got != want {
+		t.Errorf("error %q\nwant  %q", got, want)
+	}
+}
+
+func FuzzNetworkOptions(f *testing.F) {
+	f.Add(`{"com.docker.network.generic":{"master":"eth1","mtu":"1400","direct":"10.0.0.0/8"}}`)
+	f.Add(`{"com.docker.network.generic":{"mtu":{}}}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		var m map[string]any
+		if json.Unmarshal([]byte(text), &m) != nil {
+			t.Skip()
+		}
+		o, err := parseNetworkOptions(m)
+		if err != nil {
+			return
+		}
+		for _, p := range o.policy.Direct {
+			if p != p.Masked() || !p.Addr().Is4() {
+				t.Errorf("direct %s", p)
+			}
+		}
+		if o.bridge != "" && !linkNameShape.MatchString(o.bridge) {
+			t.Errorf("bridge %q", o.bridge)
+		}
+	})
+}

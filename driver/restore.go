@@ -1,0 +1,90 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"azurevnet/pool"
+)
+
+// ensureTime bounds the restoring of one network, so that one whose NIC is gone
+// does not keep the others waiting.
+const ensureTime = 15 * time.Second
+
+// Restore makes the bridges of all networks stand and their auxiliary addresses
+// held, as after a reboot. It goes on past a network that fails: the error joins
+// those of each, and a call for such a network tries again by itself.
+func (d *Driver) Restore(ctx context.Context) error {
+	file, err := ReadNetworks(d.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, id := range slices.Sorted(maps.Keys(file.Networks)) {
+		if err := d.restore(ctx, file.Networks[id]); err != nil {
+			errs = append(errs, fmt.Errorf("restore network %.12s: %w", id, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Driver) restore(ctx context.Context, n Network) error {
+	ctx, cancel := context.WithTimeout(ctx, ensureTime)
+	defer cancel()
+	_, err := d.cfg.Host.Ensure(ctx, n.spec())
+	for _, aux := range n.Aux {
+		err = errors.Join(err, d.hold(ctx, n, aux))
+	}
+	return err
+}
+
+// hold leases an auxiliary address anew if it is not held.
+func (d *Driver) hold(ctx context.Context, n Network, aux Aux) error {
+	lease, held, err := d.cfg.Pool.Held(ctx, aux.Addr)
+	switch {
+	case err != nil:
+		return err
+	case held && lease.Owner != aux.Owner:
+		return fmt.Errorf("auxiliary address %s is held by %s", aux.Addr, lease.Owner)
+	case held && lease.Linkless:
+		return nil
+	case held:
+		return d.cfg.Pool.Keep(ctx, lease)
+	}
+	_, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true})
+	return err
+}
+
+// keepAux makes the leases of the auxiliary addresses ones that no link needs to
+// prove. RequestAddress could not know: to it they look like a container's --ip.
+func (d *Driver) keepAux(ctx context.Context, n Network, asked map[string]any) ([]Aux, error) {
+	var all []Aux
+	for name, value := range asked {
+		text, _ := value.(string)
+		prefix, err := netip.ParsePrefix(text)
+		if err != nil {
+			return nil, fmt.Errorf("--aux-address %.40s: %.80q is not an address", name, text)
+		}
+		lease, held, err := d.cfg.Pool.Held(ctx, prefix.Addr())
+		if err != nil {
+			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
+		}
+		if !held || !strings.HasPrefix(lease.Owner, ownerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
+			return nil, fmt.Errorf("--aux-address %.40s: %s is not held for this network", name, prefix.Addr())
+		}
+		if err := d.cfg.Pool.Keep(ctx, lease); err != nil {
+			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
+		}
+		all = append(all, Aux{Addr: prefix.Addr(), Owner: lease.Owner})
+	}
+	slices.SortFunc(all, func(a, b Aux) int { return a.Addr.Compare(b.Addr) })
+	return all, nil
+}
