@@ -1,0 +1,224 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Command azure-vnet-plugin is the managed Docker plugin: both of libnetwork's
+// drivers on one socket, until SIGTERM. Its other words, status and uninstall,
+// read and clear the kernel and the files, so they work while the plugin is dead.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"azurevnet/bridge"
+	"azurevnet/driver"
+	"azurevnet/ipamdriver"
+	"azurevnet/pool"
+)
+
+// version is set when linking.
+var version = "devel"
+
+const (
+	callDeadline = 18 * time.Second // told to a call; with callGrace within the 20 s that an engine may be kept waiting
+	callGrace    = 2 * time.Second
+	stopPatience = 8 * time.Second // an engine kills a plugin 10 s after SIGTERM
+)
+
+const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure virtual network.
+
+  azure-vnet-plugin            serve the engine; the settings are in the environment
+  azure-vnet-plugin status     what is lent, attached and known; -json for programs
+  azure-vnet-plugin uninstall  give the NIC its addresses back and remove every trace
+  azure-vnet-plugin version
+
+Flags say where things of the host are, as this process sees them:
+`
+
+// places are where things of the host are, as this process sees them.
+type places struct {
+	run    string // the host's /run
+	sysctl string // the host's /proc/sys/net
+	data   string // directory of networks.json; empty: found
+	socket string
+}
+
+func main() {
+	if err := run(os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "azure-vnet-plugin:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string, out io.Writer) error {
+	var p places
+	flags := flag.NewFlagSet("azure-vnet-plugin", flag.ContinueOnError)
+	flags.StringVar(&p.run, "run", hostRun, "the host's /run")
+	flags.StringVar(&p.sysctl, "sysctl", "/proc/sys/net", "the host's /proc/sys/net")
+	flags.StringVar(&p.data, "data", "", "`directory` of networks.json, which outlives a reboot (found if empty)")
+	flags.StringVar(&p.socket, "socket", "/run/docker/plugins/azure-vnet.sock", "socket that the engine calls")
+	asJSON := flags.Bool("json", false, "status: print JSON")
+	flags.Usage = func() { fmt.Fprint(flags.Output(), usage); flags.PrintDefaults() }
+	word := "serve"
+	if len(args) > 0 && args[0] != "" && args[0][0] != '-' {
+		word, args = args[0], args[1:]
+	}
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q: flags follow the word", flags.Arg(0))
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	switch word {
+	case "serve":
+		return serve(ctx, p, out)
+	case "status":
+		return printStatus(ctx, p, *asJSON, out)
+	case "uninstall":
+		return uninstall(ctx, p, out)
+	case "version":
+		_, err := fmt.Fprintln(out, version)
+		return err
+	}
+	return fmt.Errorf("unknown word %q: status, uninstall, version, or none to serve", word)
+}
+
+// serve listens first, restores what stood before, and answers until ctx is done.
+func serve(ctx context.Context, p places, out io.Writer) error {
+	log := logrus.New()
+	log.SetOutput(out) // the engine logs stderr as errors
+	s, err := readSettings(os.Getenv, p.run)
+	if err != nil {
+		return err
+	}
+	log.SetLevel(s.level)
+	if p.data == "" {
+		p.data = dataDir
+	}
+	l, err := listen(p.socket)
+	if err != nil {
+		return err
+	}
+	log.WithFields(logrus.Fields{"version": version, "source": s.source, "socket": p.socket}).Info("azure-vnet listens")
+
+	if err := leaveSettings(os.Getenv, p.run); err != nil {
+		return err
+	}
+
+	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	addresses, err := openPool(p, s, host)
+	if err != nil {
+		return err
+	}
+	ipam := ipamdriver.New(ipamdriver.Config{
+		Pool: addresses,
+		NIC: func(ctx context.Context, nameOrMAC string) (string, error) {
+			_, mac, err := host.NIC(ctx, nameOrMAC)
+			return mac, err
+		},
+		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
+		Warn:     func(text string) { log.Warn(text) },
+	})
+	networks := driver.New(driver.Config{
+		Dir: p.data, Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used,
+	})
+
+	gate := newGate("the networks of before the restart are being restored")
+	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
+	background, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	defer func() { cancel(); <-done }()
+	go func() {
+		defer close(done)
+		if _, err := driver.ReadNetworks(p.data); err != nil {
+			log.WithError(err).Error("every call is refused")
+			gate.open(fmt.Errorf("azure-vnet serves nothing: %w", err))
+			return
+		}
+		mend.tell("restore networks", networks.Restore(background))
+		gate.open(nil)
+		log.Info("ready")
+		mend.loop(background)
+	}()
+	srv := &server{log: log, gate: gate, deadline: callDeadline, grace: callGrace}
+	if err := srv.serve(l, methods(networks, ipam), ctx.Done(), stopPatience); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
+	return pool.New(pool.Config{
+		Dir: filepath.Join(p.run, "azure-vnet"), Source: s.source, QueryURL: s.queryURL, CoolDown: s.coolDown, Reclaim: s.reclaim,
+		Links: func(ctx context.Context) ([]pool.Lease, error) { return provenLeases(ctx, host) },
+	})
+}
+
+// listen makes the socket, in place of one that a killed plugin left.
+func listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return l, nil
+}
+
+// linkOf is the host link that holds addr, "" if none does.
+func linkOf(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, error) {
+	all, err := host.Attachments(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, at := range all {
+		if at.Addr.Addr() == addr {
+			return at.Link, nil
+		}
+	}
+	return "", nil
+}
+
+// provenLeases are those that the host's links prove.
+func provenLeases(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
+	attached, err := host.Attachments(ctx)
+	if err != nil || len(attached) == 0 {
+		return nil, err
+	}
+	bridges, err := host.Bridges(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nic := map[string]string{}
+	for _, b := range bridges {
+		nic[b.Name] = b.MAC.String()
+	}
+	leases := make([]pool.Lease, 0, len(attached))
+	for _, at := range attached {
+		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: nic[at.Bridge], Prefix: at.Addr})
+	}
+	return leases, nil
+}

@@ -1,0 +1,458 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/ipam"
+	"github.com/docker/go-plugins-helpers/network"
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/driver"
+)
+
+const (
+	netID   = "6e65740000000000000000000000000000000000000000000000000000000001"
+	otherID = "6e65740000000000000000000000000000000000000000000000000000000002"
+)
+
+// engine plays dockerd against a whole plugin on its socket.
+type engine struct {
+	t      *testing.T
+	places places
+	client *http.Client
+	stop   context.CancelFunc
+	done   chan error
+	log    *logBuffer
+}
+
+// startPlugin runs the plugin in this process, on the VM's /run, with its
+// networks in data.
+func startPlugin(t *testing.T, data string) *engine {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	e := &engine{
+		t: t, stop: cancel, done: make(chan error, 1), log: &logBuffer{},
+		places: places{run: "/run", sysctl: "/proc/sys/net", data: data, socket: "/run/docker/plugins/azure-vnet.sock"},
+	}
+	e.client = &http.Client{Transport: &http.Transport{
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", e.places.socket) },
+	}}
+	os.Remove(e.places.socket)
+	go func() { e.done <- serve(ctx, e.places, e.log) }()
+	t.Cleanup(func() {
+		e.end()
+		if t.Failed() {
+			t.Logf("the plugin's log:\n%s", e.log)
+		}
+	})
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(e.places.socket); err == nil {
+			return e
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the plugin does not listen:\n%s", e.log)
+		}
+	}
+}
+
+// end stops the plugin; a second call does nothing.
+func (e *engine) end() {
+	e.stop()
+	e.client.CloseIdleConnections()
+	if err, ok := <-e.done; ok {
+		close(e.done)
+		if err != nil {
+			e.t.Errorf("the plugin ended with: %v", err)
+		}
+	}
+}
+
+// call posts a request and reads the answer into one of type A.
+func call[A any](e *engine, method string, request any) (A, error) {
+	var answer A
+	body, err := json.Marshal(request)
+	if err != nil {
+		return answer, err
+	}
+	r, err := e.client.Post("http://plugin/"+method, "application/json", bytes.NewReader(body))
+	if err != nil {
+		return answer, err
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		return answer, err
+	}
+	if r.StatusCode != http.StatusOK {
+		var refused struct{ Err string }
+		if err := json.Unmarshal(text, &refused); err != nil {
+			return answer, fmt.Errorf("status %d: %s", r.StatusCode, text)
+		}
+		return answer, fmt.Errorf("%s", refused.Err)
+	}
+	return answer, json.Unmarshal(text, &answer)
+}
+
+type nothing struct{}
+
+// must is a call that has to succeed.
+func must[A any](e *engine, method string, request any) A {
+	e.t.Helper()
+	answer, err := call[A](e, method, request)
+	if err != nil {
+		e.t.Fatalf("%s: %v", method, err)
+	}
+	return answer
+}
+
+// createNetwork does what docker network create does, and returns the PoolID.
+func (e *engine) createNetwork(id string, options map[string]any) string {
+	e.t.Helper()
+	p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
+	must[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(id, options))
+	return p.PoolID
+}
+
+func networkRequest(id string, options map[string]any) network.CreateNetworkRequest {
+	return network.CreateNetworkRequest{
+		NetworkID: id,
+		Options:   map[string]any{"com.docker.network.enable_ipv6": false, "com.docker.network.generic": options},
+		IPv4Data:  []*network.IPAMData{{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16", Gateway: "10.240.0.1/16"}},
+	}
+}
+
+// run does what docker run does as far as Join, and returns address and link.
+func (e *engine) run(pool, endpoint string) (addr, link string, err error) {
+	a, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
+	if err != nil {
+		return "", "", err
+	}
+	_, err = call[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpoint, a.Address))
+	if err != nil {
+		return "", "", err
+	}
+	j, err := call[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: netID, EndpointID: endpoint})
+	return a.Address, j.InterfaceName.SrcName, err
+}
+
+func endpointRequest(id, addr string) network.CreateEndpointRequest {
+	return network.CreateEndpointRequest{NetworkID: netID, EndpointID: id, Interface: &network.EndpointInterface{Address: addr}}
+}
+
+// remove does what docker rm -f does.
+func (e *engine) remove(pool, endpoint, addr string) {
+	e.t.Helper()
+	must[nothing](e, "NetworkDriver.RevokeExternalConnectivity", network.RevokeExternalConnectivityRequest{NetworkID: netID, EndpointID: endpoint})
+	must[nothing](e, "NetworkDriver.Leave", network.LeaveRequest{NetworkID: netID, EndpointID: endpoint})
+	must[nothing](e, "NetworkDriver.DeleteEndpoint", network.DeleteEndpointRequest{NetworkID: netID, EndpointID: endpoint})
+	plain, _, _ := strings.Cut(addr, "/")
+	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: pool, Address: plain})
+}
+
+// lent lists the addresses that are lent, as status tells them.
+func (e *engine) lent() []string {
+	e.t.Helper()
+	r := readReport(e.t.Context(), e.places)
+	if len(r.Errors) > 0 {
+		e.t.Fatalf("status: %v", r.Errors)
+	}
+	all := []string{}
+	for addr := range r.Pool.Leases {
+		all = append(all, addr.String())
+	}
+	slices.Sort(all)
+	return all
+}
+
+func expect[T any](t *testing.T, what string, want, got T) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (- want, + got):\n%s", what, diff)
+	}
+}
+
+func endpointID(i int) string { return fmt.Sprintf("e0%062x", i) }
+
+func TestALifeOfANetworkAndAContainer(t *testing.T) {
+	newVM(t, 3)
+	e := startPlugin(t, t.TempDir())
+	pool := e.createNetwork(netID, map[string]any{"snat": "off"})
+	must[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(netID, map[string]any{"snat": "off"})) // a repeat
+
+	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
+	expect(t, "address", "10.240.0.5/16", a.Address)
+	ep := must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpointID(1), a.Address))
+	expect(t, "endpoint", network.CreateEndpointResponse{Interface: &network.EndpointInterface{MacAddress: "02:42:0a:f0:00:05"}}, ep)
+	join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	if !strings.HasPrefix(join.InterfaceName.SrcName, "azc") {
+		t.Errorf("the link to move is %q", join.InterfaceName.SrcName)
+	}
+	expect(t, "join", network.JoinResponse{
+		InterfaceName: network.InterfaceName{SrcName: join.InterfaceName.SrcName, DstPrefix: "eth"}, Gateway: "10.240.0.1",
+	}, join)
+	info := must[network.InfoResponse](e, "NetworkDriver.EndpointOperInfo", network.InfoRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	expect(t, "info", network.InfoResponse{Value: map[string]string{}}, info)
+
+	end := moveToContainer(t, join.InterfaceName.SrcName)
+	if _, err := call[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: pool, Address: "10.240.0.5"}); err == nil {
+		t.Error("the address of a running container was released")
+	}
+	if _, err := call[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpointID(1), a.Address)); err == nil {
+		t.Error("the endpoint of a running container was created again")
+	}
+	expect(t, "links after that", 1, len(endpoints(t)))
+	end()
+	for range 2 { // lost answers make engines repeat themselves
+		e.remove(pool, endpointID(1), a.Address)
+	}
+	must[nothing](e, "IpamDriver.ReleasePool", ipam.ReleasePoolRequest{PoolID: pool})
+	for range 2 {
+		must[nothing](e, "NetworkDriver.DeleteNetwork", network.DeleteNetworkRequest{NetworkID: netID})
+	}
+	expect(t, "links", []string{}, endpoints(t))
+	expect(t, "leases", []string{}, e.lent())
+}
+
+func TestANetworkIsRefusedRatherThanHalfServed(t *testing.T) {
+	newVM(t, 2)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	change := func(f func(*network.CreateNetworkRequest)) network.CreateNetworkRequest {
+		r := networkRequest(netID, nil)
+		f(&r)
+		return r
+	}
+	for _, c := range []struct {
+		name    string
+		request network.CreateNetworkRequest
+		err     string
+	}{
+		{"an unknown option", networkRequest(netID, map[string]any{"color": "red"}), `unknown option "color"`},
+		{"another IPAM", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].AddressSpace = "LocalDefault" }), "create it with --ipam-driver azure-vnet:latest"},
+		{"a subnet of no NIC", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].Pool = "172.18.0.0/16" }), "10.240.0.0/16"},
+		{"another gateway", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].Gateway = "10.240.0.9/16" }), "leave out --gateway"},
+		{"two subnets", change(func(r *network.CreateNetworkRequest) { r.IPv4Data = append(r.IPv4Data, r.IPv4Data[0]) }), "exactly one subnet"},
+		{"no subnet", change(func(r *network.CreateNetworkRequest) { r.IPv4Data = nil }), "exactly one subnet"},
+		{"IPv6", change(func(r *network.CreateNetworkRequest) { r.IPv6Data = []*network.IPAMData{{}} }), "IPv6 is not served yet"},
+		{"an unknown master", networkRequest(netID, map[string]any{"master": "eth7"}), "-o master=eth7"},
+		{"a master of another subnet", networkRequest(netID, map[string]any{"master": "fabric"}), "10.240.0.0/16"},
+		{"an auxiliary address that is not held", change(func(r *network.CreateNetworkRequest) {
+			r.IPv4Data[0].AuxAddresses = map[string]any{"router": "10.240.0.5/16"}
+		}), "--aux-address router: 10.240.0.5 is not held for this network"},
+		{"no id", networkRequest("", nil), "is not an id"},
+		{"a path for an id", networkRequest("../../etc", nil), "is not an id"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := call[nothing](e, "NetworkDriver.CreateNetwork", c.request)
+			if err == nil || !strings.Contains(err.Error(), c.err) {
+				t.Errorf("error %v\nwant one with %q", err, c.err)
+			}
+		})
+	}
+	if _, err := os.Stat(filepath.Join(data, "networks.json")); err == nil {
+		t.Error("a refused network was written down")
+	}
+	e.createNetwork(netID, map[string]any{"mtu": "1400"})
+	if _, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(netID, nil)); err == nil {
+		t.Error("the same id with other options")
+	}
+	_, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(otherID, map[string]any{"mtu": "1500"}))
+	if err == nil || !strings.Contains(err.Error(), "share its bridge and its MTU") {
+		t.Errorf("another MTU of one bridge: %v", err)
+	}
+}
+
+func TestAnEndpointThatFailsLeavesNothing(t *testing.T) {
+	newVM(t, 3)
+	e := startPlugin(t, t.TempDir())
+	pool := e.createNetwork(netID, nil)
+	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
+	change := func(f func(*network.CreateEndpointRequest)) network.CreateEndpointRequest {
+		r := endpointRequest(endpointID(1), a.Address)
+		f(&r)
+		return r
+	}
+	for _, c := range []struct {
+		name    string
+		request network.CreateEndpointRequest
+		err     string
+	}{
+		{"-p", change(func(r *network.CreateEndpointRequest) {
+			r.Options = map[string]any{"com.docker.network.portmap": []any{map[string]any{"Port": 80}}}
+		}), "published ports (-p, -P) are not served yet"},
+		{"--driver-opt", change(func(r *network.CreateEndpointRequest) { r.Options = map[string]any{"qos": "1"} }), `unknown --driver-opt "qos"`},
+		{"an unknown network", change(func(r *network.CreateEndpointRequest) { r.NetworkID = otherID }), "is not known here"},
+		{"no interface", change(func(r *network.CreateEndpointRequest) { r.Interface = nil }), "no address"},
+		{"no address", change(func(r *network.CreateEndpointRequest) { r.Interface.Address = "" }), "no address"},
+		{"another mask", change(func(r *network.CreateEndpointRequest) { r.Interface.Address = "10.240.0.5/24" }), "not of the network's subnet 10.240.0.0/16"},
+		{"IPv6", change(func(r *network.CreateEndpointRequest) { r.Interface.AddressIPv6 = "fd00::5/64" }), "IPv6 is not served yet"},
+		{"an address that nobody lent", change(func(r *network.CreateEndpointRequest) { r.Interface.Address = "10.240.0.6/16" }), "10.240.0.6 is not leased"},
+		{"a multicast MAC", change(func(r *network.CreateEndpointRequest) { r.Interface.MacAddress = "01:00:5e:00:00:01" }), "multicast"},
+		{"no MAC", change(func(r *network.CreateEndpointRequest) { r.Interface.MacAddress = "x" }), "is not a MAC address"},
+		{"a path for an id", change(func(r *network.CreateEndpointRequest) { r.EndpointID = "../x" }), "is not an id"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := call[nothing](e, "NetworkDriver.CreateEndpoint", c.request)
+			if err == nil || !strings.Contains(err.Error(), c.err) {
+				t.Errorf("error %v\nwant one with %q", err, c.err)
+			}
+			expect(t, "links", []string{}, endpoints(t))
+		})
+	}
+	if _, err := call[nothing](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: netID, EndpointID: endpointID(1)}); err == nil {
+		t.Error("an endpoint that is not there was joined")
+	}
+	asked := change(func(r *network.CreateEndpointRequest) { r.Interface.MacAddress = "02:11:22:33:44:55" })
+	ep := must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", asked)
+	expect(t, "the answer to a MAC that was asked for", network.CreateEndpointResponse{Interface: &network.EndpointInterface{}}, ep)
+}
+
+func TestARestartOfThePluginIsNotNoticed(t *testing.T) {
+	newVM(t, 3)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	pool := e.createNetwork(netID, nil)
+	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
+	must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpointID(1), a.Address))
+	e.end()
+
+	e = startPlugin(t, data)
+	join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	defer moveToContainer(t, join.InterfaceName.SrcName)()
+	e.end()
+	if err := os.Remove("/run/azure-vnet/leases.json"); err != nil {
+		t.Fatal(err)
+	}
+
+	e = startPlugin(t, data) // the leases are lost: the link proves one
+	addr, _, err := e.run(pool, endpointID(2))
+	if err != nil || addr == a.Address {
+		t.Errorf("%s, %v: it was lent twice", addr, err)
+	}
+	e.remove(pool, endpointID(1), a.Address)
+	e.remove(pool, endpointID(2), addr)
+	expect(t, "links", []string{}, endpoints(t))
+	expect(t, "leases", []string{}, e.lent())
+}
+
+func TestNetworksOutliveAReboot(t *testing.T) {
+	newVM(t, 3)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
+	must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: p.PoolID, Address: "10.240.0.5"})
+	r := networkRequest(netID, nil)
+	r.IPv4Data[0].AuxAddresses = map[string]any{"router": "10.240.0.5/16"}
+	must[nothing](e, "NetworkDriver.CreateNetwork", r)
+	e.end()
+	clearNamespace(t)
+	newVM(t, 3) // the same VM: booted
+
+	e = startPlugin(t, data)
+	addr, _, err := e.run(p.PoolID, endpointID(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(t, "leases: the auxiliary address and the container's", []string{"10.240.0.5", "10.240.0.6"}, e.lent())
+	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
+	e.remove(p.PoolID, endpointID(1), addr)
+	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: p.PoolID, Address: "10.240.0.5"})
+	expect(t, "leases", []string{}, e.lent())
+}
+
+func TestNetworksOfALaterReleaseAreNotLost(t *testing.T) {
+	newVM(t, 1)
+	data := t.TempDir()
+	later := []byte(`{"version":9,"networks":{}}`)
+	if err := os.WriteFile(driver.NetworksFile(data), later, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e := startPlugin(t, data)
+	_, err := call[nothing](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	if err == nil || !strings.Contains(err.Error(), "version 9") {
+		t.Errorf("a call: %v", err)
+	}
+	if got, err := os.ReadFile(driver.NetworksFile(data)); err != nil || !bytes.Equal(got, later) {
+		t.Errorf("the file is now %s, %v", got, err)
+	}
+}
+
+func TestThirtyContainersAtOnce(t *testing.T) {
+	newVM(t, 30)
+	e := startPlugin(t, t.TempDir())
+	pool := e.createNetwork(netID, nil)
+	var mu sync.Mutex
+	held := map[string]string{} // endpoint by address
+	var runs sync.WaitGroup
+	for i := range 30 {
+		runs.Go(func() {
+			addr, _, err := e.run(pool, endpointID(i))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if other := held[addr]; other != "" {
+				t.Errorf("%s is held twice", addr)
+			}
+			held[addr] = endpointID(i)
+		})
+	}
+	runs.Wait()
+	expect(t, "leases", 30, len(e.lent()))
+	for addr, id := range held {
+		runs.Go(func() { e.remove(pool, id, addr) })
+	}
+	runs.Wait()
+	expect(t, "links", []string{}, endpoints(t))
+	expect(t, "leases", []string{}, e.lent())
+}
+
+func TestUninstallLeavesNothing(t *testing.T) {
+	newVM(t, 1)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	e.createNetwork(netID, nil)
+	e.end()
+	for range 2 {
+		if err := uninstall(t.Context(), e.places, io.Discard); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := os.ReadDir(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(t, "files", 0, len(left))
+	if _, err := os.Stat("/run/azure-vnet"); err == nil {
+		t.Error("/run/azure-vnet is still there")
+	}
+	addrs, err := net.InterfaceByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := addrs.Addrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(list, func(a net.Addr) bool { return a.String() == "10.240.0.4/16" }) {
+		t.Errorf("eth0 has %v", list)
+	}
+	expect(t, "bridges", 0, len(readReport(t.Context(), e.places).Bridges))
+}

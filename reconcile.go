@@ -1,0 +1,175 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"azurevnet/bridge"
+	"azurevnet/driver"
+	"azurevnet/pool"
+)
+
+const (
+	mendEvery = 30 * time.Second       // without any event
+	mendQuiet = 500 * time.Millisecond // events that come in a bunch are one
+	mendTime  = 60 * time.Second       // longest that one round may take
+	watchWait = 5 * time.Second        // before a watch that ended is begun again
+)
+
+// reconciler makes the host what it should be, on the kernel's events and now and then.
+type reconciler struct {
+	log      *logrus.Logger
+	host     *bridge.Host
+	pool     *pool.Pool
+	networks *driver.Driver
+	reclaim  bool
+
+	mu   sync.Mutex        // guards said
+	said map[string]string // by what failed: the error told last, so that a lasting one is told once
+}
+
+// loop mends until ctx is done.
+func (r *reconciler) loop(ctx context.Context) {
+	events := make(chan struct{}, 1)
+	go r.watch(ctx, events)
+	tick := time.NewTicker(mendEvery)
+	defer tick.Stop()
+	for {
+		r.mend(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-events:
+			select {
+			case <-ctx.Done():
+			case <-time.After(mendQuiet):
+			}
+			select {
+			case <-events:
+			default:
+			}
+		}
+	}
+}
+
+// watch turns the kernel's events into one that is waiting to be taken.
+func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
+	for ctx.Err() == nil {
+		err := r.host.Watch(ctx, func() {
+			select {
+			case events <- struct{}{}:
+			default:
+			}
+		})
+		if ctx.Err() == nil {
+			r.tell("watch the kernel", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(watchWait):
+		}
+	}
+}
+
+// mend is one round. Each part stands alone: one that fails keeps none of the
+// others from being done.
+func (r *reconciler) mend(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, mendTime)
+	defer cancel()
+	r.tell("restore networks", r.networks.Restore(ctx))
+	mended, err := r.host.Reconcile(ctx)
+	for _, what := range mended {
+		r.log.WithField("what", what).Warn("mended")
+	}
+	r.tell("reconcile the bridges", err)
+	r.tell("collect leaked leases", r.collect(ctx))
+	if r.reclaim {
+		r.tell("reclaim addresses", r.reclaimAll(ctx))
+	}
+}
+
+// collect releases leases that no container has any more, and removes the links
+// that such a container left on the host.
+func (r *reconciler) collect(ctx context.Context) error {
+	released, err := r.pool.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
+		all, err := r.host.Attachments(ctx)
+		away := map[netip.Addr]bool{}
+		for _, at := range all {
+			if at.Away {
+				away[at.Addr.Addr()] = true
+			}
+		}
+		return away, err
+	})
+	if err != nil || len(released) == 0 {
+		return err
+	}
+	all, err := r.host.Attachments(ctx)
+	if err != nil {
+		return err
+	}
+	for _, lease := range released {
+		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that nothing had any more")
+		for _, at := range all {
+			if at.Addr.Addr() == lease.Addr && at.Lease == lease.Owner && !at.Away {
+				if err := r.host.Detach(ctx, at.Owner); err != nil {
+					return err
+				}
+				r.log.WithFields(logrus.Fields{"address": lease.Addr, "link": at.Link}).Warn("removed a link that no container had any more")
+			}
+		}
+	}
+	return nil
+}
+
+// reclaimAll takes secondary addresses off the host's NICs, where they would be
+// answered by the host.
+func (r *reconciler) reclaimAll(ctx context.Context) error {
+	nics, err := r.pool.NICs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, nic := range nics {
+		var secondary []netip.Addr
+		for _, subnet := range nic.Subnets {
+			secondary = append(secondary, subnet.Secondary...)
+		}
+		taken, err := r.host.Reclaim(ctx, nic.MAC, secondary)
+		if len(taken) > 0 {
+			r.log.WithFields(logrus.Fields{"nic": nic.MAC, "addresses": taken}).Warn("took secondary addresses off the host")
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tell logs an error when it comes, changes and goes, and not at every round.
+func (r *reconciler) tell(what string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.said == nil {
+		r.said = map[string]string{}
+	}
+	text := ""
+	if err != nil {
+		text = strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
+	switch before := r.said[what]; {
+	case text == before:
+	case text == "":
+		r.log.WithField("what", what).Info("works again")
+	default:
+		r.log.WithField("what", what).Error(text)
+	}
+	r.said[what] = text
+}

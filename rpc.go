@@ -1,0 +1,244 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/sdk"
+	"github.com/sirupsen/logrus"
+
+	"azurevnet/driver"
+	"azurevnet/ipamdriver"
+)
+
+const (
+	manifest = `{"Implements": ["NetworkDriver", "IpamDriver"]}`
+	maxBody  = 1 << 20 // bytes; the engine's largest request is a few KB
+)
+
+// method answers one call: body is the request's JSON.
+type method struct {
+	call     func(ctx context.Context, body []byte) (any, error)
+	bodiless bool // comes without a body, and is answered before the gate opens
+}
+
+// takes makes a method of a driver's function that answers.
+func takes[Q, A any](call func(context.Context, *Q) (*A, error)) method {
+	return method{call: func(ctx context.Context, body []byte) (any, error) {
+		request, err := decode[Q](body)
+		if err != nil {
+			return nil, err
+		}
+		return call(ctx, request)
+	}}
+}
+
+// does makes a method of a driver's function that has nothing to answer.
+func does[Q any](call func(context.Context, *Q) error) method {
+	return takes(func(ctx context.Context, request *Q) (*struct{}, error) {
+		return &struct{}{}, call(ctx, request)
+	})
+}
+
+// says makes a method of a driver's function that is asked nothing.
+func says[A any](call func(context.Context) (*A, error)) method {
+	return method{bodiless: true, call: func(ctx context.Context, _ []byte) (any, error) { return call(ctx) }}
+}
+
+// decode refuses empty bodies: an engine posts the same method again without one
+// when the plugin died in the middle of a call.
+func decode[Q any](body []byte) (*Q, error) {
+	request := new(Q)
+	if len(body) == 0 {
+		return nil, errors.New("the request is empty: the call was lost when the plugin restarted; repeat the command")
+	}
+	if err := json.Unmarshal(body, request); err != nil {
+		return nil, fmt.Errorf("the request is not what the plugin protocol says: %w", err)
+	}
+	return request, nil
+}
+
+// methods are all that the engine may call.
+func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
+	return map[string]method{
+		"NetworkDriver.GetCapabilities":             says(n.GetCapabilities),
+		"NetworkDriver.CreateNetwork":               does(n.CreateNetwork),
+		"NetworkDriver.DeleteNetwork":               does(n.DeleteNetwork),
+		"NetworkDriver.AllocateNetwork":             takes(n.AllocateNetwork),
+		"NetworkDriver.FreeNetwork":                 does(n.FreeNetwork),
+		"NetworkDriver.CreateEndpoint":              takes(n.CreateEndpoint),
+		"NetworkDriver.DeleteEndpoint":              does(n.DeleteEndpoint),
+		"NetworkDriver.EndpointOperInfo":            takes(n.EndpointInfo),
+		"NetworkDriver.Join":                        takes(n.Join),
+		"NetworkDriver.Leave":                       does(n.Leave),
+		"NetworkDriver.ProgramExternalConnectivity": does(n.ProgramExternalConnectivity),
+		"NetworkDriver.RevokeExternalConnectivity":  does(n.RevokeExternalConnectivity),
+		"NetworkDriver.DiscoverNew":                 does(n.DiscoverNew),
+		"NetworkDriver.DiscoverDelete":              does(n.DiscoverDelete),
+		"IpamDriver.GetCapabilities":                says(i.GetCapabilities),
+		"IpamDriver.GetDefaultAddressSpaces":        says(i.GetDefaultAddressSpaces),
+		"IpamDriver.RequestPool":                    takes(i.RequestPool),
+		"IpamDriver.ReleasePool":                    does(i.ReleasePool),
+		"IpamDriver.RequestAddress":                 takes(i.RequestAddress),
+		"IpamDriver.ReleaseAddress":                 does(i.ReleaseAddress),
+	}
+}
+
+// server serves the methods on one socket.
+type server struct {
+	log      *logrus.Logger
+	gate     *gate
+	deadline time.Duration // of a call, told to it; an engine waits 30 s, or for ever
+	grace    time.Duration // after the deadline a call that hangs is answered for
+
+	calls    sync.WaitGroup // in flight
+	mu       sync.Mutex     // guards stopping, and calls.Add against calls.Wait
+	stopping bool
+}
+
+// serve answers on l until stop is done, then lets the calls in flight finish
+// for as long as a call may take in all, and no longer than patience.
+func (s *server) serve(l net.Listener, all map[string]method, stop <-chan struct{}, patience time.Duration) error {
+	handler := sdk.NewHandler(manifest)
+	for name, m := range all {
+		handler.HandleFunc("/"+name, s.handle(name, m))
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- handler.Serve(l) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-stop:
+	}
+	s.mu.Lock()
+	s.stopping = true
+	s.mu.Unlock()
+	l.Close()
+	finished := make(chan struct{})
+	go func() { s.calls.Wait(); close(finished) }()
+	select {
+	case <-finished:
+	case <-time.After(patience):
+		s.log.Warn("stopping with calls in flight: what they leave heals itself")
+	}
+	return nil
+}
+
+// enter counts a call in; leave it with calls.Done.
+func (s *server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return false
+	}
+	s.calls.Add(1)
+	return true
+}
+
+// outcome of a call.
+type outcome struct {
+	answer any
+	err    error
+}
+
+// handle makes the one way in which every call is answered.
+func (s *server) handle(name string, m method) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if !s.enter() {
+			sdk.EncodeResponse(w, refusal(errors.New("the plugin is stopping")), true)
+			return
+		}
+		defer s.calls.Done()
+		start := time.Now()
+		_ = http.NewResponseController(w).SetReadDeadline(start.Add(s.deadline))
+		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+		var out outcome
+		if err != nil {
+			out.err = fmt.Errorf("read the request: %w", err)
+		} else {
+			out = s.run(name, m, body)
+		}
+		entry := s.log.WithFields(logrus.Fields{"method": name, "ms": time.Since(start).Milliseconds()})
+		if s.log.IsLevelEnabled(logrus.DebugLevel) {
+			answer, _ := json.Marshal(out.answer)
+			entry = entry.WithFields(logrus.Fields{"request": string(body), "answer": string(answer)})
+		} else {
+			entry = entry.WithFields(subject(body))
+		}
+		if out.err != nil {
+			entry.WithError(out.err).Error("failed")
+			sdk.EncodeResponse(w, refusal(out.err), true)
+			return
+		}
+		entry.Info("done")
+		sdk.EncodeResponse(w, out.answer, false)
+	}
+}
+
+// refusal is an error as the engine reads it.
+func refusal(err error) any { return struct{ Err string }{err.Error()} }
+
+// run calls m with a deadline, and answers for it when it hangs or panics.
+func (s *server) run(name string, m method, body []byte) outcome {
+	// Not the request's context: an engine that died must not cut a rollback short.
+	ctx, cancel := context.WithTimeout(context.Background(), s.deadline)
+	result := make(chan outcome, 1)
+	go func() {
+		defer cancel()
+		defer func() {
+			if p := recover(); p != nil {
+				s.log.WithFields(logrus.Fields{"method": name, "stack": string(debug.Stack())}).Errorf("panic: %v", p)
+				result <- outcome{err: fmt.Errorf("%s: internal error: %v", name, p)}
+			}
+		}()
+		if !m.bodiless {
+			if err := s.gate.wait(ctx); err != nil {
+				result <- outcome{err: err}
+				return
+			}
+		}
+		answer, err := m.call(ctx, body)
+		result <- outcome{answer, err}
+	}()
+	hung := time.NewTimer(s.deadline + s.grace)
+	defer hung.Stop()
+	select {
+	case out := <-result:
+		return out
+	case <-hung.C:
+		return outcome{err: fmt.Errorf("%s: no answer within %v: something on this host hangs; azure-vnet-plugin status may tell", name, s.deadline+s.grace)}
+	}
+}
+
+// subject picks what a line of the log says of a request.
+func subject(body []byte) logrus.Fields {
+	var about struct {
+		NetworkID, EndpointID, PoolID, Pool, Address string
+		Interface                                    struct{ Address string }
+	}
+	fields := logrus.Fields{}
+	if json.Unmarshal(body, &about) != nil {
+		return fields
+	}
+	for key, value := range map[string]string{
+		"network": short(about.NetworkID), "endpoint": short(about.EndpointID), "pool": about.PoolID + about.Pool,
+		"address": about.Address + about.Interface.Address,
+	} {
+		if value != "" {
+			fields[key] = value[:min(len(value), 80)]
+		}
+	}
+	return fields
+}
+
+func short(id string) string { return id[:min(len(id), 12)] }

@@ -1,0 +1,191 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"azurevnet/bridge"
+	"azurevnet/driver"
+	"azurevnet/pool"
+)
+
+// dataDir is where networks.json lies when this is no managed plugin.
+const dataDir = "/var/lib/azure-vnet"
+
+// pluginData is where an engine keeps the propagated mounts of its plugins.
+const pluginData = "/var/lib/docker/plugins/*/propagated-mount"
+
+// report is what status prints: read from files and the kernel alone. What
+// cannot be read is named in Errors, and the rest stands.
+type report struct {
+	Version     string                    `json:"version"`
+	Pool        pool.Status               `json:"pool"`
+	Bridges     []bridge.Bridge           `json:"bridges"`
+	Attachments []bridge.Attachment       `json:"attachments"`
+	Networks    map[string]driver.Network `json:"networks"` // by Docker's id
+	Errors      []string                  `json:"errors,omitempty"`
+}
+
+// findData is the directory of networks.json.
+func findData(p places) string {
+	if p.data != "" {
+		return p.data
+	}
+	found, _ := filepath.Glob(driver.NetworksFile(pluginData)) // the pattern is right
+	if len(found) > 0 {
+		return filepath.Dir(found[0])
+	}
+	return dataDir
+}
+
+func readReport(ctx context.Context, p places) report {
+	r := report{Version: version}
+	note := func(err error) {
+		if err != nil {
+			r.Errors = append(r.Errors, err.Error())
+		}
+	}
+	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	var err error
+	r.Pool, err = readPool(ctx, p, host)
+	note(err)
+	r.Bridges, err = host.Bridges(ctx)
+	note(err)
+	r.Attachments, err = host.Attachments(ctx)
+	note(err)
+	file, err := driver.ReadNetworks(findData(p))
+	note(err)
+	r.Networks = file.Networks
+	return r
+}
+
+// readPool reads the pool with the settings of the plugin that ran last.
+func readPool(ctx context.Context, p places, host *bridge.Host) (pool.Status, error) {
+	s, err := leftSettings(p.run)
+	if err != nil {
+		return pool.Status{}, err
+	}
+	addresses, err := openPool(p, s, host)
+	if err != nil {
+		return pool.Status{}, err
+	}
+	return addresses.Status(ctx)
+}
+
+func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) error {
+	r := readReport(ctx, p)
+	if asJSON {
+		encoder := json.NewEncoder(out)
+		encoder.SetIndent("", "  ")
+		if err := encoder.Encode(r); err != nil {
+			return err
+		}
+	} else if err := r.print(out); err != nil {
+		return err
+	}
+	if len(r.Errors) > 0 {
+		return errors.New(strings.Join(r.Errors, "; "))
+	}
+	return nil
+}
+
+// uninstall takes down all bridges and removes the files. What has a container
+// attached stands and is an error.
+func uninstall(ctx context.Context, p places, out io.Writer) error {
+	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	bridges, err := host.Bridges(ctx)
+	if err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
+	for _, b := range bridges {
+		if err := host.Remove(ctx, b.Name); err != nil {
+			return fmt.Errorf("uninstall: %w", err)
+		}
+		fmt.Fprintf(out, "%s has its addresses back from %s\n", b.NIC, b.Name)
+	}
+	data := findData(p)
+	for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("uninstall: %w", err)
+		}
+	}
+	if data == dataDir {
+		_ = os.Remove(data) // only if it is empty now
+	}
+	return nil
+}
+
+func (r report) print(out io.Writer) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tASKED\tFAILURE\n", r.Version)
+	for _, s := range r.Pool.Sources {
+		asked := "never answered"
+		if s.Answered {
+			asked = fmt.Sprintf("%v ago", s.Age.Round(time.Second))
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, asked, s.Failure)
+	}
+	fmt.Fprintf(w, "\nNIC\tSUBNET\tIPCONFIGS\tFREE\tHELD\tCOOLING\tON THE HOST\n")
+	for _, nic := range r.Pool.NICs {
+		for _, s := range nic.Subnets {
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%d\n", nic.MAC, s.Prefix, s.Configs, s.Free, s.Held, s.Cooling, s.OnHost)
+		}
+	}
+	fmt.Fprintf(w, "\nBRIDGE\tNIC\tMAC\tMTU\n")
+	for _, b := range r.Bridges {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\n", b.Name, b.NIC, b.MAC, b.MTU)
+	}
+	fmt.Fprintf(w, "\nNETWORK\tSUBNET\tNIC\tSNAT\tAUXILIARY\n")
+	for _, id := range slices.Sorted(maps.Keys(r.Networks)) {
+		n := r.Networks[id]
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\n", short(id), n.Prefix, n.MAC, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
+	}
+	r.printAddresses(w)
+	for _, warning := range r.Pool.Warnings {
+		fmt.Fprintf(w, "\nwarning: %s\n", warning)
+	}
+	return w.Flush()
+}
+
+// printAddresses prints what is lent, and what is attached without being lent.
+func (r report) printAddresses(w io.Writer) {
+	links := map[netip.Addr]bridge.Attachment{}
+	rows := maps.Clone(r.Pool.Leases)
+	if rows == nil {
+		rows = map[netip.Addr]pool.Lease{}
+	}
+	for _, at := range r.Attachments {
+		addr := at.Addr.Addr()
+		links[addr] = at
+		if _, lent := rows[addr]; !lent {
+			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody"}
+		}
+	}
+	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tMAC\tSTATE\n")
+	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
+		at, attached := links[addr]
+		state := "not attached"
+		switch {
+		case attached && at.Away:
+			state = "in a container"
+		case attached:
+			state = "attached, no container"
+		case rows[addr].Linkless:
+			state = "kept"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, at.MAC, state)
+	}
+}
