@@ -79,9 +79,7 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 	}
 	var has identity
 	for _, m := range all {
-		if m = normalAddress(m, link{a.Index, name}); m != nil {
-			has.Addresses = append(has.Addresses, m)
-		}
+		has.Addresses = append(has.Addresses, normalAddress(m, link{a.Index, name})...)
 	}
 	for _, m := range st.Moved.less(has).Addresses {
 		if m[0] == unix.AF_INET {
@@ -197,13 +195,16 @@ func (h *Host) known() (*hostState, error) {
 // is left for the next try, unless the host is half on its way: then it goes
 // back to its NIC, and the journal keeps the wish.
 func (h *Host) raise(ctx context.Context, name string, st *bridgeState) (*move, error) {
-	wished := st.Phase != ""
+	wished, cut := st.Phase != "", st.Phase == moving
 	m, err := h.newMove(name, st)
 	if err != nil {
 		return nil, err
 	}
 	err = m.walk(ctx, m.up())
 	if err == nil {
+		if cut {
+			m.mend("the making of %s had not been finished", name)
+		}
 		return m, nil
 	}
 	if st.Phase != moving {

@@ -3,6 +3,7 @@
 package bridge
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -26,7 +27,7 @@ func capture(l link, withNeighbours bool) (identity, error) {
 	var id identity
 	for _, part := range []struct {
 		noun   noun
-		normal func(message, link) message
+		normal func(message, link) []message
 		into   *[]message
 	}{
 		{addresses, normalAddress, &id.Addresses},
@@ -42,9 +43,7 @@ func capture(l link, withNeighbours bool) (identity, error) {
 			return identity{}, fmt.Errorf("read the identity of %s: %w", l.name, err)
 		}
 		for _, m := range all {
-			if m = part.normal(m, l); m != nil {
-				*part.into = append(*part.into, m)
-			}
+			*part.into = append(*part.into, part.normal(m, l)...)
 		}
 	}
 	id.sort()
@@ -160,7 +159,14 @@ func (id identity) putAddresses(l link, bare bool) error {
 // that another NIC has to the same destination is not lost.
 func (id identity) putRoutes(l link) error {
 	for _, m := range id.Routes {
-		if err := routes.put(routeOn(m, l), 0); err != nil {
+		m = routeOn(m, l)
+		err := routes.send(routes.add, m, unix.NLM_F_CREATE)
+		if errors.Is(err, unix.EEXIST) {
+			if err = routes.remove(m); err == nil {
+				err = routes.put(m, 0)
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("give %s its %w", l.name, err)
 		}
 	}

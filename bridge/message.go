@@ -170,18 +170,27 @@ func moveName(value []byte, from, to string) []byte {
 	return append([]byte(to+label), 0)
 }
 
+// eachHop yields the nexthops in value, whole struct rtnexthops with their
+// attributes, in place.
+func eachHop(value []byte) func(yield func(hop []byte) bool) {
+	return func(yield func([]byte) bool) {
+		for b := value; len(b) >= unix.SizeofRtNexthop; {
+			size := int(native.Uint16(b))
+			if size < unix.SizeofRtNexthop || size > len(b) || !yield(b[:size]) {
+				return
+			}
+			b = b[min(align(size), len(b)):]
+		}
+	}
+}
+
 // hops is value, the nexthops of a multipath route, with to in the place of
 // from, and of their flags only what is configuration.
 func hops(value []byte, from, to int) []byte {
 	out := slices.Clone(value)
-	for b := out; len(b) >= unix.SizeofRtNexthop; {
-		size := int(native.Uint16(b))
-		if size < unix.SizeofRtNexthop || size > len(b) {
-			break
-		}
-		b[2] &= unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
-		copy(b[4:8], moveIndex(b[4:8], from, to))
-		b = b[min(align(size), len(b)):]
+	for hop := range eachHop(out) {
+		hop[2] &= routeKeptFlags
+		copy(hop[4:8], moveIndex(hop[4:8], from, to))
 	}
 	return out
 }

@@ -5,6 +5,7 @@ package bridge
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,7 +27,7 @@ const (
 // normalAddress: struct ifaddrmsg is family, prefix length, flags, scope, index.
 // Without IFA_CACHEINFO an address is for ever: a lease's lifetime must not end
 // on a link where no DHCP client renews it.
-func normalAddress(m message, of link) message {
+func normalAddress(m message, of link) []message {
 	if len(m) < addresses.header || native.Uint32(m[4:]) != uint32(of.index) || !isIP(m[0]) {
 		return nil
 	}
@@ -46,7 +47,7 @@ func normalAddress(m message, of link) message {
 		}
 		return nil
 	})
-	return appendAttr(out, unix.IFA_FLAGS, native.AppendUint32(nil, flags&ifaKeptFlags))
+	return []message{appendAttr(out, unix.IFA_FLAGS, native.AppendUint32(nil, flags&ifaKeptFlags))}
 }
 
 func addressOn(m message, l link, bare bool) message {
@@ -80,11 +81,20 @@ func addressOf(m message) netip.Prefix {
 }
 
 // normalRoute: struct rtmsg is family, destination length, source length, tos,
-// table, protocol, scope, type, flags.
-func normalRoute(m message, of link) message {
+// table, protocol, scope, type, flags. While both links have a route of IPv6 to
+// one destination the kernel tells them as one of two hops; each hop is a route
+// and is taken as such.
+func normalRoute(m message, of link) []message {
 	if len(m) < routes.header || !isIP(m[0]) || m[7] != unix.RTN_UNICAST ||
 		native.Uint32(m[8:])&unix.RTM_F_CLONED != 0 || tableOf(m) == unix.RT_TABLE_LOCAL {
 		return nil
+	}
+	if v := routes.attr(m, unix.RTA_MULTIPATH); m[0] == unix.AF_INET6 && v != nil {
+		var out []message
+		for hop := range eachHop(v) {
+			out = append(out, normalRoute(routeOfHop(m, hop), of)...)
+		}
+		return out
 	}
 	mine := false
 	out := routes.rewrite(m, func(h []byte) { native.PutUint32(h[8:], native.Uint32(h[8:])&routeKeptFlags) }, func(attr uint16, v []byte) []byte {
@@ -95,14 +105,30 @@ func normalRoute(m message, of link) message {
 			mine = mine || wordOf(v) == of.index
 			return moveIndex(v, of.index, 0)
 		case unix.RTA_MULTIPATH:
-			was := v
-			v = hops(v, of.index, 0)
-			mine = mine || string(hops(was, of.index, of.index)) != string(v)
+			for hop := range eachHop(v) {
+				mine = mine || wordOf(hop[4:8]) == of.index
+			}
+			return hops(v, of.index, 0)
 		}
 		return v
 	})
 	if !mine {
 		return nil
+	}
+	return []message{out}
+}
+
+// routeOfHop is the route m with one of its hops for all.
+func routeOfHop(m message, hop []byte) message {
+	out := slices.Clone(m[:routes.header])
+	native.PutUint32(out[8:], uint32(hop[2]))
+	for a, v := range routes.attrs(m) {
+		if a != unix.RTA_MULTIPATH {
+			out = appendAttr(out, a, v)
+			continue
+		}
+		out = append(out, hop[unix.SizeofRtNexthop:]...)
+		out = appendAttr(out, unix.RTA_OIF, hop[4:8])
 	}
 	return out
 }
@@ -127,7 +153,7 @@ func tableOf(route message) int {
 }
 
 // normalRule: struct fib_rule_hdr is as long as struct rtmsg and ends in flags.
-func normalRule(m message, of link) message {
+func normalRule(m message, of link) []message {
 	if len(m) < rules.header || !isIP(m[0]) {
 		return nil
 	}
@@ -142,7 +168,7 @@ func normalRule(m message, of link) message {
 	if !mine {
 		return nil
 	}
-	return out
+	return []message{out}
 }
 
 func ruleOn(m message, l link) message {
@@ -156,12 +182,12 @@ func ruleOn(m message, l link) message {
 
 // normalNeighbour: struct ndmsg is family, three bytes of padding, index,
 // state, flags, type.
-func normalNeighbour(m message, of link) message {
+func normalNeighbour(m message, of link) []message {
 	if len(m) < neighbours.header || !isIP(m[0]) || native.Uint32(m[4:]) != uint32(of.index) ||
 		native.Uint16(m[8:]) != unix.NUD_PERMANENT || m[10]&unix.NTF_PROXY != 0 {
 		return nil
 	}
-	return bareNeighbour(m)
+	return []message{bareNeighbour(m)}
 }
 
 // bareNeighbour is m with nothing but who it is and what is to be known of him.

@@ -44,7 +44,7 @@ func ensureFabric(nic, bridge link) (changed bool, err error) {
 		return false, fmt.Errorf("read the forwarding entries of %s: %w", bridge.name, err)
 	}
 	for _, m := range all {
-		if native.Uint32(m[4:]) == uint32(nic.index) && native.Uint16(m[8:])&unix.NUD_NOARP != 0 && m[10]&unix.NTF_MASTER != 0 &&
+		if native.Uint32(m[4:]) == uint32(nic.index) && native.Uint16(m[8:])&unix.NUD_NOARP != 0 && wordOf(neighbours.attr(m, unix.NDA_MASTER)) == bridge.index &&
 			bytes.Equal(neighbours.attr(m, unix.NDA_LLADDR), fabricMAC) && neighbours.attr(m, unix.NDA_VLAN) == nil {
 			return false, nil
 		}
