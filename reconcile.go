@@ -96,8 +96,8 @@ func (r *reconciler) mend(ctx context.Context) {
 	}
 }
 
-// collect releases leases that no container has any more, and removes the links
-// that such a container left on the host.
+// collect releases leases that no container has any more, then removes the links
+// of Docker's that no container and no lease stand behind.
 func (r *reconciler) collect(ctx context.Context) error {
 	released, err := r.pool.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
 		all, err := r.host.Attachments(ctx)
@@ -109,23 +109,29 @@ func (r *reconciler) collect(ctx context.Context) error {
 		}
 		return away, err
 	})
-	if err != nil || len(released) == 0 {
+	for _, lease := range released {
+		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that no container had any more")
+	}
+	if err != nil {
 		return err
 	}
 	all, err := r.host.Attachments(ctx)
 	if err != nil {
 		return err
 	}
-	for _, lease := range released {
-		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that nothing had any more")
-		for _, at := range all {
-			if at.Addr.Addr() == lease.Addr && at.Lease == lease.Owner && !at.Away {
-				if err := r.host.Detach(ctx, at.Owner); err != nil {
-					return err
-				}
-				r.log.WithFields(logrus.Fields{"address": lease.Addr, "link": at.Link}).Warn("removed a link that no container had any more")
-			}
+	for _, at := range all {
+		if at.Away || !strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
+			continue
 		}
+		if lease, held, err := r.pool.Held(ctx, at.Addr.Addr()); err != nil {
+			return err
+		} else if held && lease.Owner == at.Lease {
+			continue // on its way into a container, or not old enough
+		}
+		if err := r.host.Detach(ctx, at.Owner); err != nil {
+			return err
+		}
+		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "link": at.Link}).Warn("removed a link that no container had any more")
 	}
 	return nil
 }

@@ -21,8 +21,8 @@ import (
 	"azurevnet/pool"
 )
 
-// ownerPrefix begins the owner of every lease and of every link of Docker's.
-const ownerPrefix = "docker/"
+// OwnerPrefix begins the owner of every lease and every link of Docker's.
+const OwnerPrefix = "docker/"
 
 // Config says what the driver works on.
 type Config struct {

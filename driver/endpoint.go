@@ -60,17 +60,14 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err != nil {
 		return none, err
 	}
-	owner := ownerPrefix + r.EndpointID
+	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
 		Owner: owner, Lease: lease.Owner, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, Policy: n.policy(),
 	})
-	if errors.Is(err, bridge.ErrAttached) {
-		return none, err // somebody else's success: not ours to undo
+	if err != nil {
+		return none, err // and nothing was attached
 	}
-	if err == nil {
-		err = d.cfg.Pool.Confirm(ctx, lease)
-	}
-	if err == nil {
+	if err = d.cfg.Pool.Confirm(ctx, lease); err == nil {
 		err = ctx.Err() // an answer after the deadline reaches nobody
 	}
 	if err != nil {
@@ -118,7 +115,7 @@ func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Le
 		return lease, err
 	case !held:
 		return lease, fmt.Errorf("%s is not leased: the addresses of this network come from --ipam-driver azure-vnet:latest only", addr)
-	case !strings.HasPrefix(lease.Owner, ownerPrefix):
+	case !strings.HasPrefix(lease.Owner, OwnerPrefix):
 		return lease, fmt.Errorf("%s is held by %s", addr, lease.Owner)
 	case lease.Linkless:
 		return lease, fmt.Errorf("%s is an auxiliary address of a network", addr)
@@ -133,7 +130,7 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 	if err := checkIDs(r.EndpointID); err != nil {
 		return fmt.Errorf("delete endpoint: %w", err)
 	}
-	if err := d.cfg.Host.Detach(ctx, ownerPrefix+r.EndpointID); err != nil {
+	if err := d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID); err != nil {
 		return fmt.Errorf("delete endpoint: %w", err)
 	}
 	return nil
@@ -154,7 +151,7 @@ func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.Joi
 		return nil, fmt.Errorf("join: %w", err)
 	}
 	for _, at := range all {
-		if at.Owner != ownerPrefix+r.EndpointID {
+		if at.Owner != OwnerPrefix+r.EndpointID {
 			continue
 		}
 		if at.Peer == "" {

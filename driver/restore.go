@@ -77,7 +77,7 @@ func (d *Driver) keepAux(ctx context.Context, n Network, asked map[string]any) (
 		if err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
 		}
-		if !held || !strings.HasPrefix(lease.Owner, ownerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
+		if !held || !strings.HasPrefix(lease.Owner, OwnerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
 			return nil, fmt.Errorf("--aux-address %.40s: %s is not held for this network", name, prefix.Addr())
 		}
 		if err := d.cfg.Pool.Keep(ctx, lease); err != nil {
