@@ -182,7 +182,7 @@ func (h *Host) known() (*hostState, error) {
 		if err != nil {
 			return nil, err
 		}
-		st := &bridgeState{Phase: standing, NIC: b.NIC, MAC: b.MAC.String(), Moved: has}
+		st := &bridgeState{Phase: standing, NIC: b.NIC, MAC: b.MAC.String(), Moved: has, adopted: true}
 		if nic := t.named(b.NIC); nic != nil && nic.Attrs().MTU != b.MTU {
 			st.MTU = b.MTU
 		}

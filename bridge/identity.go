@@ -98,6 +98,16 @@ func (id identity) less(known identity) identity {
 	}
 }
 
+// beyond is id without the prefix routes that the kernel made of addresses that
+// known has: whoever adds an address again means no new route.
+func (id identity) beyond(known identity) identity {
+	id.Routes = slices.DeleteFunc(slices.Clone(id.Routes), func(m message) bool {
+		dst := netip.PrefixFrom(ipOf(routes.attr(m, unix.RTA_DST)), int(m[1]))
+		return m[5] == unix.RTPROT_KERNEL && slices.ContainsFunc(known.Addresses, func(a message) bool { return addressOf(a).Masked() == dst })
+	})
+	return id
+}
+
 // without is id less an address and the routes that leave with it: the kernel
 // drops those with the address.
 func (id identity) without(addr netip.Addr) identity {

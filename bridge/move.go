@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -155,21 +156,52 @@ func (m *move) journal(ctx context.Context) error {
 	if _, err := m.asBridge(); err != nil {
 		return err
 	}
+	was := *m.st
+	if err := m.yield(ctx); err != nil {
+		return err
+	}
 	if m.st.Moved.DNS == nil {
 		m.held.DNS = m.h.readDNS(ctx, m.nic.index)
 	}
-	was := *m.st
-	m.st.Moved = was.Moved.merge(m.held)
+	m.st.Moved = m.st.Moved.merge(m.held.beyond(m.st.Moved))
 	m.st.NIC = m.nic.name
 	if !m.whole {
 		m.st.Phase = moving
 	}
-	if !equalJSON(was, *m.st) || !m.whole {
+	if !equalJSON(was, *m.st) || !m.whole || m.st.adopted {
 		if err := m.save(ctx); err != nil {
 			return err
 		}
 	}
 	return m.h.keepOff(ctx)
+}
+
+// yield takes off the host what an endpoint holds, such as an address that
+// cloud-init put there: the host would answer for it in the container's place.
+func (m *move) yield(ctx context.Context) error {
+	all, err := m.h.Attachments(ctx)
+	if err != nil {
+		return err
+	}
+	var lent []netip.Addr
+	for _, a := range all {
+		lent = append(lent, a.Addr.Addr())
+	}
+	for _, l := range []link{m.nic, m.bridge} {
+		if l.index == 0 || len(lent) == 0 {
+			continue
+		}
+		gone, err := m.h.takeOff(l, lent)
+		for _, a := range gone {
+			m.held = m.held.without(a)
+			m.mend("%s held %s, which is an endpoint's", l.name, a)
+		}
+		m.st.forget(gone)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // save writes the journal.
@@ -380,6 +412,10 @@ func (m *move) endpoints(ctx context.Context) error {
 	}
 	mended, err := m.h.syncPorts(b)
 	m.mended = append(m.mended, mended...)
+	if err != nil || m.whole && len(m.mended) == 0 {
+		return err
+	}
+	_, err = m.h.syncTable(b) // once more: what is direct follows the host's routes, which have moved
 	return err
 }
 

@@ -35,6 +35,8 @@ type bridgeState struct {
 	MTU    int      `json:"mtu,omitempty"` // bytes as asked for; 0: the NIC's
 	Moved  identity `json:"moved"`         // came from the NIC and must stand
 	Joined identity `json:"joined"`        // others gave it to the bridge since: theirs to take away, ours to bring back with a lost bridge
+
+	adopted bool // read from the kernel, for host.json did not know it
 }
 
 const stateVersion = 1
