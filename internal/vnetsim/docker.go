@@ -96,24 +96,29 @@ func (m *VM) startEngine(args []string) (*engine, error) {
 // StopDocker sends dockerd a signal, SIGTERM or SIGKILL, and waits for its end.
 func (m *VM) StopDocker(ctx context.Context, sig syscall.Signal) error {
 	m.power.Lock()
-	defer m.power.Unlock()
-	if m.engine == nil {
+	e := m.engine
+	m.power.Unlock()
+	if e == nil {
 		return fmt.Errorf("stop dockerd on %s: it does not run", m.Name)
 	}
 	select {
-	case <-m.engine.exited: // on its own
+	case <-e.exited: // on its own
 	default:
 		if _, err := m.Run(ctx, "sh", "-c", fmt.Sprintf("kill -%d $(cat /run/docker.pid)", sig)); err != nil {
 			return fmt.Errorf("stop dockerd: %w", err)
 		}
 	}
 	select {
-	case <-m.engine.exited:
-		m.engine = nil
-		return nil
+	case <-e.exited:
 	case <-ctx.Done():
 		return fmt.Errorf("stop dockerd on %s: %w:\n%s", m.Name, ctx.Err(), m.DockerLog())
 	}
+	m.power.Lock()
+	defer m.power.Unlock()
+	if m.engine == e {
+		m.engine = nil
+	}
+	return nil
 }
 
 // Docker runs the docker command in the VM.
@@ -123,17 +128,21 @@ func (m *VM) Docker(ctx context.Context, arg ...string) (string, error) {
 
 func (m *VM) logFile() string { return filepath.Join(m.disk, "dockerd.log") }
 
-// DockerLog is the end of what dockerd wrote, over all its starts: at most
-// 32 KiB.
+// DockerLog is the end of what dockerd and its plugins wrote, over all its
+// starts, without containerd's tale of its own parts: at most 32 KiB.
 func (m *VM) DockerLog() string {
 	b, err := os.ReadFile(m.logFile())
 	if err != nil {
 		return err.Error()
 	}
-	if rest := len(b) - 32<<10; rest > 0 {
-		b = b[rest:]
+	var kept strings.Builder
+	for line := range strings.Lines(string(b)) {
+		if !strings.Contains(line, "module=grpc") && !strings.Contains(line, "loading plugin") {
+			kept.WriteString(line)
+		}
 	}
-	return string(b)
+	log := kept.String()
+	return log[max(0, len(log)-32<<10):]
 }
 
 // ImportBusybox makes the image busybox:latest in the VM's engine out of this

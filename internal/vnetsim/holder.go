@@ -58,7 +58,7 @@ func hold(arg string) {
 	}
 	fmt.Fprint(os.Stdout, "ok")
 	os.Stdout.Close()
-	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
+	signal.Ignore(syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM)
 	go reap()
 	io.Copy(io.Discard, os.Stdin)
 	if err := removeAll(spec.Clean, 30*time.Second); err != nil {
@@ -113,6 +113,7 @@ func startHolder(flags uintptr, spec holderSpec) (*holder, error) {
 	cmd := &exec.Cmd{
 		Path:   "/proc/self/exe",
 		Args:   []string{holderName, string(arg)},
+		Dir:    "/",
 		Stderr: &stderr,
 		// A session of its own: Ctrl-C is for this process, which then ends the holders.
 		SysProcAttr: &syscall.SysProcAttr{Cloneflags: flags, Setsid: true},
@@ -145,11 +146,15 @@ func startHolder(flags uintptr, spec holderSpec) (*holder, error) {
 }
 
 // kill ends the holder as a power cut does, and waits until everything that it
-// held is dead.
+// held is dead: not for ever, for where this machine's own pid 1 does not reap,
+// the kernel may keep waiting for a command that was orphaned.
 func (h *holder) kill() {
 	h.stop.Do(func() {
 		h.cmd.Process.Kill()
-		<-h.done
+		select {
+		case <-h.done:
+		case <-time.After(10 * time.Second):
+		}
 		h.pipe.Close()
 	})
 }
@@ -227,7 +232,7 @@ func (m *machine) overlay(dir string) error {
 	}
 	data := "lowerdir=" + dir + ",upperdir=" + upper + ",workdir=" + work
 	if err := syscall.Mount("overlay", dir, "overlay", 0, data); err != nil {
-		return fmt.Errorf("mount an overlay on %s: %w", dir, err)
+		return fmt.Errorf("mount an overlay on %s: %w; the disk %s must be on a file system that takes one, such as ext4 or tmpfs", dir, err, m.Disk)
 	}
 	return nil
 }

@@ -39,7 +39,7 @@ type response struct {
 func get(t *testing.T, vm *VM, url string, header ...string) response {
 	t.Helper()
 	client := http.Client{
-		Timeout:   500 * time.Millisecond,
+		Timeout:   2 * time.Second,
 		Transport: &http.Transport{DialContext: vm.DialContext, DisableKeepAlives: true, DisableCompression: true},
 	}
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)

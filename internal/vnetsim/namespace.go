@@ -5,6 +5,7 @@ package vnetsim
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -76,14 +77,15 @@ func (n *Namespace) Do(f func() error) error {
 // Command is exec.CommandContext for a command that runs in all of the
 // namespaces. The end of ctx kills the command's process group.
 func (n *Namespace) Command(ctx context.Context, name string, arg ...string) *exec.Cmd {
-	args := append([]string{"--target", strconv.Itoa(n.PidOne()), "--net"}, n.enter...)
+	pid := n.PidOne()
+	args := append([]string{"--target", strconv.Itoa(pid), "--net"}, n.enter...)
 	args = append(append(args, "--", name), arg...)
 	cmd := exec.CommandContext(ctx, "nsenter", args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	if n.PidOne() == 0 {
-		cmd.Err = fmt.Errorf("it has no power")
+	if pid == 0 {
+		cmd.Err = errors.New("it has no power")
 	}
 	return cmd
 }

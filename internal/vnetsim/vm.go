@@ -45,7 +45,7 @@ type NIC struct {
 type nic struct {
 	NIC
 	port   string     // interface in the fabric
-	public netip.Addr // the primary's address on the internet
+	public netip.Addr // what the internet sees of eth0's primary
 }
 
 // VM is a virtual machine of the VNet: namespaces of net, mount, pid, uts, ipc
@@ -100,7 +100,6 @@ func (v *VNet) newVM(cfg VMConfig) (*VM, error) {
 	vm := &VM{
 		Namespace: &Namespace{name: cfg.Name, enter: []string{"--mount", "--uts", "--ipc", "--pid", "--cgroup"}},
 		Name:      cfg.Name,
-		Public:    netip.AddrFrom4([4]byte{198, 51, 100, byte(len(v.vms) + 1)}),
 		vnet:      v,
 		disk:      filepath.Join(v.dir, cfg.Name),
 		hold:      cfg.HoldSecondaries,
@@ -112,8 +111,8 @@ func (v *VNet) newVM(cfg VMConfig) (*VM, error) {
 		}
 	}
 	first := vm.nics[0]
-	first.public = vm.Public
 	vm.MAC, vm.Primary, vm.Prefix, vm.Gateway = first.MAC, first.Primary, first.Prefix, first.Gateway
+	vm.Public = first.public
 	if err := os.Mkdir(vm.disk, 0o755); err != nil {
 		return nil, err
 	}
@@ -140,6 +139,9 @@ func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
 	if !prefix.Addr().Is4() || prefix.Bits() > 29 {
 		return fmt.Errorf("%s is no subnet of Azure: IPv4 and at most /29", prefix)
 	}
+	if v.ports == 254 {
+		return errors.New("a simulated vnet has at most 254 NICs")
+	}
 	if err := v.addSubnet(prefix); err != nil {
 		return err
 	}
@@ -156,6 +158,9 @@ func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
 			MTU:     cfg.MTU,
 		},
 		port: fmt.Sprintf("p%d", v.ports),
+	}
+	if len(vm.nics) == 0 {
+		n.public = netip.AddrFrom4([4]byte{198, 51, 100, byte(v.ports)})
 	}
 	next := max(v.next[prefix], 4)
 	if free := uint(1)<<(32-prefix.Bits()) - 1; next+uint(cfg.Secondaries)+1 > free {

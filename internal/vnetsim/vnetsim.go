@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -70,7 +71,7 @@ func New(cfg Config) (_ *VNet, err error) {
 	}
 	if cfg.Dir == "" {
 		cfg.Dir, err = os.MkdirTemp("", "vnetsim")
-	} else {
+	} else if cfg.Dir, err = filepath.Abs(cfg.Dir); err == nil {
 		err = os.Mkdir(cfg.Dir, 0o755)
 	}
 	if err != nil {

@@ -31,6 +31,12 @@ func newVNet(t *testing.T, cfgs ...VMConfig) (*VNet, []*VM) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make namespaces")
 	}
+	t.Parallel() // most of the time is waiting for no answer
+	return startVNet(t, cfgs...)
+}
+
+func startVNet(t *testing.T, cfgs ...VMConfig) (*VNet, []*VM) {
+	t.Helper()
 	v, err := New(Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -281,7 +287,7 @@ func TestOrphansAreReaped(t *testing.T) {
 
 func TestVNetsRunSideBySide(t *testing.T) {
 	_, one := newVNet(t, VMConfig{}, VMConfig{})
-	_, two := newVNet(t, VMConfig{})
+	_, two := startVNet(t, VMConfig{})
 	if !ping(t, one[0].Namespace, one[1].Primary, 84) {
 		t.Error("the first's VMs do not reach each other")
 	}
@@ -336,7 +342,6 @@ func TestKilledProcessLeavesNothing(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), "VNETSIM_VICTIM=1")
 	cmd.Stderr = os.Stderr
-	// Go's runtime deadlock detector needs no care: the VNet's servers wait for the network.
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
