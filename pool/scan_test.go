@@ -1,0 +1,113 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"bytes"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"azurevnet/internal/statefile"
+)
+
+var compareState = cmp.Options{compareAddr, cmpopts.EquateEmpty()}
+
+// everything is a state with every field set, and with what JSON must escape.
+func everything() state {
+	return state{
+		Version: 1, Boot: "b", Adopted: true,
+		Answers: map[string]answer{"wireserver": {
+			NICs: []NIC{{MAC: mac1, Primary: true, Subnets: []Subnet{
+				{Prefix: prefix("10.0.0.0/24"), Primary: addr("10.0.0.4"), Secondary: []netip.Addr{addr("10.0.0.5"), addr("10.0.0.6")}},
+				{Prefix: prefix("10.0.1.0/24")}}}},
+			At: 1, Notes: []string{"ünicode", `a "quote"`}, Failure: "<html>\n\\\"", FailedAt: 2,
+		}, "imds": {}},
+		Leases: map[netip.Addr]record{
+			addr("10.0.0.5"):   {Lease{Owner: "docker/a", MAC: mac1, Prefix: prefix("10.0.0.0/24"), Since: 3, Linkless: true, Early: true}, 4},
+			addr("10.0.0.100"): {Lease: Lease{Owner: "cni/<é\x00\"\\>/x", MAC: mac2, Prefix: prefix("10.0.1.0/24"), Since: time.Hour}},
+		},
+		Freed: map[netip.Addr]rest{addr("10.0.0.6"): {-1, 6}},
+	}
+}
+
+// The quick way to write and read is package json's, only quicker.
+func TestAStateIsWrittenAsPackageJSONWouldAndReadBack(t *testing.T) {
+	for _, s := range []state{everything(), {Version: 1}, {Version: 1, Leases: map[netip.Addr]record{addr("10.0.0.5"): {}}}} {
+		body, err := s.Append(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var slow, quick state
+		d := json.NewDecoder(bytes.NewReader(body))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&slow); err != nil {
+			t.Fatalf("%v: %s", err, body)
+		}
+		if !quick.Scan(body) && s.Leases[addr("10.0.0.5")].Owner != "" {
+			t.Errorf("declined its own: %s", body)
+		}
+		if diff := cmp.Diff(s, slow, compareState); diff != "" {
+			t.Errorf("package json reads (-want +got):\n%s", diff)
+		}
+	}
+	s, quick := everything(), state{}
+	body, _ := s.Append(nil)
+	if !quick.Scan(body) {
+		t.Fatalf("declined: %s", body)
+	}
+	if diff := cmp.Diff(s, quick, compareState); diff != "" {
+		t.Errorf("read back (-want +got):\n%s", diff)
+	}
+}
+
+// What Scan takes, package json takes for the same; and whatever the file
+// holds, a lease is given or refused, and the file can be read afterwards.
+func FuzzLeases(f *testing.F) {
+	s := everything()
+	boot, err := bootID()
+	if err != nil {
+		f.Fatal(err)
+	}
+	s.Boot = boot // else its leases are void
+	body, err := s.Append(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(body)
+	f.Add(body[:len(body)/2])
+	f.Add(make([]byte, 64))
+	f.Add([]byte(`{"version":1,"leases":{"10.0.0.5":{"owner":"o","since":1,"new":{}}},"more":[1]}`))
+	vm := azure(nic(mac1, "10.0.0.0/24", 4))
+	p := newPool(f, vm)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var quick, slow state
+		if quick.Scan(body) {
+			d := json.NewDecoder(bytes.NewReader(body))
+			d.DisallowUnknownFields()
+			if err := d.Decode(&slow); err != nil {
+				t.Fatalf("package json refuses: %v", err)
+			}
+			if diff := cmp.Diff(slow, quick, compareState); diff != "" {
+				t.Fatalf("package json reads otherwise:\n%s", diff)
+			}
+		}
+		if err := os.WriteFile(p.path, body, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		vm.pass(time.Hour) // an earlier turn's answer or failure is old
+		l, err := p.Lease(t.Context(), Request{Owner: "fuzz"})
+		if err == nil {
+			err = p.Confirm(t.Context(), l)
+		}
+		s, readErr := statefile.Read[state](p.path)
+		if readErr != nil || err == nil && s.Leases[l.Addr].Owner != "fuzz" {
+			t.Fatalf("lease %+v, %v; the file: %+v, %v", l, err, s, readErr)
+		}
+	})
+}
