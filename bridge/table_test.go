@@ -119,6 +119,7 @@ func TestTable(t *testing.T) {
 				}
 				name := fmt.Sprintf("%s-%d-bridges-%d-endpoints", p.name, bridges, endpoints)
 				t.Run(name, func(t *testing.T) {
+					t.Parallel()
 					inNamespace(t, func() { checkTable(t, name, exampleInput(bridges, endpoints, p.policy)) })
 				})
 			}
