@@ -155,7 +155,7 @@ func (p *Pool) silence(s *state) error {
 	if f := p.failures(s); f != "" {
 		return fmt.Errorf("%w: %s", ErrSource, f)
 	}
-	return fmt.Errorf("%w: it was not asked yet", ErrSource)
+	return fmt.Errorf("%w: no answer came yet", ErrSource)
 }
 
 // failures tells what went wrong with each source since one answered.
@@ -176,7 +176,8 @@ func (p *Pool) failures(s *state) string {
 // meanwhile, but another one is, so that of many processes one asks and the
 // others find its answer; the kernel frees it if the asker dies.
 func (p *Pool) ask(ctx context.Context, q question) error {
-	bounded, cancel := context.WithTimeout(ctx, q.wait)
+	// Who waits for another's question waits a little longer than that may take.
+	bounded, cancel := context.WithTimeout(ctx, q.wait+q.wait/8)
 	defer cancel()
 	const what = "ask for this VM's addresses"
 	lock := p.path + ".ask"
@@ -197,9 +198,11 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 	if s, err := p.read(ctx, what); err != nil || !p.due(&s, q.age) {
 		return err
 	}
+	asking, cancel := context.WithTimeout(bounded, q.wait)
+	defer cancel()
 	answers := map[string]answer{}
 	for i, src := range p.sources {
-		a := p.answer(bounded, src, len(p.sources)-i)
+		a := p.answer(asking, src, len(p.sources)-i)
 		if ctx.Err() != nil {
 			return ctx.Err() // that says nothing of the source
 		}

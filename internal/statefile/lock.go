@@ -13,55 +13,93 @@ import (
 	"github.com/gofrs/flock"
 )
 
-const (
-	patience = 10 * time.Second     // longest wait for a lock when ctx has no deadline
-	again    = 5 * time.Millisecond // between two tries: a holder is done in about one
-)
+// patience is the longest wait for a lock when ctx has no deadline.
+const patience = 10 * time.Second
 
 // Lock takes the lock file at path, made with its directory if missing, and
 // returns what gives it back. It waits until ctx is done, at most 10 s if ctx
 // has no deadline; the error then names the holder, which is what it passed as
 // who: a pid would mean nothing in another pid namespace. The kernel frees the
 // lock of a process that dies.
+//
+// The wait is in the kernel, which queues: of 200 processes that try again and
+// again instead, most starve.
 func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	tick := time.NewTicker(again)
-	defer tick.Stop()
 	for {
-		unlock, ok, err := TryLock(path, who)
-		if ok || err != nil {
-			return unlock, err
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("lock %s, which is held for %q: %w", path, holder(path), context.Cause(ctx))
+		l, err := open(path)
+		if err != nil {
+			return nil, err
 		}
+		ok, err := l.TryLock()
+		if err == nil && !ok {
+			err = wait(ctx, l)
+		}
+		if err != nil && ctx.Err() != nil {
+			return nil, fmt.Errorf("lock %s, which is held for %q: %w", path, holder(path), ctx.Err())
+		} else if err != nil {
+			l.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if current(l) {
+			return taken(l, who), nil
+		}
+		l.Close()
 	}
 }
 
 // TryLock is Lock without the wait: false if another holds the lock.
 func TryLock(path, who string) (unlock func(), ok bool, err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, false, fmt.Errorf("lock %s: %w", path, err)
+	l, err := open(path)
+	if err != nil {
+		return nil, false, err
 	}
-	l := flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(0o600))
-	if ok, err := l.TryLock(); err != nil {
-		return nil, false, fmt.Errorf("lock %s: %w", path, err)
-	} else if !ok || !current(l) {
+	if ok, err := l.TryLock(); err != nil || !ok || !current(l) {
 		l.Close()
-		return nil, false, nil
+		if err != nil {
+			err = fmt.Errorf("lock %s: %w", path, err)
+		}
+		return nil, false, err
 	}
+	return taken(l, who), true, nil
+}
+
+func open(path string) (*flock.Flock, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(0o600)), nil
+}
+
+// wait blocks until the lock is taken or ctx is done. Nothing can call a thread
+// back from flock(2), so one that nobody waits for any more gives up the lock as
+// soon as it has it.
+func wait(ctx context.Context, l *flock.Flock) error {
+	got := make(chan error, 1)
+	go func() { got <- l.Lock() }()
+	select {
+	case err := <-got:
+		return err
+	case <-ctx.Done():
+		go func() {
+			<-got
+			l.Close()
+		}()
+		return ctx.Err()
+	}
+}
+
+func taken(l *flock.Flock, who string) (unlock func()) {
 	// A full disk may refuse the name; the lock holds all the same.
-	_ = os.WriteFile(path, []byte(who), 0o600)
-	return func() { l.Close() }, true, nil
+	_ = os.WriteFile(l.Path(), []byte(who), 0o600)
+	return func() { l.Close() }
 }
 
 // current says that the lock is on the file that others will open, and not on
