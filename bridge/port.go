@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,7 +29,7 @@ func (h *Host) syncPorts(b Bridge) (mended []string, err error) {
 	if br == nil {
 		return nil, fmt.Errorf("ports of %s: the bridge does not stand", b.Name)
 	}
-	s := &portSync{b: b, index: br.Attrs().Index, held: map[netip.Addr]bool{}}
+	s := &portSync{h: h, b: b, index: br.Attrs().Index, held: map[netip.Addr]bool{}}
 	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}
@@ -58,6 +60,7 @@ func halfMade(l netlink.Link) bool {
 }
 
 type portSync struct {
+	h      *Host
 	b      Bridge
 	index  int // of the bridge
 	nl     *netlink.Handle
@@ -134,23 +137,45 @@ func (s *portSync) mend(l netlink.Link, a alias) error {
 }
 
 // setMTU sets both ends' MTU, the container's first: while the host's end still
-// differs, a repeat knows that there is something to do. The container's
-// namespace need not be entered: the kernel knows it by the id it has here.
+// differs, a repeat knows that there is something to do.
 func (s *portSync) setMTU(l netlink.Link) error {
-	if at := l.Attrs(); at.ParentIndex > 0 {
-		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
-		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-		msg.Index = int32(at.ParentIndex)
-		req.AddData(msg)
-		if at.NetNsID >= 0 {
-			req.AddData(nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(at.NetNsID))))
+	at := l.Attrs()
+	peer := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.ParentIndex}}
+	in := s.nl
+	if at.NetNsID >= 0 {
+		var err error
+		if in, err = s.h.enter(at.NetNsID); err != nil {
+			return err
 		}
-		req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(s.b.MTU))))
-		if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
-			return fmt.Errorf("the container's end: %w", err)
-		}
+		defer in.Close()
+	}
+	if err := in.LinkSetMTU(peer, s.b.MTU); err != nil {
+		return fmt.Errorf("the container's end: %w", err)
 	}
 	return s.nl.LinkSetMTU(l, s.b.MTU)
+}
+
+// enter opens a socket in the container's namespace that this one knows by id.
+// The kernel finds an id for a namespace, but no namespace for an id: so those
+// are asked that runtimes keep by name. (A message with IFLA_TARGET_NETNSID is
+// no way: it moves the link of that index of this namespace there.)
+func (h *Host) enter(id int) (*netlink.Handle, error) {
+	for _, dir := range []string{"netns", "docker/netns"} {
+		names, _ := filepath.Glob(filepath.Join(h.cfg.Run, dir, "*"))
+		for _, name := range names {
+			ns, err := netns.GetFromPath(name)
+			if err != nil {
+				continue // gone, or no namespace
+			}
+			if is, err := netlink.GetNetNsIdByFd(int(ns)); err == nil && is == id {
+				in, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+				ns.Close()
+				return in, err
+			}
+			ns.Close()
+		}
+	}
+	return nil, fmt.Errorf("the container's namespace is not among those kept under %s: restart the container", h.cfg.Run)
 }
 
 // forget deletes the neighbours that attaches made and nobody has any more: the

@@ -13,10 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The table's names. Shared: src, arp and ip6 say what an endpoint may send,
+// The table's names. Shared: src_ip, src_arp and src_ip6 say what an endpoint may send,
 // from_nic and to_nic send a NIC's frames to its bridge's chains. Per bridge,
 // with its name: ep4 and the chains fabric, wire, arp and host. Per policy and
-// bridge, with both: the map dst and the chain net.
+// bridge, with both: the map dst and the chain net. Names are none of nft's
+// keywords, so that what it lists it can load.
 const tableName = "azure_vnet"
 
 var bridgeTable = &nftables.Table{Name: tableName, Family: nftables.TableFamilyBridge}
@@ -55,9 +56,9 @@ type elemKey struct {
 // bridge's part.
 func (in *tableInput) table() *tableState {
 	t := &tableState{}
-	src := t.set("src", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
-	arp := t.set("arp", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
-	ip6 := t.set("ip6", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr), nftables.SetDatatype{})
+	src := t.set("src_ip", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
+	arp := t.set("src_arp", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
+	ip6 := t.set("src_ip6", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr), nftables.SetDatatype{})
 	fromNIC := t.set("from_nic", nftables.TypeIFName, nftables.TypeVerdict)
 	toNIC := t.set("to_nic", nftables.TypeIFName, nftables.TypeVerdict)
 
@@ -76,9 +77,9 @@ func (in *tableInput) table() *tableState {
 	// A frame that none of these knows bears a foreign address, a VLAN tag or a
 	// protocol that the VNet has not.
 	t.chain("endpoint",
-		join(etherType(unix.ETH_P_IP), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), ipSaddr(14), vmap("src")),
-		join(etherType(unix.ETH_P_ARP), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), arpSaddrEther(14), arpSaddrIP(3), vmap("arp")),
-		join(etherType(unix.ETH_P_IPV6), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), lookup("ip6"), accept()),
+		join(etherType(unix.ETH_P_IP), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), ipSaddr(14), vmap("src_ip")),
+		join(etherType(unix.ETH_P_ARP), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), arpSaddrEther(14), arpSaddrIP(3), vmap("src_arp")),
+		join(etherType(unix.ETH_P_IPV6), meta(expr.MetaKeyIIFNAME, 1), etherSaddr(2), lookup("src_ip6"), accept()),
 		drop())
 	// The host agent's HTTP is for the host's agents; its DNS is for all.
 	t.chain("agent",

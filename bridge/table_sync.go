@@ -266,9 +266,9 @@ func elementsOf(host string, a alias) []*tableSet {
 	}
 	return []*tableSet{
 		of("ep4_"+a.bridge, nftables.TypeEtherAddr, elemKey{bytes: ipKey(a.addr.Addr())}, string(a.mac)),
-		of("src", nftables.TypeVerdict, k.src, "goto "+netChain(a.bridge, a.policy)),
-		of("arp", nftables.TypeVerdict, k.arp, "goto arp_"+a.bridge),
-		of("ip6", nftables.SetDatatype{}, k.ip6, ""),
+		of("src_ip", nftables.TypeVerdict, k.src, "goto "+netChain(a.bridge, a.policy)),
+		of("src_arp", nftables.TypeVerdict, k.arp, "goto arp_"+a.bridge),
+		of("src_ip6", nftables.SetDatatype{}, k.ip6, ""),
 	}
 }
 
