@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -400,5 +401,59 @@ func (h *host) dieAttaching(e Endpoint, step string) {
 	cmd.Env = append(os.Environ(), attachDie+"="+step, attachAddr+"="+e.Addr.String(), attachRun+"="+h.cfg.Run, attachOwner+"="+e.Owner, attachNetns+"="+netns)
 	if out, err := cmd.CombinedOutput(); err == nil {
 		h.t.Fatalf("the attach was to die at %q: %s", step, out)
+	}
+}
+
+// Attaches at once do not disturb each other, and of two owners that want one
+// address exactly one has it.
+func TestAttachAtOnce(t *testing.T) {
+	t.Parallel()
+	_, hosts := newHosts(t, vnetsim.VMConfig{})
+	h := hosts[0]
+	h.mustEnsure()
+	none := h.kernelState()
+	const n = 40
+	wish := func(i, owner int) Endpoint {
+		return Endpoint{Owner: fmt.Sprintf("docker/%d/%d", i, owner), Bridge: "azure0", Policy: Policy{SNAT: i%2 == 0},
+			Addr: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 240, 1, byte(i)}), 16)}
+	}
+	var wait sync.WaitGroup
+	var won [n]atomic.Int32
+	for i := range n {
+		for owner := range 2 {
+			wait.Go(func() {
+				if _, err := h.attach(wish(i, owner)); err == nil {
+					won[i].Add(1)
+				} else if !strings.Contains(err.Error(), "has the address") {
+					t.Error(err)
+				}
+			})
+		}
+	}
+	wait.Wait()
+	for i := range won {
+		if got := won[i].Load(); got != 1 {
+			t.Errorf("%d owners got address %d", got, i)
+		}
+	}
+	whole := h.kernelState()
+	if mended := h.reconcile(); len(mended) > 0 {
+		t.Errorf("not whole after attaches at once: %q", mended)
+	}
+	if diff := cmp.Diff(whole, h.kernelState()); diff != "" {
+		t.Errorf("a reconcile changed what attaches made (-want +got):\n%s", diff)
+	}
+	for i := range n {
+		for owner := range 2 {
+			wait.Go(func() {
+				if err := h.detach(wish(i, owner).Owner); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+	wait.Wait()
+	if diff := cmp.Diff(none, h.settled()); diff != "" {
+		t.Errorf("left after all are detached (-want +got):\n%s", diff)
 	}
 }
