@@ -42,7 +42,7 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 		var q question
 		err = p.update(ctx, "lease for "+r.Owner, func(s *state) error {
 			if adopt = p.unadopted(s); adopt {
-				return statefile.Unchanged
+				return statefile.ErrUnchanged
 			}
 			v, err := p.view(s, onHost)
 			if err == nil {
@@ -51,7 +51,7 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 			var ask bool
 			if q, ask = p.ponder(s, l, err); ask && !asked {
 				asked = true
-				return statefile.Unchanged
+				return statefile.ErrUnchanged
 			}
 			q = question{}
 			if err != nil {
@@ -112,7 +112,7 @@ func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 		}
 		now := p.clock()
 		if now-l.Since < grace {
-			return statefile.Unchanged
+			return statefile.ErrUnchanged
 		}
 		r := s.Leases[l.Addr]
 		r.Confirmed = now
@@ -168,7 +168,7 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 	released := false
 	err := p.update(ctx, "release "+addr.String(), func(s *state) error {
 		if l, ok := s.lease(addr); !ok || l.Owner != owner {
-			return statefile.Unchanged
+			return statefile.ErrUnchanged
 		}
 		s.release(addr, p.clock(), p.cfg.CoolDown)
 		released = true
@@ -191,7 +191,7 @@ func (p *Pool) ReleaseOwner(ctx context.Context, owner string) ([]netip.Addr, er
 			}
 		}
 		if freed == nil {
-			return statefile.Unchanged
+			return statefile.ErrUnchanged
 		}
 		return nil
 	})

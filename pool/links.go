@@ -87,7 +87,7 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 			s.release(addr, p.clock(), p.cfg.CoolDown)
 		}
 		if leaked == nil {
-			return statefile.Unchanged
+			return statefile.ErrUnchanged
 		}
 		return nil
 	})

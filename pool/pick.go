@@ -173,10 +173,6 @@ type Census struct {
 	Withdrawn int `json:"withdrawn"` // held, though the source lists them no more; not among Configs
 }
 
-// own is 1 if the NIC's own address lies in this subnet: what Configs has beyond
-// the others.
-func (c Census) own() int { return c.Configs - c.Free - (c.Held - c.Withdrawn) - c.Cooling - c.OnHost }
-
 func (v *view) census(mac string, sub Subnet) Census {
 	c := Census{Configs: len(sub.Secondary)}
 	if sub.Primary.IsValid() {

@@ -22,11 +22,11 @@ import (
 
 // What a caller branches on. The error around each says what, why and what to do.
 var (
-	ErrExhausted = errors.New("no free address")                        // Lease: nothing is left, not even a cooling address
-	ErrInUse     = errors.New("address in use")                         // Lease: the address that was asked for is held
-	ErrNotOurs   = errors.New("not ours to lend")                       // the NIC, subnet or address is not this VM's, or not lendable
-	ErrGone      = errors.New("lease gone")                             // Confirm, Keep: the lease is no longer held as it was given
-	ErrSource    = errors.New("Azure did not tell this VM's addresses") // the source failed and nothing is known from before
+	ErrExhausted = errors.New("no free address")                // Lease: nothing is left, not even a cooling address
+	ErrInUse     = errors.New("address in use")                 // Lease: the address that was asked for is held
+	ErrNotOurs   = errors.New("not ours to lend")               // the NIC, subnet or address is not this VM's, or not lendable
+	ErrGone      = errors.New("lease gone")                     // Confirm, Keep: the lease is no longer held as it was given
+	ErrSource    = errors.New("no word of this VM's addresses") // the source failed and nothing is known from before
 )
 
 // Config says where the pool lives and whom it asks.

@@ -46,13 +46,17 @@ func TestMain(m *testing.M) {
 // child lends once, or with an owner that begins with churn lends and releases
 // until it is killed. It says what it does before a release and after a lease.
 func child(p *Pool, owner string) error {
+	// Longer than a face waits: 200 processes with the race detector keep two
+	// cores busy for that long.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
 	for {
-		l, err := p.Lease(context.Background(), Request{Owner: owner})
+		l, err := p.Lease(ctx, Request{Owner: owner})
 		if err != nil {
 			return err
 		}
 		fmt.Println("has", l.Addr)
-		if err := p.Confirm(context.Background(), l); err != nil {
+		if err := p.Confirm(ctx, l); err != nil {
 			return err
 		}
 		if !strings.HasPrefix(owner, "churn") {
@@ -62,7 +66,7 @@ func child(p *Pool, owner string) error {
 			continue // a container that stays
 		}
 		fmt.Println("frees", l.Addr)
-		if ok, err := p.Release(context.Background(), owner, l.Addr); !ok || err != nil {
+		if ok, err := p.Release(ctx, owner, l.Addr); !ok || err != nil {
 			return fmt.Errorf("release %s: %v, %w", l.Addr, ok, err)
 		}
 	}
@@ -169,9 +173,12 @@ func churn(cmd *exec.Cmd) (has map[string]bool, frees string, err error) {
 	if err := cmd.Start(); err != nil {
 		return nil, "", err
 	}
-	timer := time.AfterFunc(50*time.Millisecond+time.Duration(rand.IntN(100))*time.Millisecond, func() { cmd.Process.Kill() })
+	timer := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
 	defer timer.Stop()
 	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if len(has) == 0 && frees == "" { // it runs
+			timer.Reset(time.Duration(rand.IntN(100)) * time.Millisecond)
+		}
 		what, a, _ := strings.Cut(lines.Text(), " ")
 		switch {
 		case what == "has":

@@ -53,7 +53,9 @@ func TestFaultsOfTheSource(t *testing.T) {
 		{"500", status(500), "500 Internal Server Error"},
 		{"401", status(401), "Metadata Security Protocol"},
 		{"403", status(403), "Metadata Security Protocol"},
-		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://192.0.2.1/", 302) }, "302 Found"},
+		{"a redirect", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://192.0.2.1/", http.StatusFound)
+		}, "302 Found"},
 		{"HTML", body("<!DOCTYPE html><html><p>login</html>"), `HTML, not XML: "<!DOCTYPE html>`},
 		{"JSON", body(`{"interface":[]}`), `not the XML that was expected`},
 		{"nothing", body(""), "sent nothing"},

@@ -29,9 +29,9 @@ var (
 	// is left as it is; SetAside moves it out of the way where that is wanted.
 	ErrUnreadable = errors.New("unreadable state")
 
-	// Unchanged is returned by a change that has nothing to write. It ends the
+	// ErrUnchanged is returned by a change that has nothing to write. It ends the
 	// update as a success.
-	Unchanged = errors.New("unchanged")
+	ErrUnchanged = errors.New("unchanged")
 )
 
 // Checker is a value that knows whether it can be used, such as by its version.
@@ -85,7 +85,7 @@ func update[T any](ctx context.Context, path, who string, durable bool, change f
 			return fmt.Errorf("encode %s: %w", path, err)
 		}
 	}
-	if err := change(&v); errors.Is(err, Unchanged) {
+	if err := change(&v); errors.Is(err, ErrUnchanged) {
 		return nil
 	} else if err != nil {
 		return err

@@ -81,7 +81,7 @@ func TestNothingIsWrittenForAnErrorOrNoChange(t *testing.T) {
 	boom := errors.New("boom")
 	for name, change := range map[string]func(*shelf) error{
 		"error":     func(s *shelf) error { s.Count = 4; return boom },
-		"unchanged": func(s *shelf) error { s.Count = 5; return Unchanged },
+		"unchanged": func(s *shelf) error { s.Count = 5; return ErrUnchanged },
 		"the same":  func(s *shelf) error { return nil },
 	} {
 		err := Update(t.Context(), path, name, change)
