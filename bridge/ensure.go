@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -73,20 +74,45 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 		a.Flags&n.Flags&net.FlagUp == 0 || a.MTU != mtu {
 		return Bridge{}, false
 	}
-	all, err := addresses.dump(unix.AF_INET)
-	if err != nil {
+	if ok, err := st.carried(link{a.Index, name}); !ok || err != nil {
 		return Bridge{}, false
 	}
-	var has identity
-	for _, m := range all {
-		has.Addresses = append(has.Addresses, normalAddress(m, link{a.Index, name})...)
-	}
-	for _, m := range st.Moved.less(has).Addresses {
-		if m[0] == unix.AF_INET {
-			return Bridge{}, false
-		}
+	if there, err := tableStands(); !there || err != nil {
+		return Bridge{}, false
 	}
 	return Bridge{Name: name, NIC: st.NIC, MAC: a.HardwareAddr, MTU: a.MTU}, true
+}
+
+// carried tells whether l has all that moved of IPv4.
+func (st *bridgeState) carried(l link) (bool, error) {
+	var has identity
+	all, err := addresses.dump(unix.AF_INET)
+	if err != nil {
+		return false, err
+	}
+	for _, m := range all {
+		has.Addresses = append(has.Addresses, normalAddress(m, l)...)
+	}
+	if all, err = routes.dump(unix.AF_INET); err != nil {
+		return false, err
+	}
+	for _, m := range all {
+		has.Routes = append(has.Routes, normalRoute(m, l)...)
+	}
+	left := st.Moved.less(has)
+	return !slices.ContainsFunc(slices.Concat(left.Addresses, left.Routes), func(m message) bool { return m[0] == unix.AF_INET }), nil
+}
+
+// tableStands tells whether our nft table is there at all: a flushed ruleset is
+// noticed by whoever attaches next.
+func tableStands() (bool, error) {
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETTABLE, unix.NLM_F_ACK)
+	req.AddRawData(append([]byte{unix.NFPROTO_BRIDGE, unix.NFNETLINK_V0, 0, 0}, appendAttr(nil, unix.NFTA_TABLE_NAME, append([]byte(tableName), 0))...))
+	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // of is the bridge over the NIC with that MAC.
