@@ -111,8 +111,8 @@ func TestTheHostKeepsItsNetwork(t *testing.T) {
 	if diff := cmp.Diff(before, routes()); diff != "" {
 		t.Errorf("the move to azure0 changed routes (- before, + after):\n%s", diff)
 	}
-	h.container("azure", "c", "sleep 1000")
-	h.docker("rm", "-f", "c")
+	h.container("azure", "cc", "sleep 1000")
+	h.docker("rm", "-f", "cc")
 	h.docker("network", "rm", "azure")
 	h.docker("plugin", "disable", plugin)
 	h.must(top+"/build/azure-vnet-plugin", "uninstall")

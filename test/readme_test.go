@@ -95,8 +95,8 @@ func TestReadmeOnAVM(t *testing.T) {
 	blocks := blocks(t, "README.md")["run: vm"]
 	script := func(lines string) {
 		t.Helper()
-		cmd := h.Command(t.Context(), "sh", "-euc", lines)
-		cmd.Dir, cmd.Env = top, asUser(t, os.Environ())
+		cmd := h.Command(t.Context(), "sh", "-euc", "cd "+top+"\n"+lines)
+		cmd.Env = asUser(t, os.Environ())
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s\n%v\n%s", lines, err, out)

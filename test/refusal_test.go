@@ -99,12 +99,12 @@ func TestAddressesThatTheHostHolds(t *testing.T) {
 	h.docker("plugin", "enable", plugin)
 	var addr string
 	eventually(t, "the host gives its secondary addresses up", 35*time.Second, func() bool {
-		_, err := h.try("docker", "run", "-d", "--init", "--network", "azure", "--name", "c", "busybox", "sleep", "1000")
+		_, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", "cc", "busybox", "sleep", "1000")
 		if err != nil {
-			h.try("docker", "rm", "-f", "c")
+			h.try(client, "rm", "-f", "cc")
 			return false
 		}
-		addr = h.address("c").String()
+		addr = h.address("cc").String()
 		return true
 	})
 	if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr); err != nil {

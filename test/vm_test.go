@@ -6,10 +6,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -97,16 +100,25 @@ func (h host) must(name string, arg ...string) string {
 	return out
 }
 
+// client is the docker command that belongs to the engine of the same package; a
+// newer one refuses options that an older engine does have.
+var client = func() string {
+	if _, err := os.Stat("/usr/bin/docker"); err == nil {
+		return "/usr/bin/docker"
+	}
+	return "docker"
+}()
+
 // docker runs a docker command that succeeds.
 func (h host) docker(arg ...string) string {
 	h.t.Helper()
-	return h.must("docker", arg...)
+	return h.must(client, arg...)
 }
 
 // refused runs a docker command that fails with an error that says all of want.
 func (h host) refused(arg []string, want ...string) {
 	h.t.Helper()
-	out, err := h.try("docker", arg...)
+	out, err := h.try(client, arg...)
 	if err == nil {
 		h.t.Errorf("docker %s: it succeeded: %s", strings.Join(arg, " "), out)
 		return
@@ -190,7 +202,7 @@ func (h host) state() state {
 	h.t.Helper()
 	var report struct {
 		Pool struct {
-			Leases []struct{ Addr string }
+			Leases map[string]struct{ Owner string } // by address
 		}
 		Attachments []struct{ Link string }
 	}
@@ -198,14 +210,15 @@ func (h host) state() state {
 		h.t.Fatal(err)
 	}
 	var s state
-	for _, l := range report.Pool.Leases {
-		s.Leases = append(s.Leases, l.Addr)
-	}
+	s.Leases = slices.Sorted(maps.Keys(report.Pool.Leases))
 	for _, a := range report.Attachments {
 		s.Attachments = append(s.Attachments, a.Link)
 	}
 	return s
 }
+
+// veth is a name of one of ours, or of its peer.
+var veth = regexp.MustCompile(`az[vc][0-9a-f]{11}`)
 
 // empty says that no lease, veth and map element is left.
 func (h host) empty() {
@@ -213,10 +226,10 @@ func (h host) empty() {
 	if s := h.state(); len(s.Leases)+len(s.Attachments) > 0 {
 		h.t.Errorf("%s still holds %+v", h.Name, s)
 	}
-	if links := h.must("ip", "-o", "link"); strings.Contains(links, "azv") || strings.Contains(links, "azc") {
+	if links := h.must("ip", "-o", "link"); veth.MatchString(links) {
 		h.t.Errorf("%s still has veths:\n%s", h.Name, links)
 	}
-	if table := h.must("nft", "list", "table", "bridge", "azure_vnet"); strings.Contains(table, `"azv`) && strings.Contains(table, "02:42:") {
+	if table := h.must("nft", "list", "table", "bridge", "azure_vnet"); veth.MatchString(table) || strings.Contains(table, "02:42:") {
 		h.t.Errorf("%s still has map elements:\n%s", h.Name, table)
 	}
 }

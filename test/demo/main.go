@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -41,8 +42,11 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: demo <plugin directory>; make demo calls it")
 		os.Exit(2)
 	}
-	d := &demo{dir: os.Args[1], start: time.Now()}
-	err := d.run(ctx)
+	dir, err := filepath.Abs(os.Args[1])
+	d := &demo{dir: dir, start: time.Now()}
+	if err == nil {
+		err = d.run(ctx)
+	}
 	if d.vnet != nil {
 		if err == nil && os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0" {
 			d.keep(ctx)
@@ -127,7 +131,7 @@ func (d *demo) reach(ctx context.Context) error {
 		return err
 	}
 	url := "http://" + web + "/"
-	fetch := []string{"busybox", "wget", "-q", "-T", "10", "-O", "-"}
+	fetch := []string{"busybox", "timeout", "10", "busybox", "wget", "-q", "-O", "-"}
 	inClient := append([]string{"docker", "exec", "client"}, fetch...)
 	for _, f := range []struct {
 		who, address string
@@ -179,7 +183,7 @@ func (d *demo) table(context.Context) error {
 func (d *demo) keep(ctx context.Context) {
 	say("kept up until Ctrl-C; look around with")
 	for _, vm := range d.vm {
-		fmt.Printf("  sudo nsenter -t %d -a    # %s, %s\n", vm.PidOne(), vm.Name, vm.Primary)
+		fmt.Printf("  %s    # %s, %s\n", vm.Enter(), vm.Name, vm.Primary)
 	}
 	<-ctx.Done()
 }
