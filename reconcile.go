@@ -91,8 +91,11 @@ func (r *reconciler) mend(ctx context.Context) {
 	}
 	r.tell("reconcile the bridges", err)
 	r.tell("collect leaked leases", r.collect(ctx))
-	if r.reclaim {
-		r.tell("reclaim addresses", r.reclaimAll(ctx))
+	r.tell("collect auxiliary addresses", r.collectAux(ctx))
+	// Asked here too, and with patience, for a lease does not wait for a slow source.
+	nics, err := r.pool.NICs(ctx)
+	if r.tell("ask for addresses", err); err == nil && r.reclaim {
+		r.tell("reclaim addresses", r.reclaimAll(ctx, nics))
 	}
 }
 
@@ -136,13 +139,18 @@ func (r *reconciler) collect(ctx context.Context) error {
 	return nil
 }
 
+// collectAux releases the auxiliary addresses of networks that are no more.
+func (r *reconciler) collectAux(ctx context.Context) error {
+	released, err := r.networks.CollectAux(ctx)
+	for _, lease := range released {
+		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released an auxiliary address that no network has")
+	}
+	return err
+}
+
 // reclaimAll takes secondary addresses off the host's NICs, where they would be
 // answered by the host.
-func (r *reconciler) reclaimAll(ctx context.Context) error {
-	nics, err := r.pool.NICs(ctx)
-	if err != nil {
-		return err
-	}
+func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	for _, nic := range nics {
 		var secondary []netip.Addr
 		for _, subnet := range nic.Subnets {

@@ -102,10 +102,23 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 	return nil
 }
 
-// uninstall takes down all bridges and removes the files. What has a container
-// attached stands and is an error.
+// uninstall takes down all bridges and removes the files. A bridge that has a
+// container attached stands and is an error; a link that no container took, or
+// that came back from one, is removed.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	attached, err := host.Attachments(ctx)
+	if err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
+	for _, at := range attached {
+		if at.Away {
+			continue
+		}
+		if err := host.Detach(ctx, at.Owner); err != nil {
+			return fmt.Errorf("uninstall: %w", err)
+		}
+	}
 	bridges, err := host.Bridges(ctx)
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)

@@ -6,6 +6,8 @@
 //
 // Docker tells a network once and never again, so networks.json outlives the
 // boot. Of endpoints nothing is remembered: the kernel's links tell.
+//
+// Errors do not name the call, for the engine puts its name before them.
 package driver
 
 import (
@@ -69,7 +71,7 @@ func checkIDs(ids ...string) error {
 func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequest) error {
 	n, err := d.plan(ctx, r)
 	if err != nil {
-		return fmt.Errorf("create network: %w", err)
+		return err
 	}
 	added := false
 	err = d.change(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
@@ -85,7 +87,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("create network: %w", err)
+		return err
 	}
 	if _, err = d.cfg.Host.Ensure(ctx, n.spec()); err == nil {
 		err = ctx.Err() // an answer after the deadline reaches nobody
@@ -94,7 +96,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 		if added {
 			err = errors.Join(err, d.forget(context.WithoutCancel(ctx), r.NetworkID))
 		}
-		return fmt.Errorf("create network: %w", err)
+		return err
 	}
 	d.cfg.Used(n.Prefix)
 	return nil
@@ -176,12 +178,9 @@ func (d *Driver) nic(ctx context.Context, master string, prefix netip.Prefix) (p
 // uninstall does it. An unknown network is success.
 func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequest) error {
 	if err := checkIDs(r.NetworkID); err != nil {
-		return fmt.Errorf("delete network: %w", err)
+		return err
 	}
-	if err := d.forget(ctx, r.NetworkID); err != nil {
-		return fmt.Errorf("delete network: %w", err)
-	}
-	return nil
+	return d.forget(ctx, r.NetworkID)
 }
 
 func (d *Driver) forget(ctx context.Context, id string) error {
@@ -193,7 +192,7 @@ func (d *Driver) forget(ctx context.Context, id string) error {
 
 // AllocateNetwork and FreeNetwork belong to swarm networks.
 func (d *Driver) AllocateNetwork(context.Context, *network.AllocateNetworkRequest) (*network.AllocateNetworkResponse, error) {
-	return nil, errors.New("allocate network: swarm networks are not served: its addresses belong to one VM; create the network on each node with --scope local")
+	return nil, errors.New("swarm networks are not served: its addresses belong to one VM; create the network on each node with --scope local")
 }
 
 // FreeNetwork has nothing to free.

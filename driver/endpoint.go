@@ -27,7 +27,7 @@ const undoTime = 10 * time.Second
 func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (*network.CreateEndpointResponse, error) {
 	attached, err := d.attach(ctx, r)
 	if err != nil {
-		return nil, fmt.Errorf("create endpoint: %w", err)
+		return nil, err
 	}
 	answer := &network.EndpointInterface{} // an address that is echoed is an error to the engine
 	if r.Interface.MacAddress == "" {
@@ -128,41 +128,38 @@ func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Le
 // DeleteEndpoint removes the endpoint's link; one that is not there is success.
 func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRequest) error {
 	if err := checkIDs(r.EndpointID); err != nil {
-		return fmt.Errorf("delete endpoint: %w", err)
+		return err
 	}
-	if err := d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID); err != nil {
-		return fmt.Errorf("delete endpoint: %w", err)
-	}
-	return nil
+	return d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID)
 }
 
 // Join tells the engine which link to move into the container. Always with the
 // gateway: without one the engine adds an interface of its own.
 func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.JoinResponse, error) {
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
-		return nil, fmt.Errorf("join: %w", err)
+		return nil, err
 	}
 	n, err := d.network(r.NetworkID)
 	if err != nil {
-		return nil, fmt.Errorf("join: %w", err)
+		return nil, err
 	}
 	all, err := d.cfg.Host.Attachments(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("join: %w", err)
+		return nil, err
 	}
 	for _, at := range all {
 		if at.Owner != OwnerPrefix+r.EndpointID {
 			continue
 		}
 		if at.Peer == "" {
-			return nil, fmt.Errorf("join: endpoint %.12s is in a container already", r.EndpointID)
+			return nil, fmt.Errorf("endpoint %.12s is in a container already", r.EndpointID)
 		}
 		return &network.JoinResponse{
 			InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"},
 			Gateway:       n.Gateway.String(),
 		}, nil
 	}
-	return nil, fmt.Errorf("join: endpoint %.12s is not attached: start the container again", r.EndpointID)
+	return nil, fmt.Errorf("endpoint %.12s is not attached: start the container again", r.EndpointID)
 }
 
 // Leave has nothing to do: the engine has brought the link back, and DeleteEndpoint

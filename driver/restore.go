@@ -63,6 +63,40 @@ func (d *Driver) hold(ctx context.Context, n Network, aux Aux) error {
 	return err
 }
 
+// strayAge is how old an auxiliary lease must be before a network that does not
+// list it says that it leaked: longer than any CreateNetwork.
+const strayAge = 5 * time.Minute
+
+// CollectAux releases auxiliary addresses that no network has, and returns them:
+// what is left of a network whose removal was lost, or whose creation was.
+func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
+	status, err := d.cfg.Pool.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	file, err := ReadNetworks(d.cfg.Dir) // after the leases: a network lists what it has before it is old enough
+	if err != nil {
+		return nil, err
+	}
+	listed := map[Aux]bool{}
+	for _, n := range file.Networks {
+		for _, aux := range n.Aux {
+			listed[aux] = true
+		}
+	}
+	var released []pool.Lease
+	for addr, lease := range status.Leases {
+		if !lease.Linkless || !strings.HasPrefix(lease.Owner, OwnerPrefix) || listed[Aux{addr, lease.Owner}] || status.Now-lease.Since < strayAge {
+			continue
+		}
+		if _, err := d.cfg.Pool.Release(ctx, lease.Owner, addr); err != nil {
+			return released, err
+		}
+		released = append(released, lease)
+	}
+	return released, nil
+}
+
 // keepAux makes the leases of the auxiliary addresses ones that no link needs to
 // prove. RequestAddress could not know: to it they look like a container's --ip.
 func (d *Driver) keepAux(ctx context.Context, n Network, asked map[string]any) ([]Aux, error) {

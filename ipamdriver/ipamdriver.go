@@ -3,6 +3,8 @@
 // Package ipamdriver is libnetwork's IpamDriver over the pool: it turns Docker's
 // pools and addresses into leases. It is not the network and makes no link, and
 // keeps nothing that a later call needs: a PoolID says it all.
+//
+// Errors do not name the call, for the engine puts its name before them.
 package ipamdriver
 
 import (
@@ -80,41 +82,41 @@ func (d *Driver) GetDefaultAddressSpaces(context.Context) (*ipam.AddressSpacesRe
 // leaks nothing.
 func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*ipam.RequestPoolResponse, error) {
 	if r.AddressSpace != "" && r.AddressSpace != AddressSpace {
-		return nil, fmt.Errorf("request pool: address space %.80q is not this driver's, which is %s", r.AddressSpace, AddressSpace)
+		return nil, fmt.Errorf("address space %.80q is not this driver's, which is %s", r.AddressSpace, AddressSpace)
 	}
 	if r.V6 {
-		return nil, errors.New("request pool: IPv6 is not served yet: leave out --ipv6")
+		return nil, errors.New("IPv6 is not served yet: leave out --ipv6")
 	}
 	var want, within netip.Prefix
 	var err error
 	if r.Pool != "" {
 		if want, err = parsePrefix(r.Pool); err != nil {
-			return nil, fmt.Errorf("request pool: --subnet %w", err)
+			return nil, fmt.Errorf("--subnet %w", err)
 		}
 	}
 	if r.SubPool != "" {
 		if r.Pool == "" {
-			return nil, errors.New("request pool: --ip-range needs --subnet")
+			return nil, errors.New("--ip-range needs --subnet")
 		}
 		if within, err = parsePrefix(r.SubPool); err != nil {
-			return nil, fmt.Errorf("request pool: --ip-range %w", err)
+			return nil, fmt.Errorf("--ip-range %w", err)
 		}
 		if !contains(want, within) {
-			return nil, fmt.Errorf("request pool: --ip-range %s lies outside --subnet %s", within, want)
+			return nil, fmt.Errorf("--ip-range %s lies outside --subnet %s", within, want)
 		}
 	}
 	mac, err := d.master(ctx, r.Options)
 	if err != nil {
-		return nil, fmt.Errorf("request pool: %w", err)
+		return nil, err
 	}
 	nic, subnet, err := d.cfg.Pool.Subnet(ctx, mac, want)
 	if err != nil {
-		return nil, fmt.Errorf("request pool: %w", err)
+		return nil, err
 	}
 	id := poolID{mac: nic.MAC, prefix: subnet.Prefix, within: within, serial: newSerial()}
 	if r.Pool == "" {
 		if err := d.choose(id); err != nil {
-			return nil, fmt.Errorf("request pool: %w", err)
+			return nil, err
 		}
 	}
 	return &ipam.RequestPoolResponse{
@@ -171,12 +173,12 @@ func (d *Driver) forget(id poolID) {
 func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) error {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
-		return fmt.Errorf("release pool: %w", err)
+		return err
 	}
 	d.forget(id)
 	status, err := d.cfg.Pool.Status(ctx)
 	if err != nil {
-		return fmt.Errorf("release pool %s: %w", id, err)
+		return err
 	}
 	var errs []error
 	for addr, lease := range status.Leases {
@@ -184,10 +186,7 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 			errs = append(errs, d.release(ctx, id, addr))
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("release pool %s: %w", id, err)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // RequestAddress leases an address of the pool: the one asked for (--ip, an
@@ -196,29 +195,29 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressRequest) (*ipam.RequestAddressResponse, error) {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
-		return nil, fmt.Errorf("request address: %w", err)
+		return nil, err
 	}
 	d.forget(id)
 	var want netip.Addr
 	if r.Address != "" {
 		if want, err = netip.ParseAddr(r.Address); err != nil {
-			return nil, fmt.Errorf("request address: %.80q is not an address", r.Address)
+			return nil, fmt.Errorf("%.80q is not an address", r.Address)
 		}
 	}
 	if r.Options[addressType] == addressGateway {
 		if want.IsValid() && want != id.gateway() {
-			return nil, fmt.Errorf("request address: the gateway of %s is %s and no other: Azure fixes it; leave out --gateway", id.prefix, id.gateway())
+			return nil, fmt.Errorf("the gateway of %s is %s and no other: Azure fixes it; leave out --gateway", id.prefix, id.gateway())
 		}
 		return answer(id, id.gateway()), nil
 	}
 	if want.IsValid() {
 		if err := id.lendable(want); err != nil {
-			return nil, fmt.Errorf("request address %s: %w", want, err)
+			return nil, fmt.Errorf("%s: %w", want, err)
 		}
 	}
 	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
 	if err != nil {
-		return nil, fmt.Errorf("request address: %w", err)
+		return nil, err
 	}
 	if lease.Early {
 		d.cfg.Warn(fmt.Sprintf("%s was released a moment ago and is lent again: no other address is left; give the NIC more ipconfigs", lease.Addr))
@@ -247,20 +246,17 @@ func (id poolID) lendable(addr netip.Addr) error {
 func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressRequest) error {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
-		return fmt.Errorf("release address: %w", err)
+		return err
 	}
 	text, _, _ := strings.Cut(r.Address, "/")
 	addr, err := netip.ParseAddr(text)
 	if err != nil {
-		return fmt.Errorf("release address: %.80q is not an address", r.Address)
+		return fmt.Errorf("%.80q is not an address", r.Address)
 	}
 	if addr == id.gateway() {
 		return nil
 	}
-	if err := d.release(ctx, id, addr); err != nil {
-		return fmt.Errorf("release address: %w", err)
-	}
-	return nil
+	return d.release(ctx, id, addr)
 }
 
 func (d *Driver) release(ctx context.Context, id poolID, addr netip.Addr) error {

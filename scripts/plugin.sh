@@ -20,18 +20,20 @@ id() { docker plugin inspect -f '{{.Id}}' $name 2>/dev/null; }
 data() { echo "$(docker info -f '{{.DockerRootDir}}')/plugins/$1/propagated-mount"; }
 
 create() { # <plugin>
-	saved=$(mktemp -d)
-	trap 'rm -rf "$saved"' EXIT
-	if old=$(id); then
-		[ "$(docker plugin inspect -f '{{.Enabled}}' $name)" = false ] || die "$name is enabled: docker plugin disable -f $name, or make install"
-		cp -a "$(data "$old")/." "$saved/" 2>/dev/null || true
-		settings=$(docker plugin inspect -f '{{range .Settings.Env}}{{println .}}{{end}}' $name | grep -E '^(LOG_LEVEL|SOURCE|QUERY_URL|COOL_DOWN|RECLAIM)=' || true)
-		docker plugin rm $name >/dev/null
+	if ! old=$(id); then
+		docker plugin create $name "$1" >/dev/null
+		return
 	fi
-	docker plugin create $name "$1"
-	[ -n "${old:-}" ] || return 0
-	mkdir -p "$(data "$(id)")"
-	cp -a "$saved/." "$(data "$(id)")/"
+	[ "$(docker plugin inspect -f '{{.Enabled}}' $name)" = false ] || die "$name is enabled: docker plugin disable -f $name, or make install"
+	settings=$(docker plugin inspect -f '{{range .Settings.Env}}{{println .}}{{end}}' $name | grep -E '^(LOG_LEVEL|SOURCE|QUERY_URL|COOL_DOWN|RECLAIM)=' || true)
+	saved=$(mktemp -d)
+	[ ! -d "$(data "$old")" ] || cp -a "$(data "$old")/." "$saved/"
+	docker plugin rm -f $name >/dev/null # networks of its hold it
+	docker plugin create $name "$1" >/dev/null || die "the networks of the plugin that was removed are in $saved"
+	new=$(data "$(id)")
+	mkdir -p "$new"
+	cp -a "$saved/." "$new/"
+	rm -rf "$saved"
 	# shellcheck disable=SC2086 # no value has spaces
 	[ -z "$settings" ] || docker plugin set $name $settings
 }
@@ -52,7 +54,8 @@ install() { # <plugin> <binary> <prefix>
 	mkdir -p "$3/sbin"
 	cp "$2" "$3/sbin/.azure-vnet-plugin.new"
 	mv "$3/sbin/.azure-vnet-plugin.new" "$3/sbin/azure-vnet-plugin"
-	docker plugin enable $name
+	docker plugin enable $name >/dev/null
+	echo "$name is enabled"
 }
 
 uninstall() { # <binary> <prefix>
@@ -63,7 +66,7 @@ uninstall() { # <binary> <prefix>
 	[ -z "$networks" ] || die "these networks use it, remove them first: docker network rm" $networks
 	if id >/dev/null; then
 		docker plugin disable -f $name >/dev/null 2>&1 || true # it is disabled already
-		docker plugin rm $name >/dev/null
+		docker plugin rm -f $name >/dev/null
 	fi
 	[ ! -x "$tool" ] || "$tool" uninstall
 	rm -f "$drop_in" "$2/sbin/azure-vnet-plugin"
@@ -73,7 +76,7 @@ word=$1
 shift
 engine
 case $word in
-create) create "$@" ;;
+create) create "$@" && echo "$name is there: docker plugin enable $name" ;;
 install) install "$@" ;;
 uninstall) uninstall "$@" ;;
 *) die "unknown word $word" ;;

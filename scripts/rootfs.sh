@@ -10,7 +10,7 @@
 # packages stay in <cache>.
 set -eu
 
-binary=$1 rootfs=$2 cache=$3
+binary=$1 final=$2 cache=$3 rootfs=$2.new
 for tool in apt-get apt-cache dpkg-deb; do
 	command -v $tool >/dev/null || { echo "rootfs.sh: $tool is missing: build on Debian or Ubuntu, or with the Dockerfile" >&2; exit 1; }
 done
@@ -40,6 +40,9 @@ put() {
 # within the tree, wherever this distribution has it
 find_one() { (cd "$tree" && find . -name "$1" \( -type f -o -type l \) | sed 's/^\.//' | sort | head -n 1); }
 
+mkdir -p "$(dirname "$final")" "$(dirname "$cache")"
+exec 9>"$cache.lock"
+flock 9 # two makes at once
 fetch
 tree=$cache/tree
 rm -rf "$rootfs"
@@ -70,3 +73,5 @@ ln -s xtables-legacy-multi "$rootfs/usr/sbin/iptables-legacy"
 for name in iptables-nft iptables-legacy; do
 	chroot "$rootfs" /usr/sbin/$name --version >/dev/null || { echo "rootfs.sh: $name does not start in $rootfs" >&2; exit 1; }
 done
+rm -rf "$final"
+mv "$rootfs" "$final"
