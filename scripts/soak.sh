@@ -1,0 +1,19 @@
+#!/bin/sh
+# soak.sh: what takes longer than a change may wait for.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+#   SOAK=10m      how long misfortunes go on
+#   FUZZ=30s      how long each fuzz target runs
+#   SOAK_SEED=N   repeats a run of misfortunes
+set -eu
+cd "$(dirname "$0")/.."
+go=$(command -v go || echo /usr/local/go/bin/go)
+
+SOAK=${SOAK:-10m} "$go" test -count=1 -timeout 24h -v -run 'TestSoak|TestTwentyBoots' ./test
+for dir in $("$go" list -f '{{.Dir}}' ./...); do
+	# shellcheck disable=SC2013 # a name is one word
+	for target in $(grep -ho '^func Fuzz[A-Za-z0-9_]*' "$dir"/*_test.go 2>/dev/null | sed 's/^func //'); do
+		echo "soak.sh: $target in $dir"
+		"$go" test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZ:-30s}" -fuzzminimizetime 5x "$dir"
+	done
+done

@@ -1,0 +1,153 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// TestSoak does what goes wrong on a host, at random and for long, and says
+// each time that the containers that run are reached, each at an address of its
+// own, and that what is gone leaves nothing. SOAK is for how long, such as 10m;
+// SOAK_SEED repeats a run.
+func TestSoak(t *testing.T) {
+	length, err := time.ParseDuration(os.Getenv("SOAK"))
+	if err != nil {
+		t.Skip("takes long: make soak")
+	}
+	seed := uint64(time.Now().UnixNano())
+	if s, err := strconv.ParseUint(os.Getenv("SOAK_SEED"), 10, 64); err == nil {
+		seed = s
+	}
+	t.Logf("SOAK_SEED=%d", seed)
+	dice := rand.New(rand.NewPCG(seed, 0))
+
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 12}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin("COOL_DOWN=5s")
+	h.network("azure")
+	boot := func(args ...string) {
+		if err := h.Boot(); err != nil {
+			t.Fatal(err)
+		}
+		h.startEngine(args...)
+	}
+	running := map[string]bool{}
+	next := 0
+	misfortunes := map[string]func(){
+		"a container starts": func() {
+			if len(running) == 8 {
+				return
+			}
+			next++
+			name := fmt.Sprintf("c%d", next)
+			h.container("azure", name, "sleep 100000", "--restart", "always")
+			running[name] = true
+		},
+		"a container goes": func() {
+			for name := range running {
+				h.docker("rm", "-f", name)
+				delete(running, name)
+				return
+			}
+		},
+		"a container restarts": func() {
+			for name := range running {
+				h.docker("restart", "-t", "0", name)
+				return
+			}
+		},
+		"the plugin is killed":        func() { h.killPlugin() },
+		"the plugin is disabled":      func() { h.docker("plugin", "disable", "-f", plugin); h.docker("plugin", "enable", plugin) },
+		"dockerd is stopped":          func() { h.stopEngine(syscall.SIGTERM); h.startEngine() },
+		"dockerd is killed":           func() { h.stopEngine(syscall.SIGKILL); h.startEngine() },
+		"the power is cut":            func() { h.must("sync"); h.cut(); boot() },
+		"somebody flushes nft":        func() { h.must("nft", "delete", "table", "bridge", "azure_vnet") },
+		"somebody flushes FORWARD":    func() { h.must("iptables", "-F", "FORWARD") },
+		"somebody deletes azure0":     func() { h.must("ip", "link", "del", "azure0") },
+		"somebody takes eth0 out":     func() { h.must("ip", "link", "set", "eth0", "nomaster") },
+		"somebody changes eth0's MTU": func() { h.must("ip", "link", "set", "eth0", "mtu", strconv.Itoa(1400+dice.IntN(100))) },
+	}
+	var names []string
+	for name := range misfortunes {
+		names = append(names, name)
+	}
+	for end := time.Now().Add(length); time.Now().Before(end); {
+		what := names[dice.IntN(len(names))]
+		t.Logf("%s, with %d containers", what, len(running))
+		misfortunes[what]()
+		seen := map[string]string{}
+		for name := range running {
+			// A container that died with the engine is started again by it, with a new address perhaps.
+			eventually(t, name+" is reached after: "+what, 40*time.Second, func() bool {
+				addr, err := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
+				if err != nil || addr == "" {
+					return false
+				}
+				if other, taken := seen[addr]; taken && other != name {
+					t.Fatalf("%s and %s both have %s", name, other, addr)
+				}
+				seen[addr] = name
+				_, err = plain.try("ping", "-c", "1", "-W", "1", addr)
+				return err == nil
+			})
+		}
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", h.Primary.String()); err != nil {
+			t.Fatalf("the host is cut off after: %s: %v", what, err)
+		}
+	}
+	for name := range running {
+		h.docker("rm", "-f", name)
+	}
+	// Calls that were lost while the plugin was away are healed after five minutes.
+	eventually(t, "no lease and no link is left", 6*time.Minute, func() bool {
+		s := h.state()
+		return len(s.Leases)+len(s.Attachments) == 0
+	})
+	h.empty()
+}
+
+// cut takes the power away.
+func (h host) cut() {
+	h.t.Helper()
+	if err := h.PowerCut(); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// TestTwentyBoots is a host that loses power again and again.
+func TestTwentyBoots(t *testing.T) {
+	if os.Getenv("SOAK") == "" {
+		t.Skip("takes long: make soak")
+	}
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin()
+	h.network("azure")
+	h.container("azure", "always", "sleep 100000", "--restart", "always")
+	for i := range 20 {
+		h.cut()
+		if err := h.Boot(); err != nil {
+			t.Fatal(err)
+		}
+		h.startEngine()
+		eventually(t, fmt.Sprintf("the container is back after boot %d", i+1), 30*time.Second, func() bool {
+			addr, err := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", "always")
+			if err != nil || addr == "" {
+				return false
+			}
+			_, err = plain.try("ping", "-c", "1", "-W", "1", addr)
+			return err == nil
+		})
+		h.holds(1)
+	}
+	clean(t, vnet)
+}
