@@ -118,11 +118,6 @@ func (id identity) without(addr netip.Addr) identity {
 	return id
 }
 
-// holds tells whether an address of id is addr.
-func (id identity) holds(addr netip.Addr) bool {
-	return slices.ContainsFunc(id.Addresses, func(m message) bool { return addressOf(m).Addr() == addr })
-}
-
 // texts names the parts of id that a person would miss.
 func (id identity) texts() []string {
 	var out []string

@@ -103,7 +103,7 @@ func (m *move) table(ctx context.Context) error {
 	return err
 }
 
-// makeBridge makes the bridge, or what it lacks of §3 of the datapath.
+// makeBridge makes the bridge, or what it lacks.
 func (m *move) makeBridge(ctx context.Context) error {
 	want, err := m.asBridge()
 	if err != nil {
