@@ -233,6 +233,8 @@ func TestWatch(t *testing.T) {
 		{"nft flush ruleset", true},
 	}
 	for _, tt := range tests {
+		for !tt.want && await() { // late echoes of what was done before
+		}
 		words := strings.Fields(tt.do)
 		h.run(words[0], words[1:]...)
 		if got := await(); got != tt.want {
