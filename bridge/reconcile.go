@@ -53,5 +53,5 @@ func (h *Host) reconcile(ctx context.Context, name string, st *bridgeState) ([]s
 	if m == nil {
 		return nil, err
 	}
-	return m.mended, err
+	return m.mended, errors.Join(err, m.ailing)
 }

@@ -270,6 +270,8 @@ func (m *move) verifyUp(ctx context.Context) error {
 	return m.st.Moved.verifyGateways(ctx, m.bridge)
 }
 
+// endpoints mends the ports. One that cannot be mended is told and no more: the
+// host and the other containers must not lose their network for it.
 func (m *move) endpoints(ctx context.Context) error {
 	b, err := m.asBridge()
 	if err != nil {
@@ -277,8 +279,9 @@ func (m *move) endpoints(ctx context.Context) error {
 	}
 	mended, err := m.h.syncPorts(b)
 	m.mended = append(m.mended, mended...)
-	if err != nil || m.whole && len(m.mended) == 0 {
-		return err
+	m.ailing = err
+	if m.whole && len(m.mended) == 0 {
+		return nil
 	}
 	_, err = m.h.syncTable(b) // once more: what is direct follows the host's routes, which have moved
 	return err
