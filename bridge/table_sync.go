@@ -79,8 +79,10 @@ func replaceTable(want *tableState) error {
 	for _, ch := range want.chains {
 		c.AddChain(ch.nft())
 	}
-	for _, s := range want.sets {
-		if err := c.AddSet(s.nft(), nil); err != nil {
+	for i, s := range want.sets {
+		set := s.nft()
+		set.ID = uint32(i + 1) // else the library counts in a global, unguarded
+		if err := c.AddSet(set, nil); err != nil {
 			return err
 		}
 	}
