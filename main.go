@@ -153,6 +153,9 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		mend.tell("restore networks", networks.Restore(background))
 		gate.open(nil)
 		log.Info("ready")
+		if e, managed := findDockerd(p); managed {
+			go mend.compare(background, e)
+		}
 		mend.loop(background)
 	}()
 	srv := &server{log: log, gate: gate, deadline: callDeadline, grace: callGrace}

@@ -16,6 +16,8 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"sync"
+	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
 
@@ -39,6 +41,9 @@ type Config struct {
 // and repeatable.
 type Driver struct {
 	cfg Config
+
+	mu      sync.Mutex           // taken within networks.json's lock; guards missing
+	missing map[string]time.Time // by id: since when the engine's lists lack a network; see Compare
 }
 
 // New returns a driver.
@@ -75,6 +80,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	}
 	added := false
 	err = d.change(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
+		d.created(r.NetworkID)
 		if old, ok := all[r.NetworkID]; ok && !old.equal(n) {
 			return fmt.Errorf("%s exists with other options", r.NetworkID)
 		} else if ok {

@@ -1,0 +1,121 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/network"
+	"github.com/docker/docker/client"
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	compareEvery = 30 * time.Second
+	compareTime  = 10 * time.Second // longest that one comparison may take: an engine that starts does not answer
+)
+
+// dockerd is the engine that runs this plugin. It is asked in the background only,
+// never in a call: it does not answer while it waits for ours.
+type dockerd struct {
+	socket string
+	plugin string // id of this plugin there
+}
+
+// propagated is where an engine keeps the propagated mount of a plugin.
+var propagated = regexp.MustCompile(`/plugins/([0-9a-f]{64})/propagated-mount$`)
+
+// pluginID reads off a process's mounts under which id an engine runs it with
+// the propagated mount data; "" if none does.
+func pluginID(mountinfo, data string) string {
+	for line := range strings.Lines(mountinfo) {
+		// id, parent, device, root, mount point: proc_pid_mountinfo(5)
+		field := strings.Fields(line)
+		if len(field) < 5 || field[4] != data {
+			continue
+		}
+		if m := propagated.FindStringSubmatch(field[3]); m != nil {
+			return m[1]
+		}
+	}
+	return ""
+}
+
+// findDockerd is false where the plugin is not managed by an engine.
+func findDockerd(p places) (dockerd, bool) {
+	mounts, _ := os.ReadFile("/proc/self/mountinfo") // unreadable: none is found
+	id := pluginID(string(mounts), p.data)
+	return dockerd{socket: filepath.Join(p.run, "docker.sock"), plugin: id}, id != ""
+}
+
+// errNoEngine says that nobody can be asked: the engine listens elsewhere.
+var errNoEngine = errors.New("the engine that runs this plugin does not listen there")
+
+// networks are the ids of all networks of the engine, of every driver.
+func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
+	if _, err := os.Stat(e.socket); errors.Is(err, fs.ErrNotExist) {
+		return nil, errNoEngine
+	}
+	docker, err := client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+	if err != nil {
+		return nil, err
+	}
+	defer docker.Close()
+	// Another engine knows nothing of our networks.
+	if _, _, err := docker.PluginInspectWithRaw(ctx, e.plugin); client.IsErrNotFound(err) {
+		return nil, errNoEngine
+	} else if err != nil {
+		return nil, err
+	}
+	all, err := docker.NetworkList(ctx, network.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	ids, names := map[string]bool{}, map[string]bool{}
+	for _, n := range all {
+		ids[n.ID], names[n.Name] = true, true
+	}
+	if !names["none"] || !names["host"] {
+		return nil, fmt.Errorf("it lists %d networks and not the two that every engine has: the list is not whole", len(all))
+	}
+	return ids, nil
+}
+
+// compare forgets networks that the engine removed while the plugin was away,
+// until ctx is done.
+func (r *reconciler) compare(ctx context.Context, e dockerd) {
+	tick := time.NewTicker(compareEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		forgotten, err := r.compareOnce(ctx, e)
+		for _, id := range forgotten {
+			r.log.WithField("network", short(id)).Warn("forgot a network that the engine removed while the plugin was away")
+		}
+		if err != nil {
+			r.log.WithFields(logrus.Fields{"socket": e.socket}).WithError(err).Debug("networks are not compared with the engine's")
+		}
+	}
+}
+
+func (r *reconciler) compareOnce(ctx context.Context, e dockerd) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, compareTime)
+	defer cancel()
+	listed, err := e.networks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.networks.Compare(ctx, listed)
+}

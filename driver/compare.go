@@ -1,0 +1,72 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"azurevnet/internal/statefile"
+)
+
+// missingAge is how long an engine must leave a network out of its lists before
+// it is forgotten: longer than any CreateNetwork, after which the engine lists it.
+const missingAge = time.Minute
+
+// Compare takes the ids of all networks that the engine has, and forgets those
+// that it has left out for a minute, in two lists at least: their DeleteNetwork
+// was lost. It returns their ids, ascending. What a list left out is remembered
+// in memory alone, so a restart only makes it wait longer.
+func (d *Driver) Compare(ctx context.Context, listed map[string]bool) ([]string, error) {
+	gone := map[string]Network{}
+	err := d.change(ctx, "compare networks", func(all map[string]Network) error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		now := time.Now()
+		missing := map[string]time.Time{}
+		for id, n := range all {
+			since, before := d.missing[id]
+			switch {
+			case listed[id]:
+			case !before:
+				missing[id] = now
+			case now.Sub(since) < missingAge:
+				missing[id] = since
+			default:
+				gone[id] = n
+			}
+		}
+		d.missing = missing
+		if len(gone) == 0 {
+			return statefile.ErrUnchanged
+		}
+		for id := range gone {
+			delete(all, id)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for id, n := range gone {
+		for _, aux := range n.Aux {
+			if _, err := d.cfg.Pool.Release(ctx, aux.Owner, aux.Addr); err != nil {
+				errs = append(errs, fmt.Errorf("network %.12s is no more: %w", id, err)) // CollectAux releases it later
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
+}
+
+// created ends what Compare holds against a network: swarm creates one again
+// by the same id.
+func (d *Driver) created(id string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.missing, id)
+}
