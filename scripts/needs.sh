@@ -41,3 +41,5 @@ echo "needs.sh: installing$missing" >&2
 apt-get -qq update
 # shellcheck disable=SC2086 # a list of words
 DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >/dev/null
+# Since Debian 13 the client is a package of its own.
+command -v docker >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends docker-cli >/dev/null

@@ -54,7 +54,11 @@ func main() {
 		say("removing the VMs and all they ran")
 		err = errors.Join(err, d.vnet.Close())
 	}
-	if err != nil {
+	switch {
+	case ctx.Err() != nil && os.Getenv("KEEP") == "":
+		fmt.Fprintln(os.Stderr, "demo: interrupted; nothing is left")
+		os.Exit(130)
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -183,7 +187,7 @@ func (d *demo) table(context.Context) error {
 func (d *demo) keep(ctx context.Context) {
 	say("kept up until Ctrl-C; look around with")
 	for _, vm := range d.vm {
-		fmt.Printf("  %s    # %s, %s\n", vm.Enter(), vm.Name, vm.Primary)
+		fmt.Printf("  sudo %s    # %s, %s\n", vm.Enter(), vm.Name, vm.Primary)
 	}
 	<-ctx.Done()
 }
