@@ -55,8 +55,8 @@ func main() {
 		err = errors.Join(err, d.vnet.Close())
 	}
 	switch {
-	case ctx.Err() != nil && os.Getenv("KEEP") == "":
-		fmt.Fprintln(os.Stderr, "demo: interrupted; nothing is left")
+	case err != nil && ctx.Err() != nil:
+		fmt.Fprintln(os.Stderr, "demo: interrupted")
 		os.Exit(130)
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "demo:", err)
