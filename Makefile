@@ -4,9 +4,12 @@
 GO      ?= $(or $(shell command -v go),/usr/local/go/bin/go)
 VERSION ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),devel)
 PREFIX  ?= /usr/local
+native  := $(shell $(GO) env GOHOSTARCH)
+ARCH    ?= $(native)
 
-binary := build/azure-vnet-plugin
-plugin := build/plugin
+out    := build$(if $(filter-out $(native),$(ARCH)),/$(ARCH))
+binary := $(out)/azure-vnet-plugin
+plugin := $(out)/plugin
 
 .DEFAULT_GOAL := help
 
@@ -17,12 +20,12 @@ help: ## this list
 ##: building
 
 .PHONY: build
-build: ## the static binary, build/azure-vnet-plugin
-	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) .
+build: ## the static binary, build/azure-vnet-plugin; ARCH=arm64 for another architecture
+	CGO_ENABLED=0 GOARCH=$(ARCH) $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) .
 
 .PHONY: rootfs
 rootfs: build ## build/plugin, ready for docker plugin create; iptables comes from Debian packages
-	scripts/rootfs.sh $(binary) $(plugin)/rootfs build/packages
+	scripts/rootfs.sh $(binary) $(plugin)/rootfs $(out)/packages $(ARCH)
 	cp config.json $(plugin)/config.json
 
 ##: using
@@ -34,6 +37,15 @@ plugin: rootfs ## azure-vnet:latest in the engine at hand, disabled; its network
 .PHONY: install
 install: rootfs ## build, create and enable the plugin on this VM
 	scripts/plugin.sh install $(plugin) $(binary) $(PREFIX)
+
+.PHONY: push
+push: ## REGISTRY=host:port/name: the plugin to a registry, a tag for each of ARCHS; TAG=1.2 puts 1.2- before it
+	@[ -n "$(REGISTRY)" ] || { echo 'make push REGISTRY=host:port/name' >&2; exit 1; }
+	for arch in $(or $(ARCHS),amd64 arm64); do $(MAKE) --no-print-directory pushed ARCH=$$arch || exit; done
+
+.PHONY: pushed
+pushed: rootfs
+	scripts/plugin.sh push $(plugin) $(REGISTRY):$(if $(TAG),$(TAG)-)$(ARCH)
 
 .PHONY: uninstall
 uninstall: ## give the NIC its addresses back and leave nothing

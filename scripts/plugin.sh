@@ -4,6 +4,7 @@
 #
 #   plugin.sh create <plugin>                    azure-vnet:latest, disabled
 #   plugin.sh install <plugin> <binary> <prefix> the same, enabled, with what belongs beside it
+#   plugin.sh push <plugin> <host:port/name:tag> to a registry, by way of the engine
 #   plugin.sh uninstall <binary> <prefix>        as if it had never been there
 #
 # <plugin> holds config.json and rootfs/. A plugin that is there already is
@@ -58,6 +59,13 @@ install() { # <plugin> <binary> <prefix>
 	echo "$name is enabled"
 }
 
+push() { # <plugin> <reference>
+	docker plugin rm -f "$2" >/dev/null 2>&1 || true # of a push that was broken off
+	docker plugin create "$2" "$1" >/dev/null
+	docker plugin push "$2" || { docker plugin rm "$2" >/dev/null; die "$2 is not pushed"; }
+	docker plugin rm "$2" >/dev/null
+}
+
 uninstall() { # <binary> <prefix>
 	tool=$2/sbin/azure-vnet-plugin
 	[ -x "$tool" ] || tool=$1
@@ -78,6 +86,7 @@ engine
 case $word in
 create) create "$@" && echo "$name is there: docker plugin enable $name" ;;
 install) install "$@" ;;
+push) push "$@" ;;
 uninstall) uninstall "$@" ;;
 *) die "unknown word $word" ;;
 esac

@@ -2,32 +2,45 @@
 # rootfs.sh: make the plugin's root file system from the binary and Debian packages.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-#   rootfs.sh <azure-vnet-plugin> <rootfs> <cache>
+#   rootfs.sh <azure-vnet-plugin> <rootfs> <cache> <architecture>
 #
 # No registry and no container build: apt-get brings iptables and the libraries
 # that it names as its dependencies, dpkg-deb unpacks them, and of those just the
-# two back-ends, the extensions in use and the libraries that they load are taken. The
-# packages stay in <cache>.
+# two back-ends, the extensions in use and the libraries that they load are taken.
+# Nothing of another architecture is run, and apt works in <cache>, where the
+# packages stay: the machine's own lists and architectures are not touched.
 set -eu
 
-binary=$1 final=$2 cache=$3 rootfs=$2.new
+binary=$1 final=$2 cache=$3 arch=$4 rootfs=$2.new
 for tool in apt-get apt-cache dpkg-deb; do
 	command -v $tool >/dev/null || { echo "rootfs.sh: $tool is missing: build on Debian or Ubuntu, or with the Dockerfile" >&2; exit 1; }
 done
 
+apt() { # <command> words...
+	command=$1
+	shift
+	"$command" -qq -o APT::Architecture="$arch" -o APT::Architectures="$arch" -o APT::Sandbox::User=root \
+		-o Dir::State="$cache/apt" -o Dir::State::status="$cache/apt/status" -o Dir::Cache="$cache/apt" "$@"
+}
+
 fetch() {
 	[ ! -e "$cache/complete" ] || return 0
 	rm -rf "$cache"
-	mkdir -p "$cache/deb" "$cache/tree"
-	apt-cache show iptables >/dev/null 2>&1 || apt-get -qq update
-	packages=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
+	mkdir -p "$cache/deb" "$cache/tree" "$cache/apt/lists/partial" "$cache/apt/archives/partial"
+	touch "$cache/apt/status"
+	apt apt-get update
+	apt apt-cache show iptables >/dev/null || {
+		echo "rootfs.sh: this machine's package sources have no iptables for $arch: build on $arch, or on a distribution whose mirror has it" >&2
+		exit 1
+	}
+	packages=$(apt apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
 		--no-replaces --no-enhances --no-pre-depends iptables | grep -E '^(iptables|lib)[a-z0-9.+-]*$' | sort -u)
-	# _apt may not enter the directory: apt-get then downloads as root, and says so.
 	# shellcheck disable=SC2086 # a list of words
-	(cd "$cache/deb" && apt-get -qq -o APT::Sandbox::User=root download $packages)
+	(cd "$cache/deb" && apt apt-get download $packages)
 	for deb in "$cache"/deb/*.deb; do
 		dpkg-deb -x "$deb" "$cache/tree"
 	done
+	rm -rf "$cache/apt"
 	touch "$cache/complete"
 }
 
@@ -41,6 +54,7 @@ put() {
 find_one() { (cd "$tree" && find . -name "$1" \( -type f -o -type l \) | sed 's/^\.//' | sort | head -n 1); }
 
 mkdir -p "$(dirname "$final")" "$(dirname "$cache")"
+cache=$(cd "$(dirname "$cache")" && pwd)/$(basename "$cache")
 exec 9>"$cache.lock"
 flock 9 # two makes at once
 fetch
@@ -52,12 +66,21 @@ cp "$binary" "$rootfs/azure-vnet-plugin"
 
 extensions=$(dirname "$(find_one libxt_mark.so)")
 loader=$(find_one 'ld-linux*.so.*')
-libraries=$(cd "$tree" && find "$PWD" -name '*.so*' ! -path '*/xtables/*' -exec dirname {} + | sort -u | tr '\n' ':')
+# need <file of the tree>: puts the libraries that it names, and those that they name.
+# Names are whole strings of a file's string table.
+need() {
+	for library in $libraries; do
+		name=$(basename "$library")
+		! LC_ALL=C grep -qazxF -e "$name" "$tree$1" || [ -e "$rootfs$library" ] || {
+			put "$library"
+			[ "$name" = libc.so.6 ] || need "$library" # it names what it could load, and needs the loader only
+		}
+	done
+}
+libraries=$(cd "$tree" && find . -name 'lib*.so.*' ! -path '*/xtables/*' | sed 's/^\.//' | sort)
 for multi in xtables-legacy-multi xtables-nft-multi; do
 	put "/usr/sbin/$multi"
-	"$tree$loader" --library-path "$libraries" --list "$tree/usr/sbin/$multi"
-done | sed -n "s|.* => $(cd "$tree" && pwd)\(/[^ ]*\) .*|\1|p" | sort -u | grep -v /ld-linux | while read -r library; do
-	put "$library"
+	need "/usr/sbin/$multi"
 done
 # The loader by the name that the binaries hold, which may be a link in the tree.
 interpreter=$(LC_ALL=C grep -aom1 '/lib[0-9a-z]*/ld-linux[-0-9a-z_]*\.so\.[0-9]' "$tree/usr/sbin/xtables-nft-multi")
@@ -70,7 +93,7 @@ done
 ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables-nft"
 ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
 ln -s xtables-legacy-multi "$rootfs/usr/sbin/iptables-legacy"
-for name in iptables-nft iptables-legacy; do
+[ "$arch" != "$(dpkg --print-architecture)" ] || for name in iptables-nft iptables-legacy; do
 	chroot "$rootfs" /usr/sbin/$name --version >/dev/null || { echo "rootfs.sh: $name does not start in $rootfs" >&2; exit 1; }
 done
 rm -rf "$final"
