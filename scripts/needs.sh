@@ -22,6 +22,8 @@ need conntrack conntrack
 need dbus-daemon dbus
 need dockerd docker.io
 need docker docker.io
+need docker-compose docker-compose
+need docker-registry docker-registry
 need dpkg-deb dpkg
 need update-ca-certificates ca-certificates
 [ -n "$missing" ] || exit 0
