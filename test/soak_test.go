@@ -65,7 +65,14 @@ func TestSoak(t *testing.T) {
 				return
 			}
 		},
-		"the plugin is killed":        func() { h.killPlugin() },
+		"the plugin is killed": func() {
+			h.killPlugin()
+			// An engine waits longer before each restart of a plugin that dies often, up to a minute.
+			eventually(t, "the engine starts the plugin again", 90*time.Second, func() bool {
+				_, err := h.try("busybox", "pidof", "azure-vnet-plugin")
+				return err == nil
+			})
+		},
 		"the plugin is disabled":      func() { h.docker("plugin", "disable", "-f", plugin); h.docker("plugin", "enable", plugin) },
 		"dockerd is stopped":          func() { h.stopEngine(syscall.SIGTERM); h.startEngine() },
 		"dockerd is killed":           func() { h.stopEngine(syscall.SIGKILL); h.startEngine() },
