@@ -78,7 +78,7 @@ func BenchmarkSyncTable250(b *testing.B) {
 				}
 				for b.Loop() {
 					if flush {
-						if err := deleteTable(); err != nil {
+						if err := deleteTable(bridgeTable); err != nil {
 							b.Error(err)
 						}
 					}

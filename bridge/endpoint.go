@@ -179,10 +179,10 @@ func (h *Host) claim(_ context.Context, at *attaching) error {
 	if err := h.at("elements"); err != nil {
 		return err
 	}
-	if !addElements(at.host, at.a) {
+	if !addElements(elementsOf(at.host, at.a)) {
 		return errSlow
 	}
-	at.undo = append(at.undo, func() error { return deleteElements(at.host, at.a) })
+	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
 	return nil
 }
 
@@ -220,7 +220,7 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	if err := h.at("elements"); err != nil {
 		return err
 	}
-	at.undo = append(at.undo, func() error { return deleteElements(at.host, at.a) })
+	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
 	_, err = h.syncTableWith(bridges[i], &at.a)
 	return err
 }
@@ -261,7 +261,7 @@ func (h *Host) detachLink(nl *netlink.Handle, l netlink.Link, a alias) error {
 	if err := h.at("detach elements"); err != nil {
 		return err
 	}
-	if err := deleteElements(l.Attrs().Name, a); err != nil {
+	if err := deleteElements(elementsOf(l.Attrs().Name, a)); err != nil {
 		return err
 	}
 	if err := h.at("detach neighbour"); err != nil {

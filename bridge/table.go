@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -48,7 +49,7 @@ func (h *Host) dropTable(b Bridge) error {
 		return fmt.Errorf("nft table %s: %w", tableName, err)
 	}
 	if len(in.bridges) == 0 {
-		err = deleteTable()
+		err = deleteTable(bridgeTable)
 	} else {
 		_, err = writeTable(in.table())
 	}
@@ -163,13 +164,13 @@ func whole[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// deleteTable removes the table; none is success.
-func deleteTable() error {
+// deleteTable removes a table; none is success.
+func deleteTable(table *nftables.Table) error {
 	c, err := dialTable()
 	if err != nil {
 		return err
 	}
-	c.DelTable(bridgeTable)
+	c.DelTable(table)
 	if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}

@@ -27,18 +27,22 @@ const snatMark = 0x10000
 
 // tableState is the table, as wanted or as found.
 type tableState struct {
+	table  *nftables.Table
 	chains []*tableChain
 	sets   []*tableSet
 }
 
 type tableChain struct {
+	table *nftables.Table
 	name  string
+	kind  nftables.ChainType      // with hook
 	hook  *nftables.ChainHook     // nil: reached by goto
 	prio  *nftables.ChainPriority // with hook
 	rules [][]expr.Any
 }
 
 type tableSet struct {
+	table    *nftables.Table
 	name     string
 	key      nftables.SetDatatype
 	data     nftables.SetDatatype // zero: a set, no map
@@ -55,7 +59,7 @@ type elemKey struct {
 // table is the whole table: base chains, what endpoints may send, then each
 // bridge's part.
 func (in *tableInput) table() *tableState {
-	t := &tableState{}
+	t := &tableState{table: bridgeTable}
 	src := t.set("src_ip", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
 	arp := t.set("src_arp", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeEtherAddr, nftables.TypeIPAddr), nftables.TypeVerdict)
 	ip6 := t.set("src_ip6", nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr), nftables.SetDatatype{})
@@ -166,17 +170,17 @@ func (in *tableInput) addNetwork(t *tableState, bridge, id string, subnets []net
 func netChain(bridge, policy string) string { return "net_" + bridge + "_" + policy }
 
 func (t *tableState) set(name string, key, data nftables.SetDatatype) *tableSet {
-	s := &tableSet{name: name, key: key, data: data, elems: map[elemKey]string{}}
+	s := &tableSet{table: t.table, name: name, key: key, data: data, elems: map[elemKey]string{}}
 	t.sets = append(t.sets, s)
 	return s
 }
 
 func (t *tableState) chain(name string, rules ...[]expr.Any) {
-	t.chains = append(t.chains, &tableChain{name: name, rules: rules})
+	t.chains = append(t.chains, &tableChain{table: t.table, name: name, rules: rules})
 }
 
 func (t *tableState) base(name string, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
-	t.chains = append(t.chains, &tableChain{name, hook, &prio, rules})
+	t.chains = append(t.chains, &tableChain{t.table, name, nftables.ChainTypeFilter, hook, &prio, rules})
 }
 
 // add maps each span to verdict. An end at 2^32 is none.

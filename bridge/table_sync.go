@@ -37,7 +37,7 @@ func dialTable() (*nftables.Conn, error) {
 // chains and rules stand; else the table is replaced whole, which no packet sees
 // half done.
 func writeTable(want *tableState) (changed bool, err error) {
-	have, err := readTable()
+	have, err := readTable(want.table)
 	if err != nil {
 		return false, err
 	}
@@ -73,9 +73,9 @@ func replaceTable(want *tableState) error {
 	if err != nil {
 		return err
 	}
-	c.AddTable(bridgeTable) // to delete none is an error
-	c.DelTable(bridgeTable)
-	c.AddTable(bridgeTable)
+	c.AddTable(want.table) // to delete none is an error
+	c.DelTable(want.table)
+	c.AddTable(want.table)
 	for _, ch := range want.chains {
 		c.AddChain(ch.nft())
 	}
@@ -88,7 +88,7 @@ func replaceTable(want *tableState) error {
 	}
 	for _, ch := range want.chains {
 		for _, r := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: bridgeTable, Chain: ch.nft(), Exprs: r})
+			c.AddRule(&nftables.Rule{Table: want.table, Chain: ch.nft(), Exprs: r})
 		}
 	}
 	for _, s := range want.sets {
@@ -153,7 +153,7 @@ func (s *tableSet) element(k elemKey, v string) nftables.SetElement {
 }
 
 func (s *tableSet) nft() *nftables.Set {
-	set := &nftables.Set{Table: bridgeTable, Name: s.name, KeyType: s.key, DataType: s.data,
+	set := &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data,
 		IsMap: s.data.Name != "", Interval: s.interval}
 	if s.key.Name == nftables.TypeIFName.Name {
 		set.KeyByteOrder = binaryutil.NativeEndian // or nft lists the name as empty
@@ -162,34 +162,34 @@ func (s *tableSet) nft() *nftables.Set {
 }
 
 func (c *tableChain) nft() *nftables.Chain {
-	ch := &nftables.Chain{Table: bridgeTable, Name: c.name}
+	ch := &nftables.Chain{Table: c.table, Name: c.name}
 	if c.hook != nil {
-		ch.Type, ch.Hooknum, ch.Priority = nftables.ChainTypeFilter, c.hook, c.prio
+		ch.Type, ch.Hooknum, ch.Priority = c.kind, c.hook, c.prio
 	}
 	return ch
 }
 
 // readTable is the table as the kernel holds it; none is an empty one.
-func readTable() (*tableState, error) {
+func readTable(table *nftables.Table) (*tableState, error) {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = c.CloseLasting() }()
-	t := &tableState{}
-	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyBridge)
+	t := &tableState{table: table}
+	chains, err := c.ListChainsOfTableFamily(table.Family)
 	if err != nil {
 		return nil, err
 	}
 	for _, ch := range chains {
-		if ch.Table.Name != tableName {
+		if ch.Table.Name != table.Name {
 			continue
 		}
-		rules, err := c.GetRules(bridgeTable, ch)
+		rules, err := c.GetRules(table, ch)
 		if err != nil {
 			return nil, err
 		}
-		tc := &tableChain{name: ch.Name, hook: ch.Hooknum, prio: ch.Priority}
+		tc := &tableChain{table: table, name: ch.Name, kind: ch.Type, hook: ch.Hooknum, prio: ch.Priority}
 		for _, r := range rules {
 			tc.rules = append(tc.rules, r.Exprs)
 		}
@@ -198,19 +198,19 @@ func readTable() (*tableState, error) {
 	if len(t.chains) == 0 {
 		return t, nil
 	}
-	sets, err := c.GetSets(bridgeTable)
+	sets, err := c.GetSets(table)
 	if err != nil {
 		return nil, err
 	}
 	for _, s := range sets {
-		s.Table = bridgeTable
+		s.Table = table
 		elems, err := c.GetSetElements(s)
 		if err != nil {
 			return nil, err
 		}
-		ts := &tableSet{name: s.Name, interval: s.Interval, elems: map[elemKey]string{}}
+		ts := &tableSet{table: table, name: s.Name, interval: s.Interval, elems: map[elemKey]string{}}
 		for _, e := range elems {
-			ts.elems[elemKey{string(e.Key), e.IntervalEnd}] = valueOf(e)
+			ts.elems[elemKey{string(e.Key), e.IntervalEnd}] = valueOf(s, e)
 		}
 		t.sets = append(t.sets, ts)
 	}
@@ -219,8 +219,8 @@ func readTable() (*tableState, error) {
 
 // valueOf spells an element's value as tableSet does. The kernel tells a verdict
 // as nested attributes, which the library leaves as they are.
-func valueOf(e nftables.SetElement) string {
-	if len(e.Val) <= 6 { // a MAC, or none
+func valueOf(s *nftables.Set, e nftables.SetElement) string {
+	if len(e.Val) == 0 || s.DataType.Name != "" { // which it leaves empty for verdicts
 		return string(e.Val)
 	}
 	attrs, err := netlink.UnmarshalAttributes(e.Val)
@@ -264,7 +264,7 @@ func (t *tableState) sameRules(want *tableState) bool {
 func elementsOf(host string, a alias) []*tableSet {
 	k := keysOf(host, a)
 	of := func(name string, data nftables.SetDatatype, key elemKey, value string) *tableSet {
-		return &tableSet{name: name, data: data, elems: map[elemKey]string{key: value}}
+		return &tableSet{table: bridgeTable, name: name, data: data, elems: map[elemKey]string{key: value}}
 	}
 	return []*tableSet{
 		of("ep4_"+a.bridge, nftables.TypeEtherAddr, elemKey{bytes: ipKey(a.addr.Addr())}, string(a.mac)),
@@ -274,15 +274,20 @@ func elementsOf(host string, a alias) []*tableSet {
 	}
 }
 
-// addElements adds an endpoint to the table as it stands, in one transaction. It
-// is false where the table lacks what the elements lead to, or has others in
-// their place: then the table is to be made whole.
-func addElements(host string, a alias) bool {
+// without is the set as it is when it has none of s's elements.
+func (s *tableSet) without() *tableSet {
+	return &tableSet{table: s.table, name: s.name, data: s.data}
+}
+
+// addElements adds an endpoint's elements to a table as it stands, in one
+// transaction. It is false where the table lacks what the elements lead to, or has
+// others in their place: then the table is to be made whole.
+func addElements(sets []*tableSet) bool {
 	c, err := nftables.New()
 	if err != nil {
 		return false
 	}
-	for _, s := range elementsOf(host, a) {
+	for _, s := range sets {
 		if s.change(c, nil) != nil {
 			return false
 		}
@@ -290,15 +295,14 @@ func addElements(host string, a alias) bool {
 	return c.Flush() == nil
 }
 
-// deleteElements takes an endpoint out of the table. None is success.
-func deleteElements(host string, a alias) error {
+// deleteElements takes an endpoint's elements out of a table. None is success.
+func deleteElements(sets []*tableSet) error {
 	c, err := nftables.New()
 	if err != nil {
 		return err
 	}
-	sets := elementsOf(host, a)
 	for _, s := range sets {
-		if err := (&tableSet{name: s.name, data: s.data}).change(c, s.elems); err != nil {
+		if err := s.without().change(c, s.elems); err != nil {
 			return err
 		}
 	}
@@ -307,11 +311,11 @@ func deleteElements(host string, a alias) error {
 	}
 	// One that lacks undoes the transaction: one by one, then.
 	for _, s := range sets {
-		if err := (&tableSet{name: s.name, data: s.data}).change(c, s.elems); err != nil {
+		if err := s.without().change(c, s.elems); err != nil {
 			return err
 		}
 		if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("nft table %s: take %s out of %s: %w", tableName, host, s.name, err)
+			return fmt.Errorf("nft table %s: take elements out of %s: %w", tableName, s.name, err)
 		}
 	}
 	return nil

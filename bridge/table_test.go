@@ -164,10 +164,10 @@ func checkTable(t *testing.T, name string, in tableInput) {
 			t.Errorf("%s: not mended (-want +got):\n%s", cut, diff)
 		}
 	}
-	if err := deleteTable(); err != nil {
+	if err := deleteTable(bridgeTable); err != nil {
 		t.Errorf("delete the table: %v", err)
 	}
-	if err := deleteTable(); err != nil {
+	if err := deleteTable(bridgeTable); err != nil {
 		t.Errorf("delete the table that is gone: %v", err)
 	}
 	if left := sh(t, "nft list ruleset"); left != "" {
