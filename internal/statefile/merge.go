@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"reflect"
-	"strings"
 )
 
 // merge returns next with everything in raw that the program did not know: raw
@@ -54,25 +53,12 @@ func graftObject(raw, known, next map[string]any) any {
 		next[key] = graft(raw[key], known[key], value)
 	}
 	for key, value := range raw {
-		if _, ok := next[key]; !ok && !understood(known, key) {
+		_, kept := next[key]
+		if _, understood := known[key]; !kept && !understood {
 			next[key] = value
 		}
 	}
 	return next
-}
-
-// understood says that the program read this key. Package json takes Owner for
-// owner, and so must we, or the old value would come back under its other name.
-func understood(known map[string]any, key string) bool {
-	if _, ok := known[key]; ok {
-		return true
-	}
-	for k := range known {
-		if strings.EqualFold(k, key) {
-			return true
-		}
-	}
-	return false
 }
 
 func graftList(raw, known, next []any) any {

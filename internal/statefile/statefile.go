@@ -12,15 +12,17 @@ package statefile
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	jsonv1 "github.com/go-json-experiment/json/v1"
 )
 
 var (
@@ -38,13 +40,6 @@ var (
 // An error makes the file ErrUnreadable. A missing file is not checked: it is
 // the zero value.
 type Checker interface{ Check() error }
-
-// Codec is a value that reads and writes its usual form faster than package
-// json. Scan is false for a body in any other form, even one that is right.
-type Codec interface {
-	Scan(body []byte) bool
-	Append(to []byte) ([]byte, error)
-}
 
 // Read returns the value in the file, the zero value if there is none. It takes
 // no lock.
@@ -163,7 +158,7 @@ func load[T any](path string) (v T, c content, err error) {
 // decode reads strictly first: when that succeeds, and it nearly always does,
 // there is nothing in the file that merge would have to keep.
 func decode[T any](body []byte) (v T, foreign bool, err error) {
-	if !scan(body, &v) && !strict(body, &v) {
+	if !strict(body, &v) {
 		v, foreign = *new(T), true
 		if err := lenient(body, &v); err != nil {
 			return *new(T), false, err
@@ -177,32 +172,15 @@ func decode[T any](body []byte) (v T, foreign bool, err error) {
 	return v, foreign, nil
 }
 
-func encode(v any) ([]byte, error) {
-	if c, ok := v.(Codec); ok {
-		return c.Append(nil)
-	}
-	return json.Marshal(v)
-}
+// format spells a value in one way only, so that an update which changes nothing
+// is known by its bytes.
+var format = json.JoinOptions(json.Deterministic(true), jsonv1.FormatDurationAsNano(true), jsonv1.OmitEmptyWithLegacySemantics(true),
+	jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 
-func scan[T any](body []byte, v *T) bool {
-	s, ok := any(v).(Codec)
-	if !ok {
-		return false
-	}
-	if ok = s.Scan(body); !ok {
-		*v = *new(T)
-	}
-	return ok
-}
+func encode(v any) ([]byte, error) { return json.Marshal(v, format) }
 
 func strict(body []byte, v any) bool {
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
-	if d.Decode(v) != nil {
-		return false
-	}
-	_, err := d.Token()
-	return err == io.EOF && !isNull(body)
+	return json.Unmarshal(body, v, format, json.RejectUnknownMembers(true)) == nil && !isNull(body)
 }
 
 func lenient(body []byte, v any) error {
@@ -212,7 +190,7 @@ func lenient(body []byte, v any) error {
 	case isNull(body):
 		return errors.New("it holds null")
 	}
-	return json.Unmarshal(body, v)
+	return json.Unmarshal(body, v, format)
 }
 
 func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
