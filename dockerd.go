@@ -15,7 +15,6 @@ import (
 
 	"github.com/docker/docker/api/types/network"
 	"github.com/docker/docker/client"
-	"github.com/sirupsen/logrus"
 )
 
 const (
@@ -92,20 +91,17 @@ func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
 // compare forgets networks that the engine removed while the plugin was away,
 // until ctx is done.
 func (r *reconciler) compare(ctx context.Context, e dockerd) {
-	tick := time.NewTicker(compareEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+	for ctx.Err() == nil {
 		forgotten, err := r.compareOnce(ctx, e)
 		for _, id := range forgotten {
 			r.log.WithField("network", short(id)).Warn("forgot a network that the engine removed while the plugin was away")
 		}
 		if err != nil {
-			r.log.WithFields(logrus.Fields{"socket": e.socket}).WithError(err).Debug("networks are not compared with the engine's")
+			r.log.WithField("socket", e.socket).WithError(err).Debug("networks are not compared with the engine's")
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(compareEvery):
 		}
 	}
 }
