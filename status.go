@@ -119,15 +119,12 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 			return fmt.Errorf("uninstall: %w", err)
 		}
 	}
-	bridges, err := host.Bridges(ctx)
+	homes, err := host.RemoveAll(ctx)
+	for _, nic := range homes {
+		fmt.Fprintf(out, "%s has its addresses back\n", nic)
+	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
-	}
-	for _, b := range bridges {
-		if err := host.Remove(ctx, b.Name); err != nil {
-			return fmt.Errorf("uninstall: %w", err)
-		}
-		fmt.Fprintf(out, "%s has its addresses back from %s\n", b.NIC, b.Name)
 	}
 	data := findData(p)
 	for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {

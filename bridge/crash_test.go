@@ -199,3 +199,42 @@ func TestKilledMoveIsFinished(t *testing.T) {
 		t.Errorf("the host was silent for %v", worst)
 	}
 }
+
+// Killed before any step of a move, and then uninstalled: nothing is left, not
+// even where no bridge stands that would tell.
+func TestKilledMoveIsRemoved(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	home := h.picture("eth0")
+	left := func() []string {
+		return []string{
+			h.run("nft", "list", "tables", "bridge"),
+			h.run("sh", "-c", "iptables-nft -w -t nat -S POSTROUTING; iptables-nft -w -S FORWARD"),
+			h.run("ip", "-o", "link", "show", "type", "bridge"),
+			h.run("ls", h.cfg.Run+"/systemd/network"),
+		}
+	}
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.remove("azure0"); err != nil {
+		t.Fatal(err)
+	}
+	nothing := left()
+	for _, what := range []string{"ensure", "remove"} {
+		steps := map[string][]step{"ensure": (&move{}).up(), "remove": (&move{}).down()}[what]
+		for _, step := range names(steps)[1:] {
+			if what == "remove" {
+				if _, err := h.ensure(h.spec()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h.die(what, step)
+			if err := h.Do(func() error { _, err := h.RemoveAll(t.Context()); return err }); err != nil {
+				t.Fatalf("remove all after %s was killed at %s: %v", what, step, err)
+			}
+			checkSame(t, "left after "+what+" was killed at "+step, nothing, left())
+			checkSame(t, "eth0 after "+what+" was killed at "+step, home, h.picture("eth0"))
+		}
+	}
+}

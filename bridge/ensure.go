@@ -263,6 +263,32 @@ func (h *Host) Remove(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	return h.removeKnown(ctx, s, name)
+}
+
+// RemoveAll is Remove for every bridge of ours, also one that a crash left half
+// made or half removed and of which only traces are there. It returns the links
+// that the host is home on.
+func (h *Host) RemoveAll(ctx context.Context) (homes []string, err error) {
+	unlock, err := h.lockExclusive(ctx, "remove all bridges")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	s, err := h.known()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range s.names() {
+		if err := h.removeKnown(ctx, s, name); err != nil {
+			return homes, err
+		}
+		homes = append(homes, s.Bridges[name].NIC)
+	}
+	return homes, nil
+}
+
+func (h *Host) removeKnown(ctx context.Context, s *hostState, name string) error {
 	st := s.Bridges[name]
 	if st == nil {
 		return nil
