@@ -67,6 +67,32 @@ func TestReconcileHeals(t *testing.T) {
 	p.end()
 }
 
+// An iptables that does not work is told, and keeps nothing else from being mended.
+func TestReconcileHealsWithoutIptables(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{}, vnetsim.VMConfig{})
+	h := hosts[0]
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Fatal(err)
+	}
+	want := h.picture("azure0")
+	h.run("nft", "flush", "ruleset")
+	h.ip("addr flush dev azure0")
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", "")
+	err := h.Do(func() error { _, err := h.Reconcile(t.Context()); return err })
+	if err == nil || !strings.Contains(err.Error(), "install the package iptables") {
+		t.Errorf("reconcile without iptables: %v", err)
+	}
+	t.Setenv("PATH", path)
+	checkSame(t, "azure0", want, h.picture("azure0"))
+	if tables := h.run("nft", "list", "tables", "bridge"); !strings.Contains(tables, tableName) {
+		t.Errorf("the table was not made again: %q", tables)
+	}
+	if mended := h.reconcile(); len(mended) != 2 {
+		t.Errorf("with iptables it mended %q, and not two rules", mended)
+	}
+}
+
 // A lost or spoilt host.json means no second move: what stands is adopted, and
 // can still be undone.
 func TestLostStateIsAdopted(t *testing.T) {

@@ -24,7 +24,7 @@ type move struct {
 	undoing bool     // the walk is the way back from a failed one
 	gone    bool     // the bridge was deleted on the way
 	mended  []string // what was found wanting, in sentences
-	ailing  error    // what could not be mended of endpoints
+	ailing  error    // what could not be mended, and does not end the walk
 }
 
 // step is a named step of a walk.

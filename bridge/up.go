@@ -4,6 +4,7 @@ package bridge
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -88,6 +89,10 @@ func (m *move) rules(ctx context.Context) error {
 	}
 	mended, err := m.h.ensureRules(append(others(all, m.name), b))
 	m.mended = append(m.mended, mended...)
+	if m.whole { // what ails iptables must keep neither the host's addresses nor the table from being mended
+		m.ailing = err
+		return nil
+	}
 	return err
 }
 
@@ -279,7 +284,7 @@ func (m *move) endpoints(ctx context.Context) error {
 	}
 	mended, err := m.h.syncPorts(b)
 	m.mended = append(m.mended, mended...)
-	m.ailing = err
+	m.ailing = errors.Join(m.ailing, err)
 	if m.whole && len(m.mended) == 0 {
 		return nil
 	}
