@@ -1,0 +1,188 @@
+#!/bin/sh
+# docker-run.sh: a Docker container with its own address of the Azure virtual network.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+#   docker-run.sh <container-name> <container-namespace> <image> [command…]
+#
+# It needs no other file. On stdout is the container's address and nothing else.
+# docker-del.sh <container-name> <container-namespace> removes it.
+#
+# With the managed plugin azure-vnet:latest enabled, the container joins the
+# network "azure", which is made if it is missing, and is found there by others
+# as <container-name>.<container-namespace>. Without it the CNI package does
+# (install-cni-plugin.sh): a small container holds the network, the whole
+# conflist runs on it, then the image joins it. That outlives docker restart, but
+# neither a reboot nor a restart of the engine: remove it and run it again then.
+#
+# A command that ends within a second has failed: it is removed, and its last
+# lines are shown.
+#
+#   DOCKER_RUN_ARGS='-e KEY=value -v /a:/b'   further options of docker run, parted by blanks
+#
+# Exit status, and nothing is left behind but for 0:
+#   0 it runs          3 the name is taken             6 the command does not start, or ended at once
+#   1 the engine failed    4 there is no such image    7 no engine answers, or neither plugin nor CNI
+#   2 wrong usage      5 no network or no address      128+n ended by signal n, such as 130 by Ctrl-C
+set -euf
+
+plugin=azure-vnet:latest
+network=azure
+holder_image=azure-vnet-holder:latest
+installed=/var/lib/azure-vnet/cni.installed # what install-cni-plugin.sh put where
+
+say() { echo "docker-run.sh: $*" >&2; }
+die() { status=$1; shift; say "$*"; exit "$status"; }
+
+# whole runs a command that no signal of the terminal can cut in two: what it
+# began, the engine would go on with, and nobody would know of it. Use it in
+# $(…), whose shell then ignores the signals too.
+whole() {
+	trap '' INT TERM HUP
+	setsid "$@"
+}
+
+run=      # labels what this run makes; empty: nothing yet
+pulling=  # process that pulls
+attached= # holder that CNI was run on
+netns=
+
+cleanup() {
+	status=$?
+	trap '' INT TERM HUP
+	trap - EXIT
+	[ -z "$pulling" ] || kill "$pulling" 2>/dev/null || true
+	[ "$status" != 0 ] || exit 0
+	if [ -n "$run" ]; then
+		# The container before the network it uses, the network before its holder.
+		remove container
+		[ -z "$attached" ] || "$cni" detach "$conflist" "$attached" "$netns" >&2 || say "DEL failed: run docker-del.sh $name $namespace"
+		remove holder
+		for id in $(docker network ls -q --filter "label=azure-vnet.run=$run"); do
+			setsid docker network rm "$id" >/dev/null 2>&1 || true # another run uses it by now
+		done
+	fi
+	exit "$status"
+}
+
+remove() { # <role>
+	for id in $(docker ps -aq --no-trunc --filter "label=azure-vnet.run=$run" --filter "label=azure-vnet.role=$1"); do
+		setsid docker rm -fv "$id" >/dev/null || say "remove it by hand: docker rm -f $id"
+	done
+}
+
+# taken says whether a container has that very name.
+taken() { [ -n "$(docker ps -aq --filter "name=^/$(echo "$1" | sed 's/\./\\./g')\$")" ]; }
+
+pull() {
+	docker image inspect "$image" >/dev/null 2>&1 && return
+	say "pulling $image"
+	docker pull "$image" >&2 &
+	pulling=$!
+	wait "$pulling" || die 4 "there is no image $image here, and it cannot be pulled"
+	pulling=
+}
+
+managed() { [ "$(docker plugin inspect -f '{{.Enabled}}' $plugin 2>/dev/null)" = true ]; }
+
+# ensure_network makes the network of the plugin. An engine before 27 wants to
+# be told the subnet: the plugin's error names it.
+ensure_network() {
+	driver=$(docker network inspect -f '{{.Driver}}' $network 2>/dev/null || true)
+	case $driver in
+	"$plugin") return ;;
+	'') ;;
+	*) die 5 "there is a network $network that is not $plugin's but $driver's: remove it or give it another name" ;;
+	esac
+	subnet=
+	while ! out=$(create_network); do
+		[ "$(docker network inspect -f '{{.Driver}}' $network 2>/dev/null)" != "$plugin" ] || return 0 # another run was faster
+		again=$(echo "$out" | sed -n 's|.*pass --subnet \([0-9.]*/[0-9]*\).*|\1|p' | head -n 1)
+		case $subnet,$again in
+		,?*) subnet=$again ;;
+		*) die 5 "the network $network cannot be made: $out" ;;
+		esac
+	done
+}
+
+create_network() {
+	whole docker network create -d $plugin --ipam-driver $plugin --label "azure-vnet.run=$run" ${subnet:+--subnet "$subnet"} $network 2>&1
+}
+
+# start runs the container with further options before those of DOCKER_RUN_ARGS.
+start() {
+	# shellcheck disable=SC2086 # a list of words
+	whole docker run -d --name "$name" --label azure-vnet.role=container $labels "$@" 2>&1
+}
+
+# find_cni finds the CNI package, where its installer or a hand put it.
+find_cni() {
+	[ "$(id -u)" = 0 ] || die 7 "the plugin $plugin is not enabled, and running CNI needs root: use sudo"
+	cni=$(sed -n 's|^[0-9a-f]*  \(/.*/azure-vnet\)$|\1|p' $installed 2>/dev/null | head -n 1)
+	conflist=$(sed -n 's|^[0-9a-f]*  \(/.*/10-azure.conflist\)$|\1|p' $installed 2>/dev/null | head -n 1)
+	cni=${cni:-/opt/cni/bin/azure-vnet}
+	conflist=${conflist:-/etc/cni/net.d/10-azure.conflist}
+	if [ ! -x "$cni" ] || [ ! -f "$conflist" ]; then
+		die 7 "neither the plugin nor the CNI package is there: docker plugin enable $plugin, or install-cni-plugin.sh"
+	fi
+}
+
+# hold starts the container that keeps the network, of an image that is the CNI
+# binary and nothing else: a registry may be out of reach.
+hold() {
+	docker image inspect $holder_image >/dev/null 2>&1 ||
+		tar -C "$(dirname "$cni")" -cf - azure-vnet | whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' - $holder_image >/dev/null ||
+		die 1 "the image of the holder cannot be made"
+	# shellcheck disable=SC2086 # a list of words
+	holder=$(whole docker run -d --name "$name.holder" --hostname "$name" --network none --label azure-vnet.role=holder $labels $holder_image 2>&1) ||
+		die 1 "the holder of the network does not start: $holder"
+	holder=$(echo "$holder" | tail -n 1)
+	netns=/proc/$(docker inspect -f '{{.State.Pid}}' "$holder")/ns/net
+}
+
+# failed ends with the status that a failed docker run means.
+failed() { # <status> <text>
+	case $1:$2 in
+	126:* | 127:*) die 6 "the command does not start: $2" ;;
+	*"is already in use by container"*) die 3 "the name $name is taken: docker-del.sh $name $namespace, or docker rm" ;;
+	*IpamDriver* | *NetworkDriver*) die 5 "$2" ;;
+	esac
+	die 1 "$2"
+}
+
+[ $# -ge 3 ] || die 2 "usage: docker-run.sh <container-name> <container-namespace> <image> [command…]"
+name=$1 namespace=$2 image=$3
+shift 3
+for word in "$name" "$namespace"; do
+	case $word in
+	[!A-Za-z0-9]* | *[!A-Za-z0-9_.-]* | '') die 2 "$word: a name begins with a letter or digit, and has letters, digits, dots, dashes and underscores" ;;
+	esac
+done
+command -v docker >/dev/null || die 7 "there is no docker command"
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+trap cleanup EXIT
+docker version >/dev/null 2>&1 || die 7 "no engine answers docker version: is it running, and are you root?"
+! taken "$name" || die 3 "the name $name is taken: docker-del.sh $name $namespace, or docker rm"
+managed || find_cni
+pull
+
+run=$(cat /proc/sys/kernel/random/uuid)
+labels="--label azure-vnet.run=$run --label azure-vnet.name=$name --label azure-vnet.namespace=$namespace"
+# shellcheck disable=SC2086 # options of docker run
+if [ -z "${cni:-}" ]; then
+	ensure_network
+	out=$(start --network $network --network-alias "$name.$namespace" ${DOCKER_RUN_ARGS:-} "$image" "$@") || failed $? "$out"
+	address=$(docker inspect -f "{{with index .NetworkSettings.Networks \"$network\"}}{{.IPAddress}}{{end}}" "$name")
+else
+	hold
+	attached=$holder
+	address=$(whole "$cni" attach -name "$name" -namespace "$namespace" "$conflist" "$holder" "$netns") || die 5 "no address by CNI"
+	out=$(start --network "container:$holder" ${DOCKER_RUN_ARGS:-} "$image" "$@") || failed $? "$out"
+fi
+sleep 1
+if [ "$(docker inspect -f '{{.State.Running}} {{.State.Restarting}}' "$name" 2>/dev/null)" != "true false" ]; then
+	docker logs --tail 10 "$name" >&2 2>&1 || true # --rm took them
+	die 6 "the command ended at once$(docker inspect -f ', with status {{.State.ExitCode}}' "$name" 2>/dev/null)"
+fi
+echo "$address"

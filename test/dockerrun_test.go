@@ -1,0 +1,186 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// ended is how a script ended.
+type ended struct {
+	Out    string // stdout, with the newline
+	Status int
+}
+
+// script runs one of the project's, copied to a place where it is alone, and
+// returns how it ended and what it said on stderr. env is KEY=value words.
+func (h host) script(env []string, name string, arg ...string) (ended, string) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), 90*time.Second)
+	defer cancel()
+	h.must("mkdir", "-p", "/run/alone")
+	h.must("cp", filepath.Join(top, name), "/run/alone/")
+	// The engine's own client first: a newer one is not always understood.
+	words := append([]string{"PATH=/run/shim:/usr/bin:/usr/sbin:/bin:/sbin"}, env...)
+	words = append(words, "/run/alone/"+filepath.Base(name))
+	cmd := h.Command(ctx, "env", append(words, arg...)...)
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		h.t.Fatal(err)
+	}
+	return ended{out.String(), cmd.ProcessState.ExitCode()}, said.String()
+}
+
+// fails runs a script that ends with a status, prints nothing on stdout and
+// says why on stderr.
+func (h host) fails(status int, why string, env []string, name string, arg ...string) {
+	h.t.Helper()
+	got, said := h.script(env, name, arg...)
+	if diff := cmp.Diff(ended{"", status}, got); diff != "" || !strings.Contains(said, why) {
+		h.t.Errorf("%s %s: want status %d and %q:\n%s%s", name, strings.Join(arg, " "), status, why, diff, said)
+	}
+}
+
+// runs runs docker-run.sh with success and returns the address.
+func (h host) runs(env []string, arg ...string) netip.Addr {
+	h.t.Helper()
+	got, said := h.script(env, "docker-run.sh", arg...)
+	addr, err := netip.ParseAddr(strings.TrimSuffix(got.Out, "\n"))
+	if err != nil || got.Status != 0 {
+		h.t.Fatalf("docker-run.sh %s: %+v\n%s", strings.Join(arg, " "), got, said)
+	}
+	return addr
+}
+
+// left is all that a failed docker-run.sh could leave behind.
+func (h host) left() string {
+	h.t.Helper()
+	s := h.state()
+	return strings.Join([]string{
+		h.docker("ps", "-aq"), h.docker("network", "ls", "-q", "--filter", "driver="+plugin),
+		strings.Join(s.Leases, " "), strings.Join(s.Attachments, " "),
+	}, "|")
+}
+
+// interrupted runs docker-run.sh and presses Ctrl-C at its n-th call of docker:
+// the signal goes to all that a terminal would send it to.
+func (h host) interrupted(n int, arg ...string) (ended, string) {
+	h.t.Helper()
+	h.must("sh", "-c", `mkdir -p /run/shim
+echo 0 >/run/calls
+cat >/run/shim/docker <<'END'
+#!/bin/sh
+n=$(($(cat /run/calls) + 1))
+echo $n >/run/calls
+[ $n != $CTRL_C_AT ] || kill -INT -$(cat /run/group)
+exec `+client+` "$@"
+END
+printf '#!/bin/sh\necho $$ >/run/group\nexec "$@"\n' >/run/shim/leader
+chmod +x /run/shim/docker /run/shim/leader`)
+	defer h.must("rm", "-r", "/run/shim")
+	// A test that runs in the background may have had SIGINT ignored for it.
+	return h.script([]string{"CTRL_C_AT=" + strconv.Itoa(n), "setsid", "env", "--default-signal=INT", "/run/shim/leader"}, "docker-run.sh", arg...)
+}
+
+func TestDockerRunWithThePlugin(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin("COOL_DOWN=0s")
+
+	t.Run("Ctrl-C at any step leaves nothing behind", func(t *testing.T) {
+		h := h.in(t)
+		before := h.left()
+		for n := 1; ; n++ {
+			got, said := h.interrupted(n, "web", "shop", "busybox", "sleep", "1000")
+			if got.Status == 0 {
+				if n < 8 {
+					t.Errorf("it ended well at step %d", n)
+				}
+				break
+			}
+			if diff := cmp.Diff(ended{"", 130}, got); diff != "" {
+				t.Errorf("step %d: %s%s", n, diff, said)
+			}
+			if diff := cmp.Diff(before, h.left()); diff != "" {
+				t.Fatalf("step %d leaves behind:\n%s%s", n, diff, said)
+			}
+		}
+		h.script(nil, "scripts/docker-del.sh", "web", "shop")
+		h.docker("network", "rm", "azure")
+	})
+	t.Run("the address is had, printed alone, and reached", func(t *testing.T) {
+		h := h.in(t)
+		addr := h.runs([]string{"DOCKER_RUN_ARGS=--init -e COLOUR=red"}, "web", "shop", "busybox", "sh", "-c", server)
+		if got := h.address("web"); got != addr {
+			t.Errorf("it printed %s, and docker inspect says %s", addr, got)
+		}
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			t.Errorf("not reached: %v", err)
+		}
+		labels := h.docker("inspect", "-f", `{{index .Config.Labels "azure-vnet.name"}} {{index .Config.Labels "azure-vnet.namespace"}} {{.Config.Env}}`, "web")
+		if !strings.Contains(labels, "web shop") || !strings.Contains(labels, "COLOUR=red") {
+			t.Errorf("labels and environment are %s", labels)
+		}
+	})
+	t.Run("others find it by name and namespace", func(t *testing.T) {
+		h := h.in(t)
+		other := inContainer(h, "other", h.runs(nil, "other", "shop", "busybox", "sleep", "1000"))
+		if got, err := other.try(fetch("http://web.shop/cgi-bin/who")...); err != nil || got != other.addr.String() {
+			t.Errorf("web.shop sees %q, want %s: %v", got, other.addr, err)
+		}
+	})
+	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
+		h := h.in(t)
+		before := h.left()
+		run := "docker-run.sh"
+		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
+		h.fails(3, "web is taken", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
+		h.fails(2, "usage", nil, run, "new", "shop")
+		h.fails(2, "begins with", nil, run, "new", "../shop", "busybox")
+		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, run, "new", "shop", "busybox")
+		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, "scripts/docker-del.sh", "new", "shop")
+		if diff := cmp.Diff(before, h.left()); diff != "" {
+			t.Errorf("something is left behind:\n%s", diff)
+		}
+		h.delete("other", "shop")
+		before = h.left()
+		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
+		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
+		h.fails(1, "unknown flag", []string{"DOCKER_RUN_ARGS=--no-such-flag"}, run, "job", "shop", "busybox", "sleep", "9")
+		if diff := cmp.Diff(before, h.left()); diff != "" {
+			t.Errorf("something is left behind:\n%s", diff)
+		}
+	})
+	t.Run("removed, nothing is left, and once more is success", func(t *testing.T) {
+		h := h.in(t)
+		h.delete("web", "shop")
+		h.delete("web", "shop")
+		h.empty()
+	})
+	clean(t, vnet)
+}
+
+// delete runs docker-del.sh with success.
+func (h host) delete(name, namespace string) {
+	h.t.Helper()
+	if got, said := h.script(nil, "scripts/docker-del.sh", name, namespace); got != (ended{}) {
+		h.t.Errorf("docker-del.sh %s %s: %+v\n%s", name, namespace, got, said)
+	}
+}
