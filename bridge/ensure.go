@@ -153,6 +153,9 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		if l := t.named(name); l != nil {
 			return Bridge{}, fmt.Errorf("%s exists already as a link of type %s that is not ours: give the bridge another name", name, l.Type())
 		}
+		if err := spec.ready(nic); err != nil {
+			return Bridge{}, err
+		}
 		st = &bridgeState{MAC: mac.String()}
 	}
 	if spec.MTU != 0 && st.MTU != 0 && spec.MTU != st.MTU {
@@ -166,6 +169,22 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	return m.asBridge()
+}
+
+// ready refuses the primary NIC while it has no address: a DHCP client hears no
+// answer on the port of a bridge, and the host would never get one.
+func (spec Spec) ready(nic netlink.Link) error {
+	if !spec.Primary {
+		return nil
+	}
+	has, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, unix.AF_INET) })
+	if err != nil {
+		return fmt.Errorf("read the addresses of %s: %w", nic.Attrs().Name, err)
+	}
+	if len(has) == 0 {
+		return fmt.Errorf("%s has no IPv4 address yet, and would get none in a bridge: try again when DHCP has given it one", nic.Attrs().Name)
+	}
+	return nil
 }
 
 // choose names the bridge of nic: the one it has, or a new one.

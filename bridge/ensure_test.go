@@ -111,6 +111,23 @@ func TestEnsureLeavesForeignBridges(t *testing.T) {
 	}
 }
 
+// A NIC whose DHCP client has not finished is left alone until it has.
+func TestEnsureWaitsForTheHostsAddress(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{})
+	h := hosts[0]
+	h.ip("addr flush dev eth0")
+	if _, err := h.ensure(h.spec()); err == nil || !strings.Contains(err.Error(), "eth0 has no IPv4 address yet") {
+		t.Errorf("a NIC without an address: %v", err)
+	}
+	if got := h.run("ip", "-o", "link", "show", "type", "bridge"); got != "" {
+		t.Errorf("bridges: %s", got)
+	}
+	h.ip("addr add " + h.Primary.String() + "/16 dev eth0")
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Error(err)
+	}
+}
+
 // Where the bridge stands, Ensure costs next to nothing, with as many links as
 // a full VM has; and it notices what is gone.
 func TestEnsureIsCheapAndNotBlind(t *testing.T) {
