@@ -284,6 +284,33 @@ func TestCollectEndsLeakedLeasesOnly(t *testing.T) {
 	}
 }
 
+// An engine that was held up between a lease and its container has as long
+// after the attachment as any other.
+func TestALeaseConfirmedLateIsYoungAgain(t *testing.T) {
+	f := azure(nic(mac1, "10.0.0.0/24", 3))
+	p := newPool(t, f)
+	l := p.must(t, Request{Owner: "slow"})
+	collected := func() []Lease {
+		got, err := p.Collect(t.Context(), func(context.Context) (map[netip.Addr]bool, error) { return nil, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	f.pass(2 * grace)
+	if err := p.Confirm(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	f.pass(grace - 1)
+	if got := collected(); got != nil {
+		t.Errorf("collected %v on its way into a container", got)
+	}
+	f.pass(1)
+	if diff := cmp.Diff([]Lease{l}, collected(), compareAddr); diff != "" {
+		t.Errorf("collected in the end (-want +got):\n%s", diff)
+	}
+}
+
 // The file is lost while containers run: none of their addresses is lent.
 func TestALostFileIsRebuiltFromLinks(t *testing.T) {
 	for name, lose := range map[string]func(path string) error{

@@ -54,8 +54,8 @@ func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
 }
 
 // Collect ends leases that leaked, and returns them: those with a link to show
-// that are older than 5 minutes, whose address is not attached. attached is
-// called without the pool's lock, and after the leases were read; one that
+// whose address is not attached, 5 minutes after they were given or, if that was
+// late, confirmed. attached is called without the pool's lock, and after the leases were read; one that
 // changed since, or was confirmed, is not judged.
 func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[netip.Addr]bool, error)) ([]Lease, error) {
 	seen, err := p.read(ctx, "collect")
@@ -65,7 +65,7 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 	now := p.clock()
 	suspects := map[netip.Addr]record{}
 	for addr, r := range seen.Leases {
-		if !r.Linkless && now-r.Since >= grace {
+		if !r.Linkless && now-max(r.Since, r.Confirmed) >= grace {
 			suspects[addr] = r
 		}
 	}
