@@ -260,6 +260,10 @@ func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressReque
 }
 
 func (d *Driver) release(ctx context.Context, id poolID, addr netip.Addr) error {
+	lease, held, err := d.cfg.Pool.Held(ctx, addr)
+	if err != nil || !held || lease.Owner != id.owner() {
+		return err
+	}
 	link, err := d.cfg.Attached(ctx, addr)
 	if err != nil {
 		return fmt.Errorf("%s: is a container still attached: %w", addr, err)
