@@ -68,6 +68,7 @@ type portSync struct {
 	fdb    map[string]bool         // static entries: see fdbKey
 	neigh  map[netip.Addr]netlink.Neigh
 	held   map[netip.Addr]bool // attached
+	dry    bool                // what is not as it should be is an error, and stays
 	mended []string
 }
 
@@ -103,6 +104,9 @@ func fdbKey(port int, mac []byte) string { return fmt.Sprintf("%d %x", port, mac
 
 // fix does one thing and notes what it was.
 func (s *portSync) fix(what string, do func() error) error {
+	if s.dry {
+		return errors.New(what + " is not as it should be")
+	}
 	if err := do(); err != nil {
 		return fmt.Errorf("mend %s: %w", what, err)
 	}

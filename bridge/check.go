@@ -1,0 +1,91 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Attachment finds what owner has attached, with less to read than Attachments.
+func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
+	host, peer := linkNames(owner)
+	l, err := netlink.LinkByName(host)
+	if absent(err) {
+		return Attachment{}, false, nil
+	}
+	if err != nil {
+		return Attachment{}, false, fmt.Errorf("look for %s: %w", host, err)
+	}
+	a, ok := endpointOf(l)
+	if !ok || a.owner != owner && a.owner != hashed(owner) {
+		return Attachment{}, false, nil
+	}
+	return attachmentOf(host, peer, l.Attrs().NetNsID >= 0, a), true, nil
+}
+
+// Check tells what of owner's attachment is not as Attach left it, in the host's
+// namespace, and changes nothing: link, port, forwarding entry, neighbour and
+// table. It returns nil if all stands.
+func (h *Host) Check(ctx context.Context, owner string) error {
+	host, _ := linkNames(owner)
+	at, ok, err := h.Attachment(ctx, owner)
+	switch {
+	case err != nil:
+		return fmt.Errorf("check %s: %w", owner, err)
+	case !ok:
+		return fmt.Errorf("check %s: its link %s is gone", owner, host)
+	}
+	links, err := readLinks()
+	if err != nil {
+		return fmt.Errorf("check %s: %w", owner, err)
+	}
+	l, br := links.named(host), links.named(at.Bridge)
+	if l == nil || br == nil {
+		return fmt.Errorf("check %s: its link %s or its bridge %s is gone", owner, host, at.Bridge)
+	}
+	a, _ := endpointOf(l)
+	s := &portSync{h: h, b: Bridge{Name: at.Bridge, MTU: br.Attrs().MTU}, index: br.Attrs().Index, held: map[netip.Addr]bool{}, dry: true}
+	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("check %s: %w", owner, err)
+	}
+	defer s.nl.Close()
+	if err := s.read(); err != nil {
+		return fmt.Errorf("check %s: %w", owner, err)
+	}
+	if err := errors.Join(s.mend(l, a), checkElements(host, a)); err != nil {
+		return fmt.Errorf("check %s: %w", owner, err)
+	}
+	return nil
+}
+
+// checkElements tells which of an endpoint's elements the table lacks.
+func checkElements(host string, a alias) error {
+	have, err := readTable(bridgeTable)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, want := range elementsOf(host, a) {
+		for key, value := range want.elems {
+			if !have.has(want.name, key, value) {
+				errs = append(errs, fmt.Errorf("the nft set %s of table %s lacks its element", want.name, tableName))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *tableState) has(set string, key elemKey, value string) bool {
+	for _, s := range t.sets {
+		if is, ok := s.elems[key]; s.name == set && ok {
+			return is == value
+		}
+	}
+	return false
+}

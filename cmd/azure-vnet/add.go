@@ -1,0 +1,116 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge"
+	"azurevnet/internal/cni"
+)
+
+// add is lease, bridge, link, confirmation: in this order a crash leaks a lease
+// at worst, and never has an address lent twice. What fails leaves nothing.
+func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
+	if err := c.CheckOwner(); err != nil {
+		return nil, err
+	}
+	l, err := c.Lender()
+	if err != nil {
+		return nil, err
+	}
+	if err := serveServices(); err != nil {
+		return nil, err
+	}
+	if err := clear(ctx, c, l); err != nil {
+		return nil, err
+	}
+	given, err := obtain(ctx, c, l)
+	if err != nil {
+		return nil, err
+	}
+	result, err := connect(ctx, c, l.Host, given)
+	if err == nil {
+		return result, nil
+	}
+	undo, cancel := cni.Undo(ctx)
+	defer cancel()
+	if !errors.Is(err, bridge.ErrAttached) { // then the link is another call's
+		if bad := l.Host.Detach(undo, c.Owner()); bad != nil {
+			return nil, errors.Join(err, bad) // the address stays lent while it may be in use
+		}
+	}
+	return nil, errors.Join(err, given.release(undo))
+}
+
+// clear refuses an interface that the container has already, which stays as it
+// is, and takes away what an ADD left that was killed.
+func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
+	at, found, err := l.Host.Attachment(ctx, c.Owner())
+	if err != nil {
+		return err
+	}
+	if found && at.Away {
+		return types.NewError(cni.CodeAttached, fmt.Sprintf("interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, at.Addr.Addr()), "")
+	}
+	if c.Conf.IPAM.Type != cni.IPAMType {
+		return nil
+	}
+	left, err := l.Held(ctx, func(owner string) bool { return owner == c.Owner() })
+	if err != nil || len(left) == 0 {
+		return err
+	}
+	if err := l.Host.Detach(ctx, c.Owner()); err != nil {
+		return err
+	}
+	return l.Free(ctx, c.Owner())
+}
+
+// connect makes the container's interface and says what came of it.
+func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*current.Result, error) {
+	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Name: c.Conf.Bridge, MTU: c.Conf.MTU})
+	if err != nil {
+		return nil, err
+	}
+	at, err := host.Attach(ctx, bridge.Endpoint{
+		Owner: c.Owner(), Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC,
+		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := addRoutes(c, g); err != nil {
+		return nil, err
+	}
+	if err := g.confirm(ctx); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err // an answer after the deadline reaches nobody
+	}
+	veth, err := netlink.LinkByName(at.Link)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", at.Link, err)
+	}
+	result := &current.Result{
+		Interfaces: []*current.Interface{
+			{Name: br.Name, Mac: br.MAC.String(), Mtu: br.MTU},
+			{Name: at.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: br.MTU},
+			{Name: c.IfName, Mac: at.MAC.String(), Mtu: br.MTU, Sandbox: c.Netns},
+		},
+		IPs:    []*current.IPConfig{{Interface: current.Int(2), Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}},
+		Routes: g.routes,
+		DNS:    c.Conf.DNS,
+	}
+	if c.Conf.DNS.IsEmpty() {
+		result.DNS = g.dns
+	}
+	return result, nil
+}

@@ -1,0 +1,131 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge"
+	"azurevnet/internal/cni"
+)
+
+// check changes nothing and believes nothing: it looks at the link and the
+// table, into the container, and at the lease.
+func check(ctx context.Context, c *cni.Call) error {
+	l, err := c.Lender()
+	if err != nil {
+		return err
+	}
+	at, found, err := l.Host.Attachment(ctx, c.Owner())
+	if err != nil {
+		return err
+	}
+	if !found {
+		return types.NewError(types.ErrUnknownContainer, fmt.Sprintf("container %s has no interface %s of network %s", c.ContainerID, c.IfName, c.Conf.Network), "")
+	}
+	prev, err := c.PrevResult()
+	if err != nil {
+		return err
+	}
+	if err := l.Host.Check(ctx, c.Owner()); err != nil {
+		return changed("%v", err)
+	}
+	if err := checkInside(c, at, prev); err != nil {
+		return err
+	}
+	if !own(c) {
+		return delegated(ctx, c, invoke.DelegateCheck)
+	}
+	lease, held, err := l.Pool.Held(ctx, at.Addr.Addr())
+	if err != nil {
+		return err
+	}
+	if !held || lease.Owner != c.Owner() {
+		return changed("%s is not lent to the container any more", at.Addr.Addr())
+	}
+	return nil
+}
+
+func changed(format string, args ...any) error {
+	return types.NewError(cni.CodeChanged, fmt.Sprintf(format, args...), "")
+}
+
+// checkInside compares the container's interface with what ADD's result says.
+func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error {
+	in, err := inside(c.Netns)
+	if err != nil {
+		return changed("%v", err)
+	}
+	defer in.Close()
+	l, err := in.LinkByName(c.IfName)
+	if err != nil {
+		return changed("interface %s in %s: %v", c.IfName, c.Netns, err)
+	}
+	if l.Attrs().Flags&net.FlagUp == 0 {
+		return changed("interface %s in %s is down", c.IfName, c.Netns)
+	}
+	mine := slices.IndexFunc(prev.Interfaces, func(i *current.Interface) bool { return i.Name == c.IfName && i.Sandbox != "" })
+	if mine < 0 {
+		return changed("prevResult has no interface %s of a container", c.IfName)
+	}
+	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
+		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)
+	}
+	has, err := in.AddrList(l, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("read the addresses in %s: %w", c.Netns, err)
+	}
+	wanted := false
+	for _, ip := range prev.IPs {
+		if ip.Interface != nil && *ip.Interface != mine {
+			continue
+		}
+		addr, _ := netip.AddrFromSlice(ip.Address.IP)
+		wanted = wanted || addr.Unmap() == at.Addr.Addr()
+		if !slices.ContainsFunc(has, func(a netlink.Addr) bool { return a.IP.Equal(ip.Address.IP) && slices.Equal(a.Mask, ip.Address.Mask) }) {
+			return changed("interface %s in %s lacks the address %s", c.IfName, c.Netns, &ip.Address)
+		}
+	}
+	if !wanted {
+		return changed("the container's link has %s, and prevResult does not say so", at.Addr.Addr())
+	}
+	return checkRoutes(in, l, c, prev.Routes)
+}
+
+func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {
+	has, err := in.RouteList(l, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("read the routes in %s: %w", c.Netns, err)
+	}
+	for _, w := range want {
+		if w.Dst.IP.To4() == nil || w.Table != nil {
+			continue
+		}
+		there := slices.ContainsFunc(has, func(r netlink.Route) bool {
+			return prefixOf(r.Dst) == prefixOf(&w.Dst) && (w.GW == nil || r.Gw.Equal(w.GW))
+		})
+		if !there {
+			return changed("interface %s in %s lacks the route to %s via %s", c.IfName, c.Netns, &w.Dst, w.GW)
+		}
+	}
+	return nil
+}
+
+// prefixOf reads a route's destination, of which none is everything.
+func prefixOf(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	addr, _ := netip.AddrFromSlice(n.IP)
+	bits, _ := n.Mask.Size()
+	return netip.PrefixFrom(addr.Unmap(), bits).Masked()
+}

@@ -1,0 +1,104 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+
+	"azurevnet/internal/cni"
+)
+
+// del takes the link away, then the lease. It asks for no namespace and no
+// result of before: the owner tells what is the container's, and nothing else is.
+func del(ctx context.Context, c *cni.Call) error {
+	l, err := c.Lender()
+	if err != nil {
+		return err
+	}
+	if err := l.Host.Detach(ctx, c.Owner()); err != nil {
+		return err
+	}
+	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
+	if err := l.Free(ctx, c.Owner()); err != nil {
+		return err
+	}
+	if own(c) || c.Conf.IPAM.Type == "" {
+		return nil
+	}
+	return delegated(ctx, c, invoke.DelegateDel)
+}
+
+// gc does for all that is not listed what DEL would. One that fails keeps none
+// of the others.
+func gc(ctx context.Context, c *cni.Call) error {
+	stale, err := c.Stale()
+	if err != nil {
+		return err
+	}
+	l, err := c.Lender()
+	if err != nil {
+		return err
+	}
+	owners, err := staleOwners(ctx, l, stale)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for owner := range owners {
+		err := l.Host.Detach(ctx, owner)
+		if err == nil {
+			err = l.Free(ctx, owner)
+		}
+		errs = append(errs, err)
+	}
+	if len(owners) > 0 {
+		c.Note("collected", len(owners))
+	}
+	if !own(c) {
+		errs = append(errs, delegated(ctx, c, invoke.DelegateGC))
+	}
+	return errors.Join(errs...)
+}
+
+// staleOwners are those of leases and of links. An owner that did not fit its
+// link stands there as a hash, and in the lease as it is.
+func staleOwners(ctx context.Context, l *cni.Lender, stale func(string) bool) (map[string]bool, error) {
+	leases, err := l.Held(ctx, stale)
+	if err != nil {
+		return nil, err
+	}
+	links, err := l.Host.Attachments(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list what is attached: %w", err)
+	}
+	owners := map[string]bool{}
+	for _, lease := range leases {
+		owners[lease.Owner] = true
+	}
+	for _, at := range links {
+		if !strings.HasPrefix(at.Owner, "sha256:") && stale(at.Owner) {
+			owners[at.Owner] = true
+		}
+	}
+	return owners, nil
+}
+
+// status tells whether an ADD could succeed.
+func status(ctx context.Context, c *cni.Call) error {
+	if err := serviceable(); err != nil {
+		return err
+	}
+	if !own(c) {
+		return delegated(ctx, c, invoke.DelegateStatus)
+	}
+	l, err := c.Lender()
+	if err != nil {
+		return err
+	}
+	return l.Ready(ctx)
+}

@@ -1,0 +1,137 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"azurevnet/bridge"
+	"azurevnet/internal/cni"
+)
+
+// given is what IPAM gave for a container, and how it is given back.
+type given struct {
+	nic     string // its MAC
+	primary bool   // the VM's primary NIC
+	addr    netip.Prefix
+	gateway netip.Addr
+	routes  []*types.Route
+	dns     types.DNS
+
+	confirm func(context.Context) error // it is still held
+	release func(context.Context) error
+}
+
+// own tells whether the address is lent in this process.
+func own(c *cni.Call) bool { return c.Conf.IPAM.Type == cni.IPAMType }
+
+func obtain(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+	if own(c) {
+		return lend(ctx, c, l)
+	}
+	return delegate(ctx, c, l.Host)
+}
+
+// lend lends an address of the NIC that is named, or of the first that has the subnet.
+func lend(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+	mac := ""
+	if c.Conf.Master != "" {
+		var err error
+		if _, mac, err = l.Host.NIC(ctx, c.Conf.Master); err != nil {
+			return nil, types.NewError(types.ErrInvalidNetworkConfig, "master: "+err.Error(), "")
+		}
+	}
+	lease, err := l.Lend(ctx, mac, false)
+	if err != nil {
+		return nil, err
+	}
+	release := func(ctx context.Context) error {
+		_, err := l.Release(ctx, lease.Owner, lease.Addr)
+		return err
+	}
+	nic, _, err := l.Subnet(ctx, lease.MAC, lease.Prefix)
+	if err != nil {
+		undo, cancel := cni.Undo(ctx)
+		defer cancel()
+		return nil, errors.Join(err, release(undo))
+	}
+	r := cni.Result(lease)
+	return &given{
+		nic: nic.MAC, primary: nic.Primary, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(),
+		routes: r.Routes, confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) }, release: release,
+	}, nil
+}
+
+// delegate has another IPAM plugin give an address. It reads our configuration
+// as it came, with all that the runtime added.
+func delegate(ctx context.Context, c *cni.Call, host *bridge.Host) (*given, error) {
+	nic, primary, err := master(ctx, c, host)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := invoke.DelegateAdd(ctx, c.Conf.IPAM.Type, c.Stdin, nil)
+	if err != nil {
+		return nil, fmt.Errorf("IPAM plugin %s: %w", c.Conf.IPAM.Type, err)
+	}
+	g := &given{
+		nic: nic, primary: primary, confirm: func(context.Context) error { return nil },
+		release: func(ctx context.Context) error { return delegated(ctx, c, invoke.DelegateDel) },
+	}
+	if err := g.read(raw); err != nil {
+		undo, cancel := cni.Undo(ctx)
+		defer cancel()
+		err = types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("IPAM plugin %s: %v", c.Conf.IPAM.Type, err), "")
+		return nil, errors.Join(err, g.release(undo))
+	}
+	c.Note("address", g.addr.Addr().String())
+	return g, nil
+}
+
+// read takes the one address that an interface has, and the routes.
+func (g *given) read(raw types.Result) error {
+	r, err := current.NewResultFromResult(raw)
+	if err != nil {
+		return err
+	}
+	if len(r.IPs) != 1 {
+		return fmt.Errorf("it gave %d addresses, and an interface has exactly one", len(r.IPs))
+	}
+	addr, ok := netip.AddrFromSlice(r.IPs[0].Address.IP)
+	bits, size := r.IPs[0].Address.Mask.Size()
+	if addr = addr.Unmap(); !ok || !addr.Is4() || size != 32 {
+		return fmt.Errorf("it gave %s, and IPv6 is not served yet", r.IPs[0].Address.IP)
+	}
+	g.addr = netip.PrefixFrom(addr, bits)
+	g.gateway = g.addr.Masked().Addr().Next() // Azure's
+	if gw, ok := netip.AddrFromSlice(r.IPs[0].Gateway); ok {
+		g.gateway = gw.Unmap()
+	}
+	g.dns = r.DNS
+	g.routes = []*types.Route{{Dst: ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), GW: g.gateway.AsSlice()}}
+	for _, route := range r.Routes {
+		if ones, _ := route.Dst.Mask.Size(); ones > 0 {
+			g.routes = append(g.routes, route)
+		}
+	}
+	return nil
+}
+
+// delegated calls the IPAM plugin for a verb without a result.
+func delegated(ctx context.Context, c *cni.Call, call func(context.Context, string, []byte, invoke.Exec) error) error {
+	if err := call(ctx, c.Conf.IPAM.Type, c.Stdin, nil); err != nil {
+		return fmt.Errorf("IPAM plugin %s: %w", c.Conf.IPAM.Type, err)
+	}
+	return nil
+}
+
+func ipNet(p netip.Prefix) net.IPNet {
+	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
+}

@@ -1,0 +1,185 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+const usage = `azure-vnet is a CNI plugin: a runtime starts it without an argument. With one, it serves the host:
+
+  azure-vnet reconcile   make what stands as it should be; a timer calls it
+  azure-vnet uninstall   give the NIC its addresses back and remove every trace
+  azure-vnet attach [-name pod -namespace namespace] <conflist> <container-id> <netns>
+                         run ADD of the whole conflist, and print the address
+  azure-vnet detach <conflist> <container-id> [<netns>]
+                         run DEL of the whole conflist
+  azure-vnet hold        wait until SIGTERM, to keep a container's network namespace
+  azure-vnet version
+`
+
+// stateDir is where the processes of the host meet.
+const stateDir = "/run/azure-vnet"
+
+// wordTime bounds a word. It is above the deadlines of what it calls.
+const wordTime = 90 * time.Second
+
+// serveWord does what the arguments say and returns the exit status.
+func serveWord(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if err := word(ctx, args[0], args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
+		return 1
+	}
+	return 0
+}
+
+func word(ctx context.Context, name string, args []string, out io.Writer) error {
+	if name == "hold" {
+		<-ctx.Done()
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, wordTime)
+	defer cancel()
+	switch name {
+	case "reconcile":
+		return reconcile(ctx, out)
+	case "uninstall":
+		return uninstall(ctx, out)
+	case "attach":
+		return attach(ctx, args, out)
+	case "detach":
+		return detach(ctx, args)
+	case "version":
+		_, err := fmt.Fprintln(out, version)
+		return err
+	case "help", "-h", "-help", "--help":
+		_, err := fmt.Fprint(out, usage)
+		return err
+	}
+	return fmt.Errorf("unknown word %.40q\n\n%s", name, usage)
+}
+
+// reconcile is what the managed plugin does every 30 s, for hosts that have no
+// plugin: bridges, then leases that no container has any more. It prints what it
+// mended, and nothing if all stood.
+func reconcile(ctx context.Context, out io.Writer) error {
+	host := bridge.New(bridge.Config{})
+	mended, err := host.Reconcile(ctx)
+	for _, what := range mended {
+		fmt.Fprintln(out, "mended:", what)
+	}
+	p, bad := pool.New(pool.Config{Dir: stateDir})
+	if bad != nil {
+		return errors.Join(err, bad)
+	}
+	released, bad := p.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
+		all, err := host.Attachments(ctx)
+		away := map[netip.Addr]bool{}
+		for _, at := range all {
+			if at.Away {
+				away[at.Addr.Addr()] = true
+			}
+		}
+		return away, err
+	})
+	for _, lease := range released {
+		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)
+	}
+	return errors.Join(err, bad)
+}
+
+// uninstall refuses while a container is attached.
+func uninstall(ctx context.Context, out io.Writer) error {
+	host := bridge.New(bridge.Config{})
+	homes, err := host.RemoveAll(ctx)
+	for _, nic := range homes {
+		fmt.Fprintf(out, "%s has its addresses back\n", nic)
+	}
+	if err == nil {
+		err = os.RemoveAll(stateDir)
+	}
+	return err
+}
+
+// attach runs ADD for a container that no runtime of CNI's made.
+func attach(ctx context.Context, args []string, out io.Writer) error {
+	flags := flag.NewFlagSet("attach", flag.ContinueOnError)
+	name := flags.String("name", "", "of the pod")
+	namespace := flags.String("namespace", "", "of the pod")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() != 3 {
+		return fmt.Errorf("attach wants a conflist, a container's id and its namespace\n\n%s", usage)
+	}
+	run, list, rt, err := chain(flags.Args())
+	if err != nil {
+		return err
+	}
+	rt.Args = [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", *namespace}, {"K8S_POD_NAME", *name}}
+	answer, err := run.AddNetworkList(ctx, list, rt)
+	if err != nil {
+		return err
+	}
+	result, err := current.GetResult(answer)
+	if err != nil {
+		return err
+	}
+	for _, ip := range result.IPs {
+		fmt.Fprintln(out, ip.Address.IP)
+		return nil
+	}
+	return errors.New("ADD succeeded, and gave no address")
+}
+
+// detach runs DEL, with what libcni kept of ADD. Without a namespace it is gone.
+func detach(ctx context.Context, args []string) error {
+	if len(args) == 2 {
+		args = append(args, "")
+	}
+	if len(args) != 3 {
+		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
+	}
+	run, list, rt, err := chain(args)
+	if err != nil {
+		return err
+	}
+	return run.DelNetworkList(ctx, list, rt)
+}
+
+// chain is libcni for a conflist and a container. The plugins lie where this one
+// does.
+func chain(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
+	list, err := libcni.ConfListFromFile(args[0])
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if strings.ContainsAny(args[1], "/ ") {
+		return nil, nil, nil, fmt.Errorf("%.80q is not a container's id", args[1])
+	}
+	rt := &libcni.RuntimeConf{ContainerID: args[1], NetNS: args[2], IfName: "eth0"}
+	return libcni.NewCNIConfig([]string{filepath.Dir(self)}, nil), list, rt, nil
+}

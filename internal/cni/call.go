@@ -1,0 +1,167 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package cni is the Container Network Interface as both of our plugins speak
+// it: a call with its configuration, its owner and its addresses, one document
+// for an answer, and one line in the log. It is not a plugin: what a verb does
+// is in package main of each.
+//
+// A call is read by package skel of the CNI project and answered here, once: a
+// panic, a bad environment and a bad configuration are error documents too.
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
+)
+
+// Plugin is what a plugin does for each verb. VERSION needs none.
+type Plugin struct {
+	Name    string // of the binary
+	Version string // of the release
+	Main    bool   // a main plugin, whose configuration has more than the part for IPAM
+
+	Add    func(context.Context, *Call) (*current.Result, error)
+	Del    func(context.Context, *Call) error
+	Check  func(context.Context, *Call) error
+	GC     func(context.Context, *Call) error
+	Status func(context.Context, *Call) error
+}
+
+// Call is one call of a plugin.
+type Call struct {
+	Verb        string
+	ContainerID string
+	Netns       string // path of the container's network namespace; may be empty with DEL
+	IfName      string // in that namespace
+	Stdin       []byte // the configuration as it came: what a delegated plugin is given
+	Conf        Conf
+
+	notes []any // for the log: keys and values
+}
+
+// Deadline of a call, below CRI-O's patience of 60 s with time for the way back.
+const deadline = 40 * time.Second
+
+// Main serves the call that this process was started for, and ends the process.
+func Main(p Plugin) {
+	runtime.GOMAXPROCS(1) // nothing here runs side by side: an eighth of the CPU is saved
+	os.Exit(p.serve(os.Stdout))
+}
+
+// serve writes at most one document, at its very end, and returns the exit code.
+func (p Plugin) serve(out io.Writer) int {
+	start := time.Now()
+	call := &Call{Verb: os.Getenv("CNI_COMMAND")}
+	answer, err := p.answer(call)
+	code := 0
+	if err != nil {
+		answer, code = call.errorDocument(err), 1
+	}
+	if len(answer) > 0 {
+		if _, bad := out.Write(append(answer, '\n')); bad != nil && err == nil {
+			err, code = bad, 1
+		}
+	}
+	call.log(p, start, err)
+	return code
+}
+
+// answer lets skel read the call, and keeps the result until skel is content.
+func (p Plugin) answer(call *Call) (document []byte, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			call.Note("stack", string(debug.Stack()))
+			err = fmt.Errorf("%s panicked, which is a mistake in it: %v", p.Name, r)
+		}
+	}()
+	if call.Verb == "" {
+		fmt.Fprintf(os.Stderr, "%s %s is a CNI plugin: a container runtime calls it.\n", p.Name, p.Version)
+	}
+	// skel compares the container's namespace with ours when the work is done,
+	// and fails a DEL for ever whose namespace is gone in an odd way. The bridge
+	// compares before it does anything.
+	if err := os.Setenv("CNI_NETNS_OVERRIDE", "1"); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	quiet := func(do func(context.Context, *Call) error) func(*skel.CmdArgs) error {
+		return func(args *skel.CmdArgs) error {
+			if err := call.read(args, p.Main); err != nil {
+				return err
+			}
+			return do(ctx, call)
+		}
+	}
+	funcs := skel.CNIFuncs{
+		Add: quiet(func(ctx context.Context, c *Call) error {
+			result, err := p.Add(ctx, c)
+			if err == nil {
+				document, err = c.document(result)
+			}
+			return err
+		}),
+		Del: quiet(p.Del), Check: quiet(p.Check), GC: quiet(p.GC), Status: quiet(p.Status),
+	}
+	if e := skel.PluginMainFuncsWithError(funcs, version.All, ""); e != nil {
+		return nil, e
+	}
+	return document, nil
+}
+
+// read takes what skel has read, and reads the configuration.
+func (c *Call) read(args *skel.CmdArgs, main bool) (err error) {
+	c.ContainerID, c.Netns, c.IfName, c.Stdin = args.ContainerID, args.Netns, args.IfName, args.StdinData
+	if c.Verb == "DEL" {
+		// A name is enough to take away what there is: a configuration that
+		// became wrong since must not keep a pod from ending.
+		c.Conf = readName(c.Stdin)
+		return nil
+	}
+	c.Conf, err = readConf(c.Stdin, args.Args, main)
+	return err
+}
+
+// document is the result as the configuration's version has it.
+func (c *Call) document(r *current.Result) ([]byte, error) {
+	converted, err := r.GetAsVersion(c.Conf.CNIVersion)
+	if err != nil {
+		return nil, fmt.Errorf("word the result as CNI %s: %w", c.Conf.CNIVersion, err)
+	}
+	return json.Marshal(converted)
+}
+
+// errorDocument is an error as the specification has it.
+func (c *Call) errorDocument(err error) []byte {
+	e := c.toError(err)
+	text, _ := json.Marshal(struct { // strings and a number never fail
+		CNIVersion string `json:"cniVersion"`
+		*types.Error
+	}{c.version(), e})
+	return text
+}
+
+// version is the configuration's, or ours where that says nothing of use.
+func (c *Call) version() string {
+	v := c.Conf.CNIVersion
+	for _, known := range version.All.SupportedVersions() {
+		if v == known {
+			return v
+		}
+	}
+	return version.Current()
+}
+
+// Note has the call's line in the log say key=value.
+func (c *Call) Note(key string, value any) { c.notes = append(c.notes, key, value) }

@@ -1,0 +1,331 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package cni
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"azurevnet/bridge"
+)
+
+// IPAMType is the name of our own IPAM plugin.
+const IPAMType = "azure-vnet-ipam"
+
+// azureStackFile is where the nodes of an Azure Stack have their addresses.
+const azureStackFile = "/etc/kubernetes/interfaces.json"
+
+// Conf is a network's configuration with what the runtime adds to it. Unknown
+// keys are passed over: runtimes add their own.
+type Conf struct {
+	CNIVersion string
+	Network    string // name
+
+	// Of the main plugin.
+	Master string // the NIC, by name or MAC; empty: the VM's primary
+	Bridge string // its name; empty: see bridge.Spec
+	MTU    int    // bytes; 0: the NIC's
+	Policy bridge.Policy
+	MAC    net.HardwareAddr // of the container's interface; nil: derived from its address
+	Ports  []Port
+	DNS    types.DNS
+
+	IPAM      IPAM
+	Reclaim   bool       // addresses that the host holds are taken from it when no other is left
+	Addr      netip.Addr // asked for; zero: any
+	Pod       string     // namespace/name, where the runtime tells
+	prev      json.RawMessage
+	valid     []types.GCAttachment
+	validSaid bool
+}
+
+// IPAM is where the address comes from.
+type IPAM struct {
+	Type     string
+	Subnet   netip.Prefix  // zero: the NIC's first
+	Source   string        // as pool.Config has it
+	QueryURL string        // empty: the source's own
+	Interval time.Duration // 0: the pool's
+}
+
+// Port is an entry of the capability portMappings.
+type Port struct {
+	HostIP        string
+	HostPort      int
+	ContainerPort int
+	Protocol      string
+}
+
+// file is the configuration as it is written.
+type file struct {
+	CNIVersion string
+	Name       string
+	Mode       string
+	Bridge     string
+	Master     string
+	MTU        number
+	SNAT       *onOff
+	Direct     list
+	Reclaim    onOff
+	LogLevel   string
+	LogTarget  string
+	DNS        types.DNS
+	IPAM       fileIPAM
+
+	Args struct {
+		CNI struct {
+			IPs list
+			MAC string
+		}
+	}
+	RuntimeConfig struct {
+		PortMappings []Port
+		IPs          list
+		MAC          string
+		DNS          struct{ Servers, Searches, Options []string }
+	}
+	PrevResult json.RawMessage
+	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`
+	Attached   json.RawMessage `json:"cni.dev/attachments"`
+}
+
+type fileIPAM struct {
+	Type          string
+	Subnet        string
+	IPAddress     string
+	Environment   string
+	QueryURL      string
+	QueryInterval number
+}
+
+// readName reads no more than DEL needs.
+func readName(stdin []byte) Conf {
+	var f struct {
+		CNIVersion string
+		Name       string
+		IPAM       json.RawMessage
+	}
+	_ = json.Unmarshal(stdin, &f) // skel has read the name before
+	var ipam struct{ Type string }
+	_ = json.Unmarshal(f.IPAM, &ipam)
+	return Conf{CNIVersion: f.CNIVersion, Network: f.Name, IPAM: IPAM{Type: ipam.Type}}
+}
+
+// readConf reads all of it. args is CNI_ARGS.
+func readConf(stdin []byte, args string, main bool) (Conf, error) {
+	var f file
+	if err := json.Unmarshal(stdin, &f); err != nil {
+		return readName(stdin), wrong(types.ErrInvalidNetworkConfig, "the network configuration: %v", err)
+	}
+	c := Conf{CNIVersion: f.CNIVersion, Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
+	if c.CNIVersion == "" {
+		c.CNIVersion = "0.1.0"
+	}
+	err := f.logs()
+	if err == nil && main {
+		err = c.readMain(&f)
+	}
+	if err == nil {
+		c.IPAM, err = f.IPAM.read()
+	}
+	if err == nil {
+		err = c.readAttachments(&f)
+	}
+	if err != nil {
+		return c, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", f.Name, err)
+	}
+	if err := c.readArgs(args, &f); err != nil {
+		return c, wrong(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %v", err)
+	}
+	return c, nil
+}
+
+// readMain reads the main plugin's part.
+func (c *Conf) readMain(f *file) error {
+	if f.Mode != "" && f.Mode != "bridge" {
+		return fmt.Errorf("mode %q is not served: the host's address moves to a bridge in the only mode that is; if that is wanted, write \"mode\": \"bridge\" or leave it out", f.Mode)
+	}
+	if f.IPAM.Type == "" {
+		return fmt.Errorf(`ipam.type is missing: write "ipam": {"type": %q}`, IPAMType)
+	}
+	if strings.ContainsAny(f.IPAM.Type, `/\`) {
+		return fmt.Errorf("ipam.type %q is a path and not the name of a plugin", f.IPAM.Type)
+	}
+	if f.MTU != 0 && (f.MTU < 68 || f.MTU > 65535) {
+		return fmt.Errorf("mtu is a number of bytes from 68 to 65535, and not %d", f.MTU)
+	}
+	for key, name := range map[string]string{"bridge": f.Bridge, "master": f.Master} {
+		if len(name) > 17 || strings.ContainsAny(name, "/ \t\n%") {
+			return fmt.Errorf("%s %.40q cannot be the name of an interface", key, name)
+		}
+	}
+	c.Master, c.Bridge, c.MTU = f.Master, f.Bridge, int(f.MTU)
+	c.Policy = bridge.Policy{SNAT: f.SNAT == nil || bool(*f.SNAT)}
+	for _, text := range f.Direct {
+		p, err := netip.ParsePrefix(text)
+		if err != nil || !p.Addr().Is4() {
+			return fmt.Errorf("direct has %.40q, which is not an IPv4 CIDR such as 10.0.0.0/8", text)
+		}
+		c.Policy.Direct = append(c.Policy.Direct, p.Masked())
+	}
+	c.DNS = f.DNS
+	if dns := f.RuntimeConfig.DNS; len(dns.Servers) > 0 {
+		c.DNS.Nameservers = dns.Servers
+	}
+	if dns := f.RuntimeConfig.DNS; len(dns.Searches) > 0 {
+		c.DNS.Search = dns.Searches
+	}
+	if dns := f.RuntimeConfig.DNS; len(dns.Options) > 0 {
+		c.DNS.Options = dns.Options
+	}
+	c.Ports = f.RuntimeConfig.PortMappings
+	return nil
+}
+
+// read reads the part for IPAM, as far as it is ours.
+func (f fileIPAM) read() (IPAM, error) {
+	c := IPAM{Type: f.Type, QueryURL: f.QueryURL}
+	if f.Type != IPAMType {
+		return c, nil // another plugin's, to be passed on unread
+	}
+	if f.Subnet != "" {
+		p, err := netip.ParsePrefix(f.Subnet)
+		if err != nil || !p.Addr().Is4() {
+			return c, fmt.Errorf("ipam.subnet %.40q is not an IPv4 CIDR such as 10.240.0.0/16", f.Subnet)
+		}
+		c.Subnet = p.Masked()
+	}
+	switch env := f.Environment; {
+	case env == "" || strings.EqualFold(env, "azure"):
+		c.Source = "auto"
+	case strings.EqualFold(env, "mas"), strings.EqualFold(env, "fileIpam"):
+		c.Source = azureStackFile
+	case env == "wireserver" || env == "imds" || strings.HasPrefix(env, "/"):
+		c.Source = env
+	default:
+		return c, fmt.Errorf("ipam.environment %.40q is none of azure, mas, fileIpam, wireserver, imds, or the path of a file", env)
+	}
+	if f.QueryInterval < 0 || f.QueryInterval > 86400 {
+		return c, fmt.Errorf("ipam.queryInterval is a number of seconds up to a day, and not %d", f.QueryInterval)
+	}
+	c.Interval = time.Duration(f.QueryInterval) * time.Second
+	return c, nil
+}
+
+// readAttachments reads the lists that come with GC. A runtime without
+// containers sends null; one that sends neither key has not said what is valid.
+func (c *Conf) readAttachments(f *file) error {
+	for _, raw := range []json.RawMessage{f.Valid, f.Attached} {
+		if raw == nil {
+			continue
+		}
+		var part []types.GCAttachment
+		if err := json.Unmarshal(raw, &part); err != nil {
+			return fmt.Errorf("cni.dev/valid-attachments: %w", err)
+		}
+		c.valid, c.validSaid = append(c.valid, part...), true
+	}
+	return nil
+}
+
+// readArgs reads what is asked for one container: by capability, by the
+// configuration's args, by CNI_ARGS, by ipam.ipAddress, in this order.
+func (c *Conf) readArgs(args string, f *file) error {
+	said := map[string]string{}
+	for pair := range strings.SplitSeq(args, ";") {
+		key, value, ok := strings.Cut(pair, "=")
+		if !ok && pair != "" {
+			return fmt.Errorf("%.40q is not KEY=VALUE", pair)
+		}
+		said[strings.TrimSpace(key)] = strings.TrimSpace(value)
+	}
+	if ns, name := said["K8S_POD_NAMESPACE"], said["K8S_POD_NAME"]; name != "" {
+		c.Pod = ns + "/" + name
+	}
+	for _, ips := range [][]string{f.RuntimeConfig.IPs, f.Args.CNI.IPs, words(said["IP"]), words(f.IPAM.IPAddress)} {
+		if len(ips) == 0 {
+			continue
+		}
+		if len(ips) > 1 {
+			return fmt.Errorf("%d addresses are asked for (%.100v), and an interface has one", len(ips), ips)
+		}
+		text, _, _ := strings.Cut(ips[0], "/")
+		addr, err := netip.ParseAddr(text)
+		if err != nil || !addr.Is4() {
+			return fmt.Errorf("the address asked for, %.60q, is not an IPv4 one", ips[0])
+		}
+		c.Addr = addr
+		break
+	}
+	for _, text := range []string{f.RuntimeConfig.MAC, f.Args.CNI.MAC, said["MAC"]} {
+		if text == "" {
+			continue
+		}
+		mac, err := net.ParseMAC(text)
+		if err != nil || len(mac) != 6 || mac[0]&1 != 0 {
+			return fmt.Errorf("the MAC asked for, %.40q, is not that of one interface", text)
+		}
+		c.MAC = mac
+		break
+	}
+	return nil
+}
+
+func words(s string) []string {
+	return slices.DeleteFunc(strings.Split(s, ","), func(w string) bool { return strings.TrimSpace(w) == "" })
+}
+
+// number is written as a number or, as in confs of 2018, as a string.
+type number int
+
+func (n *number) UnmarshalJSON(b []byte) error {
+	text := strings.Trim(string(b), `"`)
+	if text == "" || text == "null" {
+		return nil
+	}
+	i, err := strconv.Atoi(text)
+	if err != nil {
+		return fmt.Errorf("%.40s is not a number", b)
+	}
+	*n = number(i)
+	return nil
+}
+
+// onOff is written as true and false, or as "on" and "off".
+type onOff bool
+
+func (o *onOff) UnmarshalJSON(b []byte) error {
+	switch string(b) {
+	case "true", `"on"`, `"true"`:
+		*o = true
+	case "false", `"off"`, `"false"`, "null":
+		*o = false
+	default:
+		return fmt.Errorf(`%.40s is neither "on" nor "off"`, b)
+	}
+	return nil
+}
+
+// list is written as a list of strings or, as Docker's options are, as one
+// string with commas.
+type list []string
+
+func (l *list) UnmarshalJSON(b []byte) error {
+	var one string
+	if json.Unmarshal(b, &one) == nil {
+		*l = nil
+		for _, w := range words(one) {
+			*l = append(*l, strings.TrimSpace(w))
+		}
+		return nil
+	}
+	return json.Unmarshal(b, (*[]string)(l))
+}

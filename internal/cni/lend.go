@@ -1,0 +1,199 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// stateDir is where the processes of the host meet: see pool.Config.
+const stateDir = "/run/azure-vnet"
+
+// undoTime bounds the way back from a failed call, whose own time may be up.
+const undoTime = 10 * time.Second
+
+// Undo is a context for the way back.
+func Undo(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+}
+
+// Lender is the pool as a call lends from it, with the host's links, which prove
+// leases and show leaks.
+type Lender struct {
+	*pool.Pool
+	Host *bridge.Host
+	call *Call
+}
+
+// Lender opens the pool that the call's configuration describes. It does no I/O.
+func (c *Call) Lender() (*Lender, error) {
+	host := bridge.New(bridge.Config{})
+	p, err := pool.New(pool.Config{
+		Dir: stateDir, Source: c.Conf.IPAM.Source, QueryURL: c.Conf.IPAM.QueryURL, QueryInterval: c.Conf.IPAM.Interval,
+		Reclaim: c.Conf.Reclaim, Links: func(ctx context.Context) ([]pool.Lease, error) { return proven(ctx, host) },
+	})
+	if err != nil {
+		return nil, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", c.Conf.Network, err)
+	}
+	return &Lender{p, host, c}, nil
+}
+
+// Held lists the leases of owners that want chooses.
+func (l *Lender) Held(ctx context.Context, want func(owner string) bool) ([]pool.Lease, error) {
+	all, err := l.Leases(ctx)
+	return slices.DeleteFunc(all, func(held pool.Lease) bool { return !want(held.Owner) }), err
+}
+
+// Lend lends the call's owner an address from the NIC with that MAC; empty: any.
+// Where none is free, what leaked and what the host should not hold is freed
+// first: on a host without our daemon, who needs an address is who heals.
+func (l *Lender) Lend(ctx context.Context, mac string, linkless bool) (pool.Lease, error) {
+	c := l.call
+	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Linkless: linkless}
+	lease, err := l.Pool.Lease(ctx, r)
+	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {
+		freed, bad := l.free(ctx)
+		if bad != nil {
+			return lease, errors.Join(err, bad)
+		}
+		if freed {
+			lease, err = l.Pool.Lease(ctx, r)
+		}
+	}
+	if err != nil {
+		return lease, err
+	}
+	c.Note("address", lease.Addr.String())
+	if lease.Early {
+		c.Warn("the address was released a moment ago and is lent again, for no other is left: give the NIC more ipconfigs")
+	}
+	return lease, nil
+}
+
+// free ends leaked leases and, where that is wished, takes secondary addresses
+// off the host. It tells whether there were any.
+func (l *Lender) free(ctx context.Context) (freed bool, err error) {
+	leaked, err := l.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
+		all, err := l.Host.Attachments(ctx)
+		away := map[netip.Addr]bool{}
+		for _, at := range all {
+			if at.Away {
+				away[at.Addr.Addr()] = true
+			}
+		}
+		return away, err
+	})
+	for _, lost := range leaked {
+		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
+	}
+	if err != nil || !l.call.Conf.Reclaim {
+		return len(leaked) > 0, err
+	}
+	nics, err := l.NICs(ctx)
+	if err != nil {
+		return false, err
+	}
+	freed = len(leaked) > 0
+	for _, nic := range nics {
+		var secondary []netip.Addr
+		for _, s := range nic.Subnets {
+			secondary = append(secondary, s.Secondary...)
+		}
+		taken, err := l.Host.Reclaim(ctx, nic.MAC, secondary)
+		if len(taken) > 0 {
+			freed = true
+			l.call.Warn(fmt.Sprintf("took %v off the host's NIC %s", taken, nic.MAC))
+		}
+		if err != nil {
+			return freed, err
+		}
+	}
+	return freed, nil
+}
+
+// Free releases all that the owner holds. None is success.
+func (l *Lender) Free(ctx context.Context, owner string) error {
+	addrs, err := l.ReleaseOwner(ctx, owner)
+	if len(addrs) > 0 {
+		l.call.Note("released", fmt.Sprint(addrs))
+	}
+	return err
+}
+
+// Result is a lease as an IPAM plugin tells it.
+func Result(l pool.Lease) *current.Result {
+	gateway := net.IP(l.Prefix.Addr().Next().AsSlice())
+	return &current.Result{
+		IPs:    []*current.IPConfig{{Address: ipNet(netip.PrefixFrom(l.Addr, l.Prefix.Bits())), Gateway: gateway}},
+		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: gateway}},
+	}
+}
+
+func ipNet(p netip.Prefix) net.IPNet {
+	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// Ready is the answer to STATUS: an error if no container can be given an
+// address, and none will be by waiting for others to end. A full NIC is no
+// error: a node with many pods is not broken.
+func (l *Lender) Ready(ctx context.Context) error {
+	st, err := l.Status(ctx)
+	if err != nil {
+		return wrong(types.ErrPluginNotAvailable, "%v", err)
+	}
+	if len(st.NICs) == 0 {
+		_, err := l.NICs(ctx)
+		return wrong(types.ErrPluginNotAvailable, "%v", err)
+	}
+	for _, nic := range st.NICs {
+		for _, s := range nic.Subnets {
+			if s.Free+s.Held+s.Cooling > 0 {
+				return nil
+			}
+			if s.OnHost > 0 && l.call.Conf.Reclaim {
+				return nil
+			}
+		}
+	}
+	_, _, err = l.Subnet(ctx, "", netip.Prefix{})
+	for _, w := range st.Warnings {
+		err = errors.Join(err, errors.New(w))
+	}
+	if err == nil {
+		err = errors.New("the VM has no secondary ipconfig: add some with az network nic ip-config create")
+	}
+	return wrong(types.ErrPluginNotAvailable, "no address can be lent: %v", err)
+}
+
+// proven are the leases that the host's links prove.
+func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
+	attached, err := host.Attachments(ctx)
+	if err != nil || len(attached) == 0 {
+		return nil, err
+	}
+	bridges, err := host.Bridges(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nic := map[string]string{}
+	for _, b := range bridges {
+		nic[b.Name] = b.MAC.String()
+	}
+	leases := make([]pool.Lease, 0, len(attached))
+	for _, at := range attached {
+		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: nic[at.Bridge], Prefix: at.Addr})
+	}
+	return leases, nil
+}

@@ -1,0 +1,30 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+)
+
+// Leases lists what is held, by address. No source is asked.
+func (p *Pool) Leases(ctx context.Context) ([]Lease, error) {
+	s, err := p.read(ctx, "list leases")
+	if err == nil && p.unadopted(&s) {
+		if err = p.adoptLinks(ctx); err == nil {
+			s, err = p.read(ctx, "list leases")
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list leases: %w", err)
+	}
+	var all []Lease
+	for _, addr := range slices.SortedFunc(maps.Keys(s.Leases), netip.Addr.Compare) {
+		l, _ := s.lease(addr)
+		all = append(all, l)
+	}
+	return all, nil
+}
