@@ -173,8 +173,8 @@ func decode[T any](body []byte) (v T, foreign bool, err error) {
 }
 
 // format spells a value in one way only, so that an update which changes nothing
-// is known by its bytes.
-var format = json.JoinOptions(json.Deterministic(true), jsonv1.FormatDurationAsNano(true), jsonv1.OmitEmptyWithLegacySemantics(true),
+// is known by its bytes. A nil slice comes back as nil: none is not an empty one.
+var format = json.JoinOptions(json.Deterministic(true), json.FormatNilSliceAsNull(true), json.FormatNilMapAsNull(true), jsonv1.FormatDurationAsNano(true), jsonv1.OmitEmptyWithLegacySemantics(true),
 	jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 
 func encode(v any) ([]byte, error) { return json.Marshal(v, format) }

@@ -420,3 +420,15 @@ func normal(s shelf) shelf {
 	}
 	return s
 }
+
+func TestNoneIsNotEmpty(t *testing.T) {
+	type lists struct{ None, Empty []string }
+	want := lists{Empty: []string{}}
+	path := filepath.Join(t.TempDir(), "state.json")
+	if err := Update(t.Context(), path, "test", func(l *lists) error { *l = want; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := Read[lists](path); err != nil || !cmp.Equal(want, got) {
+		t.Errorf("%#v came back as %#v: %v", want, got, err)
+	}
+}
