@@ -23,10 +23,18 @@ help: ## this list
 build: ## the static binary, build/azure-vnet-plugin; ARCH=arm64 for another architecture
 	CGO_ENABLED=0 GOARCH=$(ARCH) $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) .
 
+.PHONY: cni
+cni: ## the files of the CNI package, build/cni
+	scripts/dist.sh content $(VERSION) $(ARCH) $(out)/cni
+
 .PHONY: rootfs
-rootfs: build ## build/plugin, ready for docker plugin create; iptables comes from Debian packages
-	scripts/rootfs.sh $(binary) $(plugin)/rootfs $(out)/packages $(ARCH)
+rootfs: build cni ## build/plugin, ready for docker plugin create; iptables comes from Debian packages
+	scripts/rootfs.sh $(binary) $(out)/cni $(plugin)/rootfs $(out)/packages $(ARCH)
 	cp config.json $(plugin)/config.json
+
+.PHONY: dist
+dist: ## VERSION=v1.0.0: the CNI package's archives and SHA256SUMS, dist/
+	scripts/dist.sh archives $(VERSION) dist
 
 ##: using
 
@@ -56,8 +64,8 @@ status: build ## what is lent, attached and known; works while the plugin is dea
 	@$(binary) status
 
 .PHONY: clean
-clean: ## remove build/
-	rm -rf build
+clean: ## remove build/ and dist/
+	rm -rf build dist
 
 ##: proving
 

@@ -2,7 +2,9 @@
 # rootfs.sh: make the plugin's root file system from the binary and Debian packages.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-#   rootfs.sh <azure-vnet-plugin> <rootfs> <cache> <architecture>
+#   rootfs.sh <azure-vnet-plugin> <files of the CNI package> <rootfs> <cache> <architecture>
+#
+# The CNI package lies in /cni, where install-cni-plugin.sh --from-plugin takes it from.
 #
 # No registry and no container build: apt-get brings iptables and the libraries
 # that it names as its dependencies, dpkg-deb unpacks them, and of those just the
@@ -11,7 +13,7 @@
 # packages stay: the machine's own lists and architectures are not touched.
 set -eu
 
-binary=$1 final=$2 cache=$3 arch=$4 rootfs=$2.new
+binary=$1 cni=$2 final=$3 cache=$4 arch=$5 rootfs=$3.new
 for tool in apt-get apt-cache dpkg-deb; do
 	command -v $tool >/dev/null || { echo "rootfs.sh: $tool is missing: build on Debian or Ubuntu, or with the Dockerfile" >&2; exit 1; }
 done
@@ -63,6 +65,7 @@ rm -rf "$rootfs"
 mkdir -p "$rootfs/usr/sbin" "$rootfs/run/docker/plugins" "$rootfs/host/run" "$rootfs/host/proc/sys/net" "$rootfs/data" \
 	"$rootfs/proc" "$rootfs/sys" "$rootfs/dev" "$rootfs/etc" "$rootfs/tmp"
 cp "$binary" "$rootfs/azure-vnet-plugin"
+cp -R "$cni" "$rootfs/cni"
 
 extensions=$(dirname "$(find_one libxt_mark.so)")
 loader=$(find_one 'ld-linux*.so.*')
