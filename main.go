@@ -117,7 +117,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	log.WithFields(logrus.Fields{"version": version, "source": s.source, "socket": p.socket}).Info("azure-vnet listens")
 
 	if err := leaveSettings(os.Getenv, p.run); err != nil {
-		return err
+		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
 
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -390,6 +392,31 @@ func TestNetworksOfALaterReleaseAreNotLost(t *testing.T) {
 	if got, err := os.ReadFile(driver.NetworksFile(data)); err != nil || !bytes.Equal(got, later) {
 		t.Errorf("the file is now %s, %v", got, err)
 	}
+}
+
+// An engine disables for good a plugin that does not come up when it starts.
+func TestAFullRunFailsCallsAndNotThePlugin(t *testing.T) {
+	newVM(t, 1)
+	const state, filler = "/run/azure-vnet", "/run/azure-vnet/filler"
+	if err := errors.Join(os.Mkdir(state, 0o755), syscall.Mount("tmpfs", state, "tmpfs", 0, "size=64k"),
+		os.WriteFile(filler, make([]byte, 64<<10), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	e := startPlugin(t, t.TempDir())
+	ask := func() error {
+		_, err := call[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+		return err
+	}
+	if err := ask(); err == nil || !strings.Contains(err.Error(), "no space left on device") {
+		t.Errorf("a call with /run full: %v", err)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(); err != nil {
+		t.Errorf("a call with room again: %v", err)
+	}
+	e.createNetwork(netID, nil)
 }
 
 func TestThirtyContainersAtOnce(t *testing.T) {
