@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 )
 
@@ -39,6 +40,7 @@ type alias struct {
 	policy string // its id
 	owner  string // itself, or hashed
 	lease  string // itself, or hashed
+	ports  int    // how many are published; host.json says which
 }
 
 // hashed stands for an owner that does not fit an alias.
@@ -55,6 +57,9 @@ func (a alias) String() string {
 			" br=" + a.bridge + " net=" + a.policy + " owner=" + owner
 		if lease != owner {
 			s += " lease=" + lease
+		}
+		if a.ports > 0 {
+			s += " ports=" + strconv.Itoa(a.ports)
 		}
 		return s
 	}
@@ -91,6 +96,8 @@ func parseAlias(s string) (a alias, ok bool) {
 			a.owner = value
 		case "lease":
 			a.lease = value
+		case "ports":
+			a.ports, err = strconv.Atoi(value)
 		}
 		if err != nil {
 			return alias{}, false

@@ -54,6 +54,7 @@ type Endpoint struct {
 	Gateway netip.Addr       // default gateway in Netns; ignored without Netns
 	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that a reused address keeps its MAC
 	Policy  Policy
+	Ports   []Port // of the host that lead to it
 	Netns   string // path of the container's network namespace; empty: the container's end stays here for the caller to move
 	IfName  string // name in Netns; required with Netns
 }
@@ -67,5 +68,6 @@ type Attachment struct {
 	Bridge string // as asked for, also while the link is not in it
 	Addr   netip.Prefix
 	MAC    net.HardwareAddr // container's
+	Ports  []Port           // published
 	Away   bool             // the container's end lies in another namespace: a container has it
 }

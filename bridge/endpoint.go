@@ -37,6 +37,10 @@ func (h *Host) at(step string) error {
 // succeeds. It fails with ErrAttached where a container has the endpoint, and
 // with an error that names the other where another owner's link has the address.
 func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
+	var err error
+	if e.Ports, err = spelt(e.Ports); err != nil {
+		return Attachment{}, fmt.Errorf("attach %q: %w", e.Owner, err)
+	}
 	a, err := e.alias()
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %q: %w", e.Owner, err)
@@ -74,7 +78,7 @@ func (e Endpoint) alias() (alias, error) {
 	case e.Netns != "" && !e.Gateway.Is4():
 		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway")
 	}
-	return alias{addr: e.Addr, mac: e.MAC, bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease}, nil
+	return alias{addr: e.Addr, mac: e.MAC, bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(e.Ports)}, nil
 }
 
 // attaching is one attach on its way.
@@ -86,6 +90,8 @@ type attaching struct {
 	host   string // its end's name
 	peer   string // the container's, while here
 	bridge *netlink.LinkAttrs
+	ports  []Port  // claimed
+	alone  *Bridge // the bridge again, where the exclusive lock is held
 	undo   []func() error
 }
 
@@ -108,7 +114,7 @@ func (h *Host) attachUnder(ctx context.Context, lock func(context.Context, strin
 	if at.bridge, err = bridgeNamed(nl, e.Bridge); err != nil {
 		return Attachment{}, err
 	}
-	if err := at.clear(); err != nil {
+	if err := at.clear(ctx); err != nil {
 		return Attachment{}, err
 	}
 	if err = claim(ctx, at); err == nil {
@@ -121,7 +127,9 @@ func (h *Host) attachUnder(ctx context.Context, lock func(context.Context, strin
 		}
 		return Attachment{}, err
 	}
-	return attachmentOf(at.host, at.peer, e.Netns != "", a), nil
+	out := attachmentOf(at.host, at.peer, e.Netns != "", a)
+	out.Ports = at.ports
+	return out, nil
 }
 
 // bridgeNamed is a bridge of ours.
@@ -137,7 +145,7 @@ func bridgeNamed(nl *netlink.Handle, name string) (*netlink.LinkAttrs, error) {
 }
 
 // clear takes away what an earlier attach or half a detach of this owner left.
-func (at *attaching) clear() error {
+func (at *attaching) clear(ctx context.Context) error {
 	l, err := at.nl.LinkByName(at.host)
 	if absent(err) {
 		return nil
@@ -154,12 +162,12 @@ func (at *attaching) clear() error {
 	case l.Attrs().NetNsID >= 0:
 		return fmt.Errorf("%s with %s: %w", at.host, old.addr, ErrAttached)
 	}
-	return at.h.detachLink(at.nl, l, old)
+	return at.h.detachLink(ctx, at.nl, l, old)
 }
 
 // claim is the way of nearly every attach: it asks the kernel once each. A
 // neighbour entry is the claim's lock, for of two that add it one fails.
-func (h *Host) claim(_ context.Context, at *attaching) error {
+func (h *Host) claim(ctx context.Context, at *attaching) error {
 	state, err := h.state()
 	if err != nil {
 		return err
@@ -183,7 +191,7 @@ func (h *Host) claim(_ context.Context, at *attaching) error {
 		return errSlow
 	}
 	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
-	return nil
+	return at.claimPorts(ctx, nil)
 }
 
 // claimSlow claims alone on the host: it looks whose the address is, writes the
@@ -193,9 +201,14 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	if err != nil {
 		return err
 	}
+	standing := map[string]alias{}
 	for _, l := range links {
-		if a, ok := endpointOf(l); ok && a.addr.Addr() == at.a.addr.Addr() {
+		a, ok := endpointOf(l)
+		if ok && a.addr.Addr() == at.a.addr.Addr() {
 			return fmt.Errorf("%s has the address %s (link %s): detach it first", a.owner, a.addr.Addr(), l.Attrs().Name)
+		}
+		if ok {
+			standing[l.Attrs().Name] = a
 		}
 	}
 	bridges := links.bridges()
@@ -221,8 +234,13 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 		return err
 	}
 	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
-	_, err = h.syncTableWith(bridges[i], &at.a)
-	return err
+	at.alone = &bridges[i]
+	unpublished := at.a // until it has a link
+	unpublished.ports = 0
+	if _, err = h.syncTableWith(bridges[i], &unpublished); err != nil {
+		return err
+	}
+	return at.claimPorts(ctx, standing)
 }
 
 // Detach takes owner's interface away. None is success. The link goes last, so
@@ -245,7 +263,7 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 	}
 	if err == nil {
 		if a, whole := parseAlias(l.Attrs().Alias); whole {
-			err = h.detachLink(nl, l, a)
+			err = h.detachLink(ctx, nl, l, a)
 		} else {
 			err = delLink(nl, l)
 		}
@@ -257,7 +275,13 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 }
 
 // detachLink takes away all that was attached with l, and then l.
-func (h *Host) detachLink(nl *netlink.Handle, l netlink.Link, a alias) error {
+func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Link, a alias) error {
+	if err := h.at("detach ports"); err != nil {
+		return err
+	}
+	if err := h.unpublish(l.Attrs().Name, a); err != nil {
+		return err
+	}
 	if err := h.at("detach elements"); err != nil {
 		return err
 	}
@@ -280,19 +304,27 @@ func (h *Host) detachLink(nl *netlink.Handle, l netlink.Link, a alias) error {
 		return err
 	}
 	if off := (Policy{}); a.policy != off.id() {
-		if err := forgetFlows(a.addr.Addr()); err != nil {
+		if err := forgetFlows(flowsFrom(a.addr.Addr())); err != nil {
 			return err
 		}
 	}
 	if err := h.at("detach link"); err != nil {
 		return err
 	}
-	return delLink(nl, l)
+	if err := delLink(nl, l); err != nil || a.ports == 0 {
+		return err
+	}
+	return h.disclaimPorts(ctx, l.Attrs().Name)
 }
 
-// Attachments lists what is attached, from the links and their aliases alone.
+// Attachments lists what is attached: what the links and their aliases say, and
+// the ports that host.json knows of them.
 func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 	links, err := readLinks()
+	if err != nil {
+		return nil, err
+	}
+	state, err := h.state()
 	if err != nil {
 		return nil, err
 	}
@@ -307,7 +339,11 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 		if p := links.at(l.Attrs().ParentIndex); p != nil && !away {
 			peer = p.Attrs().Name
 		}
-		out = append(out, attachmentOf(l.Attrs().Name, peer, away, a))
+		at := attachmentOf(l.Attrs().Name, peer, away, a)
+		if a.ports > 0 {
+			at.Ports = state.Ports[at.Link]
+		}
+		out = append(out, at)
 	}
 	return out, nil
 }

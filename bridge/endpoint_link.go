@@ -56,6 +56,9 @@ func (at *attaching) makeLink() error {
 			return fmt.Errorf("%s in %s: %w", at.e.IfName, at.e.Netns, err)
 		}
 	}
+	if err := at.publish(); err != nil {
+		return err
+	}
 	if err := at.h.at("alias"); err != nil {
 		return err
 	}

@@ -23,6 +23,9 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 		return nil, fmt.Errorf("reconcile: %w", err)
 	}
 	var errs []error
+	if err := h.keepPorts(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("reconcile: %w", err))
+	}
 	for _, name := range s.names() {
 		what, err := h.reconcile(ctx, name, s.Bridges[name])
 		mended = append(mended, what...)

@@ -18,6 +18,7 @@ type hostState struct {
 	Boot     string                  `json:"boot"` // the kernel's boot id; a state of another boot is void
 	Bridges  map[string]*bridgeState `json:"bridges,omitempty"`
 	Policies map[string]Policy       `json:"policies,omitempty"`
+	Ports    map[string][]Port       `json:"ports,omitempty"` // published, by host veth; those of a link whose alias has none are void
 }
 
 // A bridge's phase is the journal of its NIC's move.
@@ -63,6 +64,9 @@ func (s *hostState) renew() error {
 	}
 	if s.Policies == nil {
 		s.Policies = map[string]Policy{}
+	}
+	if s.Ports == nil {
+		s.Ports = map[string][]Port{}
 	}
 	return nil
 }

@@ -34,12 +34,19 @@ func (h *Host) syncTableWith(b Bridge, coming *alias) (bool, error) {
 	if coming != nil {
 		host, _ := linkNames(coming.owner)
 		in.endpoints[host] = *coming
+		if coming.ports > 0 {
+			in.ports[host] = in.claimed[host]
+		}
 	}
 	changed, err := writeTable(in.table())
 	if err != nil {
 		return false, fmt.Errorf("nft table %s: %w", tableName, err)
 	}
-	return changed, nil
+	served, err := h.syncPublished(in)
+	if err != nil {
+		return changed, fmt.Errorf("published ports: %w", err)
+	}
+	return changed || served, nil
 }
 
 // dropTable takes b's part out of the table, and the table with the last bridge.
@@ -53,6 +60,9 @@ func (h *Host) dropTable(b Bridge) error {
 	} else {
 		_, err = writeTable(in.table())
 	}
+	if err == nil {
+		_, err = h.syncPublished(in)
+	}
 	if err != nil {
 		return fmt.Errorf("nft table %s: take out %s: %w", tableName, b.Name, err)
 	}
@@ -64,6 +74,8 @@ type tableInput struct {
 	bridges   []Bridge
 	endpoints map[string]alias // by host veth
 	policies  map[string]Policy
+	ports     map[string][]Port         // published, by host veth
+	claimed   map[string][]Port         // the same and those of attaches in flight
 	held      []netip.Addr              // the host's addresses
 	subnets   map[string][]netip.Prefix // of the host's addresses, by bridge
 	away      []span                    // what the host routes away from every bridge
@@ -82,7 +94,7 @@ func (h *Host) tableInput(without string) (tableInput, error) {
 	if err != nil {
 		return in, err
 	}
-	in.policies = state.Policies
+	in.policies, in.claimed = state.Policies, state.Ports
 
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -99,6 +111,9 @@ func (h *Host) tableInput(without string) (tableInput, error) {
 				ours[l.Attrs().Index] = b.Name
 			}
 		}
+	}
+	if in.ports, err = state.portsOf(in.endpoints); err != nil {
+		return in, err
 	}
 	return in, in.readAddresses(nl, ours)
 }

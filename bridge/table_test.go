@@ -92,7 +92,7 @@ func exampleInput(bridges, endpoints int, p Policy) tableInput {
 			addr := netip.AddrFrom4([4]byte{10, byte(240 + i), byte(n / 256), byte(n%256 + 7)})
 			owner := fmt.Sprintf("docker/%s-%d", b.Name, n)
 			host, _ := linkNames(owner)
-			in.endpoints[host] = alias{netip.PrefixFrom(addr, 16), MACFor(addr), b.Name, p.id(), owner, owner}
+			in.endpoints[host] = alias{netip.PrefixFrom(addr, 16), MACFor(addr), b.Name, p.id(), owner, owner, 0}
 		}
 	}
 	return in

@@ -56,13 +56,14 @@ table netdev %[1]s {
 `
 
 // fabricRules are Azure's rules between ports and internet: the platform
-// translates primaries to their public address, drops what else leaves but for
-// the host agent, and says nothing for addresses that nobody has.
+// translates primaries to their public addresses and back, drops what else
+// leaves but for the host agent, and says nothing for addresses that nobody has.
 const fabricRules = `
 table ip fabric {
 	set subnets { type ipv4_addr; flags interval; }
 	set primaries { type ipv4_addr; }
 	map public { type ipv4_addr : ipv4_addr; }
+	map primary { type ipv4_addr : ipv4_addr; }
 	map faults { type ipv4_addr . ipv4_addr : verdict; }
 	chain untracked {
 		type filter hook prerouting priority raw;
@@ -76,6 +77,10 @@ table ip fabric {
 		ip daddr @subnets drop
 		ip daddr 168.63.129.16 accept
 		ip saddr != @primaries drop
+	}
+	chain prerouting {
+		type nat hook prerouting priority dstnat;
+		iifname "net0" dnat to ip daddr map @primary
 	}
 	chain postrouting {
 		type nat hook postrouting priority srcnat;
@@ -142,7 +147,7 @@ func (v *VNet) plug(n *nic, pid int) error {
 	rules := fmt.Sprintf(portRules, n.port, counters.String(), n.MAC, n.Primary, FabricMAC, linkLocal(n.MAC))
 	rules += fmt.Sprintf("add element ip fabric primaries { %s }\n", n.Primary)
 	if n.public.IsValid() {
-		rules += fmt.Sprintf("add element ip fabric public { %s : %s }\n", n.Primary, n.public)
+		rules += fmt.Sprintf("add element ip fabric public { %[1]s : %[2]s }\nadd element ip fabric primary { %[2]s : %[1]s }\n", n.Primary, n.public)
 	}
 	if err := v.fabric.nft(rules); err != nil {
 		return err
