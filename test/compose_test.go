@@ -34,6 +34,7 @@ func (h host) shell(dir, script string, env ...string) string {
 }
 
 func TestComposeExample(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin()
@@ -68,6 +69,7 @@ func TestComposeExample(t *testing.T) {
 // TestSwarmServiceOverTwoVMs: a service's tasks have addresses of the VM that
 // they run on. The network of swarm's is made of one of each node.
 func TestSwarmServiceOverTwoVMs(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	manager, worker, plain := vms[0], vms[1], onHost(vms[2])
 	for _, h := range []host{manager, worker} {

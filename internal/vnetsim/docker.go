@@ -20,6 +20,7 @@ import (
 
 // engine is a dockerd that runs in a VM.
 type engine struct {
+	enter  *os.Process // nsenter, its parent
 	exited chan struct{}
 }
 
@@ -84,7 +85,7 @@ func (m *VM) startEngine(args []string) (*engine, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	e := &engine{exited: make(chan struct{})}
+	e := &engine{enter: cmd.Process, exited: make(chan struct{})}
 	m.engine = e
 	go func() {
 		cmd.Wait()
@@ -119,6 +120,22 @@ func (m *VM) StopDocker(ctx context.Context, sig syscall.Signal) error {
 		m.engine = nil
 	}
 	return nil
+}
+
+// HangDocker stops dockerd in its tracks: its sockets accept, and nobody answers.
+// It returns what lets it go on.
+func (m *VM) HangDocker(ctx context.Context) (resume func() error, err error) {
+	m.power.Lock()
+	defer m.power.Unlock()
+	if m.engine == nil {
+		return nil, fmt.Errorf("hang dockerd on %s: it does not run", m.Name)
+	}
+	if _, err := m.Run(ctx, "sh", "-c", "kill -STOP $(cat /run/docker.pid)"); err != nil {
+		return nil, fmt.Errorf("hang dockerd: %w", err)
+	}
+	// nsenter stops when its child does, and goes on with it.
+	enter := m.engine.enter
+	return func() error { return enter.Signal(syscall.SIGCONT) }, nil
 }
 
 // Docker runs the docker command in the VM.
