@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
@@ -17,15 +19,14 @@ import (
 
 func TestAPodIsAFirstClassCitizen(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 8}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
-	one, two := onNode(vms[0]), onNode(vms[1])
-	plain := onHost(vms[2])
+	one, two, plain := onNode(vms[0]), onNode(vms[1]), vms[2]
 
 	t.Run("in every version of the specification", func(t *testing.T) {
 		n := one.in(t)
 		for _, v := range []string{"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 			l, rt := n.list(v, "azure", azure()), n.pod("v"+v)
 			addr, r := n.add(l, rt)
-			if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 				t.Errorf("%s: not reached: %v", v, err)
 			}
 			if v >= "0.3.0" {
@@ -44,12 +45,169 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 			n.bare()
 		}
 	})
-	_ = two
-	_ = fmt.Sprint
-	_ = errors.New
-	_ = netip.Addr{}
-	_ = libcni.GCArgs{}
-	_ = types.Error{}
-	_ = cmp.Diff
+
+	l := one.list("1.1.0", "azure", azure())
+	var pods []place
+	for _, p := range []struct {
+		n  node
+		id string
+	}{{one, "p1"}, {one, "p2"}, {two, "p3"}} {
+		addr, _ := p.n.add(l, p.n.pod(p.id))
+		p.n.serve(p.id)
+		pods = append(pods, inPod(p.n, p.id, addr))
+	}
+	t.Run("everyone reaches every pod, and is seen with his own address", func(t *testing.T) {
+		for _, from := range append([]place{onHost(vms[0]), onHost(vms[1]), onHost(plain)}, pods...) {
+			for _, to := range pods {
+				got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to.addr))...)
+				if err != nil || got != from.addr.String() {
+					t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
+				}
+			}
+		}
+	})
+	t.Run("the internet sees the node, once, whatever else masquerades", func(t *testing.T) {
+		url := "http://" + vnetsim.InternetAddr.String() + "/"
+		try := func() {
+			t.Helper()
+			if got, err := pods[0].try(fetch(url)...); err != nil || got != one.Public.String() {
+				t.Errorf("the internet sees %q, want %s: %v", got, one.Public, err)
+			}
+		}
+		try()
+		documented := []string{"-t", "nat", "-A", "POSTROUTING", "-m", "iprange", "!", "--dst-range", "168.63.129.16", "-m", "addrtype", "!", "--dst-type", "local", "!", "-d", "10.0.0.0/8", "-j", "MASQUERADE"}
+		one.in(t).must("iptables", documented...)
+		try()
+		documented[2] = "-D"
+		one.in(t).must("iptables", documented...)
+		agent := `iptables -t nat -N IP-MASQ-AGENT && iptables -t nat -A IP-MASQ-AGENT -d 10.0.0.0/8 -j RETURN &&
+			iptables -t nat -A IP-MASQ-AGENT -j MASQUERADE && iptables -t nat -I POSTROUTING -m addrtype ! --dst-type LOCAL -j IP-MASQ-AGENT`
+		one.in(t).must("sh", "-c", agent)
+		try()
+		if got, err := pods[0].try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", pods[2].addr))...); err != nil || got != pods[0].addr.String() {
+			t.Errorf("another node's pod sees %q, want %s: %v", got, pods[0].addr, err)
+		}
+	})
+	t.Run("a service's address leads to its pods, wherever they are", func(t *testing.T) {
+		for i, to := range pods {
+			service := fmt.Sprintf("10.96.0.%d", 10+i)
+			for _, n := range []node{one.in(t), two.in(t)} {
+				n.must("sh", "-c", fmt.Sprintf(`for c in PREROUTING OUTPUT; do iptables -t nat -A $c -d %s -p tcp --dport 80 -j DNAT --to %s:80; done
+					iptables -t nat -A POSTROUTING -s %[2]s -d %[2]s -j MASQUERADE`, service, to.addr))
+			}
+			for _, from := range append([]place{onHost(vms[0])}, pods...) {
+				want := from.addr.String()
+				if from.addr == to.addr {
+					want = one.Primary.String() // through the hairpin, masqueraded
+					if from.name == "p3" {
+						want = two.Primary.String()
+					}
+				}
+				got, err := from.try(fetch("http://" + service + "/cgi-bin/who")...)
+				if err != nil || got != want {
+					t.Errorf("%s fetches from the service of %s and is seen as %q, want %s: %v", from.name, to.name, got, want, err)
+				}
+			}
+		}
+	})
+	t.Run("an address and a MAC are had as asked for", func(t *testing.T) {
+		n := two.in(t)
+		want := n.Secondaries()[3]
+		l := n.list("1.1.0", "azure", azure(`"capabilities":{"ips":true,"mac":true,"dns":true}`))
+		rt := n.pod("asked")
+		rt.CapabilityArgs = map[string]any{"ips": []string{want.String() + "/16"}, "mac": "02:aa:bb:cc:dd:ee", "dns": map[string]any{"servers": []string{"10.0.0.10"}, "searches": []string{"svc.cluster.local"}}}
+		addr, r := n.add(l, rt)
+		got := []any{addr, r.Interfaces[2].Mac, r.DNS}
+		if diff := cmp.Diff([]any{want, "02:aa:bb:cc:dd:ee", types.DNS{Nameservers: []string{"10.0.0.10"}, Search: []string{"svc.cluster.local"}}}, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+			t.Error(diff)
+		}
+		if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			t.Errorf("not reached: %v", err)
+		}
+		n.del(l, rt)
+		rt.CapabilityArgs = nil
+		rt.Args = [][2]string{{"IgnoreUnknown", "1"}, {"IP", want.String()}, {"MAC", "02:aa:bb:cc:dd:ef"}} // as podman sends them
+		if addr, r := n.add(l, rt); addr != want || r.Interfaces[2].Mac != "02:aa:bb:cc:dd:ef" {
+			t.Errorf("CNI_ARGS: %s and %s are had", addr, r.Interfaces[2].Mac)
+		}
+		n.del(l, rt)
+	})
+	t.Run("a repeated ADD is an error and hurts nobody", func(t *testing.T) {
+		n := one.in(t)
+		before := n.holds()
+		_, _, err := n.tryAdd(l, &libcni.RuntimeConf{ContainerID: "p1", NetNS: "/run/netns/p1", IfName: "eth0"})
+		var told *types.Error
+		if !errors.As(err, &told) || told.Code != 100 || !strings.Contains(told.Msg, pods[0].addr.String()) {
+			t.Errorf("the error is %v", err)
+		}
+		if diff := cmp.Diff(before, n.holds()); diff != "" {
+			t.Error(diff)
+		}
+		if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", pods[0].addr.String()); err != nil {
+			t.Errorf("p1 is not reached any more: %v", err)
+		}
+	})
+	t.Run("CHECK notices what is missing", func(t *testing.T) {
+		n := one.in(t)
+		rt := n.pod("checked")
+		addr, r := n.add(l, rt)
+		check := func() error { return n.cni.CheckNetworkList(t.Context(), l, rt) }
+		table := n.must("nft", "list", "table", "bridge", "azure_vnet")
+		for _, damage := range []struct{ says, do, undo string }{
+			{"lacks the address", "ip -n checked addr del " + addr.String() + "/16 dev eth0", "ip -n checked addr add " + addr.String() + "/16 dev eth0 && ip -n checked route add default via 10.240.0.1"},
+			{"lacks the route", "ip -n checked route del default", "ip -n checked route add default via 10.240.0.1"},
+			{"is down", "ip -n checked link set eth0 down", "ip -n checked link set eth0 up && ip -n checked route add default via 10.240.0.1"},
+			{"has the MAC", "ip -n checked link set eth0 address 02:00:00:00:00:09", "ip -n checked link set eth0 address " + r.Interfaces[2].Mac},
+			{"master", "ip link set " + r.Interfaces[1].Name + " nomaster", filepath.Join(n.dir, "azure-vnet") + " reconcile"},
+		} {
+			n.must("sh", "-c", damage.do)
+			if err := check(); err == nil || !strings.Contains(err.Error(), damage.says) {
+				t.Errorf("%s: CHECK says %v", damage.do, err)
+			}
+			n.must("sh", "-c", damage.undo)
+			if err := check(); err != nil {
+				t.Errorf("%s: CHECK says %v", damage.undo, err)
+			}
+		}
+		if now := n.must("nft", "list", "table", "bridge", "azure_vnet"); now != table {
+			t.Errorf("CHECK or the damage changed the table:\n%s", cmp.Diff(table, now))
+		}
+		element := fmt.Sprintf("delete element bridge azure_vnet ep4_azure0 { %s }", addr)
+		n.must("nft", element)
+		if err := check(); err == nil || !strings.Contains(err.Error(), "ep4_azure0") {
+			t.Errorf("%s: CHECK says %v", element, err)
+		}
+		n.del(l, rt)
+	})
+	t.Run("GC releases what is not listed, of its own network", func(t *testing.T) {
+		n := one.in(t)
+		other := n.list("1.1.0", "other", azure())
+		kept, _ := n.add(other, n.pod("o1"))
+		stale, _ := n.add(l, n.pod("stale"))
+		conf := func(more map[string]any) []byte { return stdin("1.1.0", "azure", azure(), more) }
+		if _, err := n.call("GC", "", "", conf(nil)); err == nil || !strings.Contains(err.Error(), "valid-attachments is missing") {
+			t.Errorf("without a list: %v", err)
+		}
+		valid := []map[string]string{{"containerID": "p1", "ifname": "eth0"}, {"containerID": "p2", "ifname": "eth0"}}
+		if _, err := n.call("GC", "", "", conf(map[string]any{"cni.dev/valid-attachments": valid})); err != nil {
+			t.Error(err)
+		}
+		for _, alive := range []netip.Addr{pods[0].addr, pods[1].addr, kept} {
+			if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", alive.String()); err != nil {
+				t.Errorf("GC took %s: %v", alive, err)
+			}
+		}
+		if s := n.holds(); len(s.Leases) != 3 {
+			t.Errorf("after GC of %s, %+v is held", stale, s)
+		}
+		if _, err := n.call("GC", "", "", conf(map[string]any{"cni.dev/valid-attachments": nil, "cni.dev/attachments": nil})); err != nil {
+			t.Error(err)
+		}
+		if s := n.holds(); len(s.Leases) != 1 {
+			t.Errorf("a runtime without containers sends null, and %+v is held", s)
+		}
+		n.del(other, &libcni.RuntimeConf{ContainerID: "o1", IfName: "eth0"})
+		n.bare()
+	})
 	clean(t, vnet)
 }

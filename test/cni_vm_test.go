@@ -123,6 +123,7 @@ func azure(more ...string) string {
 func (n node) pod(id string) *libcni.RuntimeConf {
 	n.t.Helper()
 	n.must("ip", "netns", "add", id)
+	n.must("ip", "-n", id, "link", "set", "lo", "up") // as the loopback plugin does
 	return &libcni.RuntimeConf{ContainerID: id, NetNS: "/run/netns/" + id, IfName: "eth0", Args: [][2]string{
 		{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", id}, {"K8S_POD_INFRA_CONTAINER_ID", id}, {"K8S_POD_UID", "u-" + id},
 	}}

@@ -20,17 +20,40 @@ func del(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	if err := l.Host.Detach(ctx, c.Owner()); err != nil {
-		return err
-	}
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
-	if err := l.Free(ctx, c.Owner()); err != nil {
+	if err := takeAway(ctx, c, l, c.Owner()); err != nil {
 		return err
 	}
 	if own(c) || c.Conf.IPAM.Type == "" {
 		return nil
 	}
 	return delegated(ctx, c, invoke.DelegateDel)
+}
+
+// takeAway takes owner's link away, then its lease. A link that went with the
+// container's namespace, or was never made, cannot tell what else was made for
+// it: then the whole host is looked over.
+func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owner string) error {
+	held, err := l.Held(ctx, func(o string) bool { return o == owner })
+	if err != nil {
+		return err
+	}
+	_, linked, err := l.Host.Attachment(ctx, owner)
+	if err != nil {
+		return err
+	}
+	if err := l.Host.Detach(ctx, owner); err != nil {
+		return err
+	}
+	if len(held) == 0 {
+		return nil
+	}
+	if !linked {
+		if _, err := l.Host.Reconcile(ctx); err != nil {
+			c.Warn("look the host over: " + err.Error())
+		}
+	}
+	return l.Free(ctx, owner)
 }
 
 // gc does for all that is not listed what DEL would. One that fails keeps none
@@ -50,11 +73,7 @@ func gc(ctx context.Context, c *cni.Call) error {
 	}
 	var errs []error
 	for owner := range owners {
-		err := l.Host.Detach(ctx, owner)
-		if err == nil {
-			err = l.Free(ctx, owner)
-		}
-		errs = append(errs, err)
+		errs = append(errs, takeAway(ctx, c, l, owner))
 	}
 	if len(owners) > 0 {
 		c.Note("collected", len(owners))

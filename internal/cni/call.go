@@ -96,23 +96,27 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
-	quiet := func(do func(context.Context, *Call) error) func(*skel.CmdArgs) error {
+	with := func(do func(context.Context, *Call) error) func(*skel.CmdArgs) error {
 		return func(args *skel.CmdArgs) error {
-			if err := call.read(args, p.Main); err != nil {
-				return err
+			err := call.read(args, p.Main)
+			if err == nil {
+				err = do(ctx, call)
 			}
-			return do(ctx, call)
+			if err != nil {
+				return call.toError(err) // skel would give it a code of its own
+			}
+			return nil
 		}
 	}
 	funcs := skel.CNIFuncs{
-		Add: quiet(func(ctx context.Context, c *Call) error {
+		Add: with(func(ctx context.Context, c *Call) error {
 			result, err := p.Add(ctx, c)
 			if err == nil {
 				document, err = c.document(result)
 			}
 			return err
 		}),
-		Del: quiet(p.Del), Check: quiet(p.Check), GC: quiet(p.GC), Status: quiet(p.Status),
+		Del: with(p.Del), Check: with(p.Check), GC: with(p.GC), Status: with(p.Status),
 	}
 	if e := skel.PluginMainFuncsWithError(funcs, version.All, ""); e != nil {
 		return nil, e

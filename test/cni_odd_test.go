@@ -1,0 +1,245 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/internal/vnetsim"
+)
+
+func TestPodsComeAndGoInOddWays(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 220}, vnetsim.VMConfig{})
+	n := onNode(vms[0])
+	l := n.list("1.1.0", "azure", azure())
+	conf := stdin("1.1.0", "azure", azure(), nil)
+
+	t.Run("DEL in every form that runtimes have for it", func(t *testing.T) {
+		n := n.in(t)
+		keeper, _ := n.add(l, n.pod("keeper"))
+		prev := map[string]any{"prevResult": map[string]any{"cniVersion": "1.1.0", // of a pod of before the boot: keeper has its address now
+			"interfaces": []any{map[string]any{"name": "eth0", "sandbox": "/run/netns/old"}},
+			"ips":        []any{map[string]any{"interface": 0, "address": keeper.String() + "/16"}}}}
+		for _, odd := range []struct {
+			name, id, netns string
+			conf            []byte
+		}{
+			{"never added", "never", "/run/netns/never", conf},
+			{"of before the boot", "old", "", stdin("1.1.0", "azure", azure(), prev)},
+			{"a short id", "k", "", conf},
+			{"the beginning of another's id", "keepe", "/run/netns/keeper", conf},
+			{"no configuration but the name", "gone", "", []byte(`{"cniVersion":"1.1.0","name":"azure","type":"azure-vnet"}`)},
+			{"a mode that is refused", "gone", "", stdin("0.3.0", "azure", azure(`"mode":"transparent"`, `"mtu":"x"`), nil)},
+			{"a namespace that is a file", "gone", "/etc/passwd", conf},
+			{"the node's own namespace", "gone", "/proc/1/ns/net", conf},
+		} {
+			if out, err := n.call("DEL", odd.id, odd.netns, odd.conf); err != nil || len(out) > 0 {
+				t.Errorf("%s: %s %v", odd.name, out, err)
+			}
+		}
+		if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", keeper.String()); err != nil {
+			t.Errorf("keeper is not reached any more: %v", err)
+		}
+		for _, netns := range []string{"gone before DEL", "there"} {
+			rt := n.pod("odd")
+			n.add(l, rt)
+			if netns != "there" {
+				n.must("ip", "netns", "del", "odd")
+				eventually(t, "the pod's link is gone with it", 5*time.Second, func() bool { return len(n.holds().Attachments) == 1 })
+			}
+			for range 2 {
+				if _, err := n.call("DEL", "odd", "", conf); err != nil {
+					t.Errorf("its namespace %s: %v", netns, err)
+				}
+			}
+			if s := n.holds(); len(s.Leases) != 1 || len(s.Attachments) != 1 {
+				t.Errorf("its namespace %s: %+v is held", netns, s)
+			}
+		}
+		n.must("ip", "netns", "del", "odd")
+		n.del(l, &libcni.RuntimeConf{ContainerID: "keeper", IfName: "eth0"})
+		n.bare()
+	})
+	t.Run("a failed ADD leaves nothing, and says why", func(t *testing.T) {
+		n := n.in(t)
+		n.must("ip", "netns", "add", "taken")
+		n.must("ip", "-n", "taken", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+		held := n.Primary.String()
+		for _, bad := range []struct {
+			name, netns string
+			conf        []byte
+			code        uint
+			says        string
+		}{
+			{"no such namespace", "/run/netns/none", conf, 5, "/run/netns/none"},
+			{"the node's own namespace", "/proc/1/ns/net", conf, 999, "own network namespace"},
+			{"a name that is taken there", "/run/netns/taken", conf, 999, "eth0"},
+			{"mode transparent", "/run/netns/taken", stdin("0.3.0", "azure", azure(`"mode":"transparent"`), nil), 7, `"mode": "bridge"`},
+			{"no IPAM", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet"}`, nil), 7, "ipam.type"},
+			{"an IPAM that is not installed", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"nobody"}}`, nil), 999, "nobody"},
+			{"a NIC that is not there", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"master":"eth7"`), nil), 7, "eth7"},
+			{"another subnet", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","subnet":"10.9.0.0/16"}}`, nil), 7, "10.240.0.0/16"},
+			{"the node's own address", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","ipAddress":"`+held+`"}}`, nil), 7, "own address"},
+			{"another bridge", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"bridge":"azure7"`), nil), 999, "azure0"},
+			{"a version to come", "/run/netns/taken", stdin("9.9.9", "azure", azure(), nil), 1, "incompatible"},
+		} {
+			out, err := n.call("ADD", "failed", bad.netns, bad.conf)
+			var told types.Error
+			if err == nil || json.Unmarshal(out, &told) != nil || told.Code != bad.code || !strings.Contains(told.Error(), bad.says) {
+				t.Errorf("%s: %s %v, and code %d is wanted with %q", bad.name, out, err, bad.code, bad.says)
+			}
+			n.bare()
+		}
+	})
+	t.Run("200 at once", func(t *testing.T) {
+		n := n.in(t)
+		const count = 200
+		n.must("sh", "-c", fmt.Sprintf("for i in $(seq %d); do ip netns add at$i; done", count))
+		type got struct {
+			id   string
+			addr netip.Addr
+			err  error
+		}
+		all := make(chan got, count)
+		start := time.Now()
+		for i := range count {
+			go func() {
+				id := fmt.Sprintf("at%d", i+1)
+				out, err := n.call("ADD", id, "/run/netns/"+id, conf)
+				var r struct{ IPs []struct{ Address netip.Prefix } }
+				if err == nil {
+					err = json.Unmarshal(out, &r)
+				}
+				if err != nil || len(r.IPs) != 1 {
+					all <- got{id, netip.Addr{}, fmt.Errorf("%s %w", out, err)}
+					return
+				}
+				all <- got{id, r.IPs[0].Address.Addr(), nil}
+			}()
+		}
+		has := map[netip.Addr]string{}
+		for range count {
+			g := <-all
+			if g.err != nil {
+				t.Errorf("%s: %v", g.id, g.err)
+			} else if other := has[g.addr]; other != "" {
+				t.Errorf("%s and %s both have %s", g.id, other, g.addr)
+			}
+			has[g.addr] = g.id
+		}
+		t.Logf("%d ADDs in %v", count, time.Since(start).Round(time.Millisecond))
+		for _, i := range []int{1, 100, 200} {
+			id := fmt.Sprintf("at%d", i)
+			for addr, who := range has {
+				if who == id {
+					if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+						t.Errorf("%s is not reached: %v", id, err)
+					}
+				}
+			}
+		}
+		if _, err := n.call("GC", "", "", stdin("1.1.0", "azure", azure(), map[string]any{"cni.dev/valid-attachments": nil})); err != nil {
+			t.Error(err)
+		}
+		n.bare()
+	})
+	t.Run("killed at any moment", func(t *testing.T) {
+		n := n.in(t)
+		keeper, _ := n.add(l, n.pod("keeper2"))
+		n.must("sh", "-c", "for i in $(seq 30); do ip netns add kill$i; done")
+		for i := range 30 {
+			id := fmt.Sprintf("kill%d", i+1)
+			verb := "ADD"
+			if i%3 == 2 {
+				if _, err := n.call("ADD", id, "/run/netns/"+id, conf); err != nil {
+					t.Error(err)
+				}
+				verb = "DEL"
+			}
+			n.killed(verb, id, conf, time.Duration(rand.IntN(12000))*time.Microsecond)
+			if i%2 == 0 { // a runtime that gives up, and one that tries again
+				if _, err := n.call("DEL", id, "/run/netns/"+id, conf); err != nil {
+					t.Error(err)
+				}
+			}
+			out, err := n.call("ADD", id, "/run/netns/"+id, conf)
+			var told *types.Error
+			if errors.As(err, &told) && told.Code == 100 {
+				err = nil // it was killed with all done
+			}
+			if err != nil {
+				t.Errorf("%s after %s was killed: %s %v", id, verb, out, err)
+			}
+			if s := n.holds(); len(s.Leases) > i+2 || len(s.Attachments) != i+2 {
+				t.Errorf("after %d pods and the keeper, %+v is held", i+1, s)
+			}
+		}
+		if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", keeper.String()); err != nil {
+			t.Errorf("keeper is not reached any more: %v", err)
+		}
+		if _, err := n.call("GC", "", "", stdin("1.1.0", "azure", azure(), map[string]any{"cni.dev/valid-attachments": []any{}})); err != nil {
+			t.Error(err)
+		}
+		n.bare()
+	})
+	t.Run("with its state lost, no running pod's address is lent", func(t *testing.T) {
+		n := n.in(t)
+		first, _ := n.add(l, n.pod("first"))
+		n.must("rm", "-rf", "/run/azure-vnet")
+		for i := range 3 {
+			if addr, _ := n.add(l, n.pod(fmt.Sprintf("after%d", i))); addr == first {
+				t.Errorf("%s is lent twice", addr)
+			}
+		}
+		if _, _, err := n.tryAdd(l, &libcni.RuntimeConf{ContainerID: "first", NetNS: "/run/netns/first", IfName: "eth0"}); err == nil {
+			t.Error("a repeated ADD is not noticed")
+		}
+		if _, err := n.call("GC", "", "", stdin("1.1.0", "azure", azure(), map[string]any{"cni.dev/valid-attachments": []any{}})); err != nil {
+			t.Error(err)
+		}
+		n.bare()
+	})
+	t.Run("the log has a line for each call", func(t *testing.T) {
+		n := n.in(t)
+		log := n.must("cat", "/var/log/azure-vnet.log")
+		if got := strings.Count(log, "verb=ADD network=azure container=at"); got != 200 {
+			t.Errorf("of 200 ADDs at once, %d are in the log", got)
+		}
+		for _, want := range []string{"pod=default/keeper", "address=", "level=ERROR", "took="} {
+			if !strings.Contains(log, want) {
+				t.Errorf("the log has no %s:\n%.2000s", want, log)
+			}
+		}
+		if got := cmp.Diff("", n.must("sh", "-c", "grep -v ^time= /var/log/azure-vnet.log || true")); got != "" {
+			t.Errorf("torn lines: %s", got)
+		}
+	})
+	clean(t, vnet)
+}
+
+// killed starts a call and kills it.
+func (n node) killed(verb, id string, conf []byte, after time.Duration) {
+	n.t.Helper()
+	cmd := n.Command(context.Background(), filepath.Join(n.dir, "azure-vnet"))
+	cmd.Env, cmd.Stdin = n.environ(verb, id, "/run/netns/"+id), strings.NewReader(string(conf))
+	if err := cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	time.Sleep(after) // a moment that is chosen, not waited for
+	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	_ = cmd.Wait()
+}
