@@ -295,8 +295,8 @@ func TestAnEndpointThatFailsLeavesNothing(t *testing.T) {
 		err     string
 	}{
 		{"-p", change(func(r *network.CreateEndpointRequest) {
-			r.Options = map[string]any{"com.docker.network.portmap": []any{map[string]any{"Port": 80}}}
-		}), "published ports (-p, -P) are not served yet"},
+			r.Options = map[string]any{"com.docker.network.portmap": []any{map[string]any{"Proto": 132, "Port": 80}}}
+		}), "SCTP is not served"},
 		{"--driver-opt", change(func(r *network.CreateEndpointRequest) { r.Options = map[string]any{"qos": "1"} }), `unknown --driver-opt "qos"`},
 		{"an unknown network", change(func(r *network.CreateEndpointRequest) { r.NetworkID = otherID }), "is not known here"},
 		{"no interface", change(func(r *network.CreateEndpointRequest) { r.Interface = nil }), "no address"},

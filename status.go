@@ -184,7 +184,7 @@ func (r report) printAddresses(w io.Writer) {
 			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody"}
 		}
 	}
-	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tMAC\tSTATE\n")
+	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tMAC\tSTATE\tPUBLISHED\n")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		at, attached := links[addr]
 		state := "not attached"
@@ -196,6 +196,10 @@ func (r report) printAddresses(w io.Writer) {
 		case rows[addr].Linkless:
 			state = "kept"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, at.MAC, state)
+		var ports []string
+		for _, p := range at.Ports {
+			ports = append(ports, p.String())
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, at.MAC, state, strings.Join(ports, ", "))
 	}
 }

@@ -41,7 +41,8 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
 		return none, err
 	}
-	if err := checkEndpointOptions(r.Options); err != nil {
+	ports, err := parseEndpointOptions(r.Options)
+	if err != nil {
 		return none, err
 	}
 	n, err := d.network(r.NetworkID)
@@ -63,6 +64,7 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
 		Owner: owner, Lease: lease.Owner, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, Policy: n.policy(),
+		Ports: ports,
 	})
 	if err != nil {
 		return none, err // and nothing was attached
@@ -166,17 +168,31 @@ func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.Joi
 // removes it.
 func (d *Driver) Leave(context.Context, *network.LeaveRequest) error { return nil }
 
-// EndpointInfo has nothing to add to what the engine knows.
-func (d *Driver) EndpointInfo(context.Context, *network.InfoRequest) (*network.InfoResponse, error) {
-	return &network.InfoResponse{Value: map[string]string{}}, nil
+// EndpointInfo tells which ports of the host lead to the endpoint. An engine asks,
+// but shows only those of its own drivers.
+func (d *Driver) EndpointInfo(ctx context.Context, r *network.InfoRequest) (*network.InfoResponse, error) {
+	info := &network.InfoResponse{Value: map[string]string{}}
+	all, err := d.cfg.Host.Attachments(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, at := range all {
+		if at.Owner == OwnerPrefix+r.EndpointID && len(at.Ports) > 0 {
+			info.Value["ports"] = portsText(at.Ports)
+		}
+	}
+	return info, nil
 }
 
-// ProgramExternalConnectivity has nothing to program: CreateEndpoint refuses ports.
+// ProgramExternalConnectivity has nothing to program: the ports came with
+// CreateEndpoint, since an engine from 29 leaves a container without network when
+// this fails.
 func (d *Driver) ProgramExternalConnectivity(context.Context, *network.ProgramExternalConnectivityRequest) error {
 	return nil
 }
 
-// RevokeExternalConnectivity has nothing to revoke.
+// RevokeExternalConnectivity has nothing to revoke: ports end with their endpoint,
+// whose end an engine does not forget to tell as it does this.
 func (d *Driver) RevokeExternalConnectivity(context.Context, *network.RevokeExternalConnectivityRequest) error {
 	return nil
 }

@@ -17,12 +17,10 @@ import (
 
 // Keys of the engine's protocol.
 const (
-	keyGeneric    = "com.docker.network.generic"
-	keyIPv4       = "com.docker.network.enable_ipv4"
-	keyIPv6       = "com.docker.network.enable_ipv6"
-	keyInternal   = "com.docker.network.internal"
-	keyPortMap    = "com.docker.network.portmap"
-	engineOptions = "com.docker.network." // the engine's own endpoint options begin so
+	keyGeneric  = "com.docker.network.generic"
+	keyIPv4     = "com.docker.network.enable_ipv4"
+	keyIPv6     = "com.docker.network.enable_ipv6"
+	keyInternal = "com.docker.network.internal"
 )
 
 // options are what -o may say of a network.
@@ -77,26 +75,6 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 		}
 	}
 	return o, nil
-}
-
-// checkEndpointOptions refuses what would be ignored: published ports, and any
-// --driver-opt.
-func checkEndpointOptions(all map[string]any) error {
-	switch ports := all[keyPortMap].(type) {
-	case nil:
-	case []any:
-		if len(ports) > 0 {
-			return fmt.Errorf("published ports (-p, -P) are not served yet: the container is reached at its own address without them")
-		}
-	default:
-		return fmt.Errorf("%s is not a list", keyPortMap)
-	}
-	for _, key := range slices.Sorted(maps.Keys(all)) {
-		if !strings.HasPrefix(key, engineOptions) {
-			return fmt.Errorf("unknown --driver-opt %.80q: this driver has none", key)
-		}
-	}
-	return nil
 }
 
 // isTrue reads a flag that the engine sends as a boolean, or as a string in old

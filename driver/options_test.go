@@ -52,16 +52,32 @@ func TestNetworkOptions(t *testing.T) {
 }
 
 func TestEndpointOptions(t *testing.T) {
-	for _, c := range []struct{ name, json, err string }{
-		{"none", `{}`, ""},
-		{"what an engine adds", `{"com.docker.network.portmap":[],"com.docker.network.endpoint.exposedports":[{"Proto":6,"Port":80}],"com.docker.network.endpoint.macaddress":"AkIK8AAH"}`, ""},
-		{"no ports", `{"com.docker.network.portmap":null}`, ""},
-		{"-p", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostPort":8080}]}`, "published ports (-p, -P) are not served yet: the container is reached at its own address without them"},
-		{"not a list", `{"com.docker.network.portmap":7}`, "com.docker.network.portmap is not a list"},
-		{"--driver-opt", `{"qos":"high"}`, `unknown --driver-opt "qos": this driver has none`},
+	for _, c := range []struct {
+		name, json string
+		want       []bridge.Port
+		err        string
+	}{
+		{"none", `{}`, nil, ""},
+		{"what an engine adds", `{"com.docker.network.portmap":[],"com.docker.network.endpoint.exposedports":[{"Proto":6,"Port":80}],"com.docker.network.endpoint.macaddress":"AkIK8AAH"}`, nil, ""},
+		{"no ports", `{"com.docker.network.portmap":null}`, nil, ""},
+		{"not a list", `{"com.docker.network.portmap":7}`, nil, "published ports (com.docker.network.portmap): json: cannot unmarshal number into Go value of type []driver.portBinding"},
+		{"-p 8080:80 -p 8080:80", `{"com.docker.network.portmap":[{"Proto":6,"IP":"","Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080},{"Proto":6,"Port":80,"HostPort":8080,"HostPortEnd":8080}]}`,
+			[]bridge.Port{{Proto: "tcp", HostPort: 8080, HostPortEnd: 8080, Port: 80}}, ""},
+		{"-p 127.0.0.1:5000-5010:53/udp -P", `{"com.docker.network.portmap":[{"Proto":17,"Port":53,"HostIP":"127.0.0.1","HostPort":5000,"HostPortEnd":5010},{"Proto":6,"Port":80}]}`,
+			[]bridge.Port{{Proto: "udp", HostAddr: netip.MustParseAddr("127.0.0.1"), HostPort: 5000, HostPortEnd: 5010, Port: 53}, {Proto: "tcp", Port: 80}}, ""},
+		{"-p 80:80/sctp", `{"com.docker.network.portmap":[{"Proto":132,"Port":80,"HostPort":80}]}`, nil, "publish port 80: SCTP is not served: containers speak it at their own addresses, without -p"},
+		{"no protocol", `{"com.docker.network.portmap":[{"Port":80}]}`, nil, "publish port 80: IP protocol 0 is not served: tcp and udp are"},
+		{"-p [::1]:80:80", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostIP":"::1"}]}`, nil, "publish port 80: IPv6 is not served yet: give an IPv4 address of the host, or none"},
+		{"not a host address", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostIP":"x"}]}`, nil, "publish port 80: \"x\" is not an address"},
+		{"not a port", `{"com.docker.network.portmap":[{"Proto":6,"Port":70000}]}`, nil, "published ports (com.docker.network.portmap): json: cannot unmarshal number 70000 into Go struct field portBinding.Port of type uint16"},
+		{"--driver-opt", `{"qos":"high"}`, nil, `unknown --driver-opt "qos": this driver has none`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			checkError(t, checkEndpointOptions(parse(t, c.json)), c.err)
+			got, err := parseEndpointOptions(parse(t, c.json))
+			checkError(t, err, c.err)
+			if diff := cmp.Diff(c.want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+				t.Error(diff)
+			}
 		})
 	}
 }

@@ -65,7 +65,7 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 		arg  []string
 		want []string
 	}{
-		{"a published port", run("-p", "8080:80"), []string{"-p"}},
+		{"a published port of SCTP", run("-p", "8080:80/sctp"), []string{"SCTP"}},
 		{"an address in use", run("--ip", h.Secondaries()[0].String()), []string{h.Secondaries()[0].String()}},
 		{"the gateway", run("--ip", "10.240.0.1"), []string{"gateway"}},
 		{"the host's own address", run("--ip", h.Primary.String()), []string{h.Primary.String()}},

@@ -1,0 +1,98 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge"
+)
+
+// Keys of the engine's protocol.
+const (
+	keyPortMap    = "com.docker.network.portmap"
+	engineOptions = "com.docker.network." // the engine's own endpoint options begin so
+)
+
+// portBinding is one of the published ports that the engine tells with an
+// endpoint (its types.PortBinding).
+type portBinding struct {
+	Proto       uint8
+	Port        uint16
+	HostIP      string
+	HostPort    uint16 // 0: any
+	HostPortEnd uint16 // last of a range of which any will do
+}
+
+// parseEndpointOptions reads the published ports out of the Options of
+// CreateEndpoint, and refuses what would be ignored: any --driver-opt.
+func parseEndpointOptions(all map[string]any) ([]bridge.Port, error) {
+	for _, key := range slices.Sorted(maps.Keys(all)) {
+		if !strings.HasPrefix(key, engineOptions) {
+			return nil, fmt.Errorf("unknown --driver-opt %.80q: this driver has none", key)
+		}
+	}
+	if all[keyPortMap] == nil {
+		return nil, nil
+	}
+	text, err := json.Marshal(all[keyPortMap])
+	if err != nil {
+		return nil, fmt.Errorf("published ports (%s): %w", keyPortMap, err)
+	}
+	var asked []portBinding
+	if err := json.Unmarshal(text, &asked); err != nil {
+		return nil, fmt.Errorf("published ports (%s): %w", keyPortMap, err)
+	}
+	var ports []bridge.Port
+	for _, b := range asked {
+		p, err := b.port()
+		if err != nil {
+			return nil, fmt.Errorf("publish port %d: %w", b.Port, err)
+		}
+		if !slices.Contains(ports, p) || p.HostPort == 0 {
+			ports = append(ports, p)
+		}
+	}
+	return ports, nil
+}
+
+func (b portBinding) port() (bridge.Port, error) {
+	p := bridge.Port{HostPort: b.HostPort, HostPortEnd: b.HostPortEnd, Port: b.Port}
+	switch b.Proto {
+	case unix.IPPROTO_TCP:
+		p.Proto = "tcp"
+	case unix.IPPROTO_UDP:
+		p.Proto = "udp"
+	case unix.IPPROTO_SCTP:
+		return p, fmt.Errorf("SCTP is not served: containers speak it at their own addresses, without -p")
+	default:
+		return p, fmt.Errorf("IP protocol %d is not served: tcp and udp are", b.Proto)
+	}
+	if b.HostIP != "" {
+		addr, err := netip.ParseAddr(b.HostIP)
+		if err != nil {
+			return p, fmt.Errorf("%.80q is not an address", b.HostIP)
+		}
+		if !addr.Unmap().Is4() {
+			return p, fmt.Errorf("IPv6 is not served yet: give an IPv4 address of the host, or none")
+		}
+		p.HostAddr = addr.Unmap()
+	}
+	return p, nil
+}
+
+// portsText is what is published, as docker ps writes it.
+func portsText(ports []bridge.Port) string {
+	var words []string
+	for _, p := range ports {
+		words = append(words, p.String())
+	}
+	return strings.Join(words, ", ")
+}
