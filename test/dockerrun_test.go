@@ -184,3 +184,92 @@ func (h host) delete(name, namespace string) {
 		h.t.Errorf("docker-del.sh %s %s: %+v\n%s", name, namespace, got, said)
 	}
 }
+
+func TestDockerRunByCNI(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	if err := built(); err != nil {
+		t.Fatal(err)
+	}
+	h.withEngine()
+	run := "docker-run.sh"
+	h.fails(7, "neither", nil, run, "web", "shop", "busybox", "sleep", "1000")
+	h.withCNI()
+	nothing := "|||"
+	tidy := func(t *testing.T) {
+		t.Helper()
+		eventually(t, "nothing is left", 5*time.Second, func() bool { return h.in(t).left() == nothing })
+	}
+
+	t.Run("Ctrl-C at any step leaves nothing behind", func(t *testing.T) {
+		h := h.in(t)
+		for n := 1; ; n++ {
+			got, said := h.interrupted(n, "web", "shop", "busybox", "sleep", "1000")
+			if got.Status == 0 {
+				if n < 8 {
+					t.Errorf("it ended well at step %d", n)
+				}
+				break
+			}
+			if diff := cmp.Diff(ended{"", 130}, got); diff != "" {
+				t.Errorf("step %d: %s%s", n, diff, said)
+			}
+			if diff := cmp.Diff(nothing, h.left()); diff != "" {
+				t.Fatalf("step %d leaves behind:\n%s%s", n, diff, said)
+			}
+		}
+		h.delete("web", "shop")
+		tidy(t)
+	})
+	t.Run("the network is there before the first instruction, and after docker restart", func(t *testing.T) {
+		h := h.in(t)
+		addr := h.runs([]string{"DOCKER_RUN_ARGS=-e COLOUR=red"}, "web", "shop", "busybox", "sh", "-c",
+			"ip -4 -o addr show eth0; ping -c 1 -W 3 "+plain.addr.String()+" && sleep 1000")
+		for range 2 {
+			eventually(t, "the first instruction had the network", 5*time.Second, func() bool {
+				log := h.docker("logs", "web")
+				return strings.Contains(log, addr.String()+"/16") && strings.Contains(log, "1 packets received")
+			})
+			if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+				t.Errorf("%s is not reached: %v", addr, err)
+			}
+			if got := h.docker("exec", "web", "sh", "-c", "hostname; echo $COLOUR"); got != "web\nred" {
+				t.Errorf("host name and environment are %q", got)
+			}
+			h.docker("restart", "-t", "0", "web")
+		}
+		pod := h.must("cat", "/var/log/azure-vnet.log")
+		if !strings.Contains(pod, "shop/web") {
+			t.Errorf("the pod's name is not known to CNI:\n%s", pod)
+		}
+	})
+	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
+		h := h.in(t)
+		before := h.left()
+		h.fails(3, "web is taken", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
+		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
+		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
+		h.runs(nil, "other", "shop", "busybox", "sleep", "1000")
+		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
+		h.delete("other", "shop")
+		if diff := cmp.Diff(before, h.left()); diff != "" {
+			t.Errorf("something is left behind:\n%s", diff)
+		}
+	})
+	t.Run("removed, nothing is left, and once more is success", func(t *testing.T) {
+		h := h.in(t)
+		h.delete("web", "shop")
+		h.delete("web", "shop")
+		tidy(t)
+		h.empty()
+	})
+	clean(t, vnet)
+}
+
+// withCNI puts the CNI package where its installer puts it.
+func (h host) withCNI() {
+	h.t.Helper()
+	h.must("sh", "-c", "mount -t tmpfs tmpfs /opt && mount -t tmpfs tmpfs /var/log && mkdir -p /opt/cni/bin /etc/cni/net.d")
+	h.must("sh", "-c", "cd "+top+"/build/cni && cp azure-vnet azure-vnet-ipam portmap loopback /opt/cni/bin && cp 10-azure.conflist /etc/cni/net.d")
+}
