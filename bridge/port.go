@@ -174,6 +174,9 @@ func (h *Host) enter(id int) (*netlink.Handle, error) {
 			if is, err := netlink.GetNetNsIdByFd(int(ns)); err == nil && is == id {
 				in, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 				ns.Close()
+				if err != nil { // Docker's managed plugin lacks CAP_SYS_ADMIN
+					err = fmt.Errorf("this process may not enter the container's namespace: restart the container: %w", err)
+				}
 				return in, err
 			}
 			ns.Close()

@@ -14,6 +14,7 @@ import (
 	"azurevnet/internal/vnetsim"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // An attach that cannot be is refused with the reason, and touches nothing.
@@ -123,6 +124,49 @@ func TestPortsAreMended(t *testing.T) {
 	}
 	c.sh("ip link show eth0 | grep -q 'mtu 1300'")
 	h.run("sh", "-c", "ip link show "+a.Link+" | grep -q 'mtu 1300'")
+}
+
+// A plugin may not enter namespaces: the container's end then keeps its MTU, and
+// so does the host's end, by which the next reconcile knows that it is to be told.
+func TestAnMTUThatCannotBeSetSaysWhatHelps(t *testing.T) {
+	t.Parallel()
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.mustEnsure()
+	c := h.container(0)
+	a := h.mustAttach(c.endpoint(Policy{SNAT: true}))
+	if err := os.Symlink(fmt.Sprintf("/proc/%d/root/run/netns", h.PidOne()), filepath.Join(h.cfg.Run, "netns")); err != nil {
+		t.Fatal(err)
+	}
+	err := h.Do(func() error {
+		defer without(t, unix.CAP_SYS_ADMIN)()
+		_, err := h.syncPorts(Bridge{Name: "azure0", MTU: 1300})
+		return err
+	})
+	if err == nil || !strings.Contains(err.Error(), a.Link+": MTU 1500: this process may not enter the container's namespace: restart the container") {
+		t.Errorf("an MTU that cannot be set: %v", err)
+	}
+	h.run("sh", "-c", "ip link show "+a.Link+" | grep -q 'mtu 1500'")
+}
+
+// without takes a capability from the thread until the func that it returns is called.
+func without(t *testing.T, capability int) (back func()) {
+	t.Helper()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var has [2]unix.CapUserData
+	if err := unix.Capget(&header, &has[0]); err != nil {
+		t.Fatal(err)
+	}
+	less := has
+	less[capability/32].Effective &^= 1 << (capability % 32)
+	if err := unix.Capset(&header, &less[0]); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		if err := unix.Capset(&header, &has[0]); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // What the host routes through another link than the NIC goes up to the host:
