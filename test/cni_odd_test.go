@@ -120,7 +120,9 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 			go func() {
 				id := fmt.Sprintf("at%d", i+1)
 				out, err := n.call("ADD", id, "/run/netns/"+id, conf)
-				var r struct{ IPs []struct{ Address netip.Prefix } }
+				var r struct {
+					IPs []struct{ Address netip.Prefix }
+				}
 				if err == nil {
 					err = json.Unmarshal(out, &r)
 				}
