@@ -1,0 +1,430 @@
+#!/bin/sh
+# install-cni-plugin.sh: pods of this node get addresses of the Azure virtual network.
+# Copyright (c) The azure-vnet authors. MIT licence.
+#
+#   install-cni-plugin.sh [options] [<version> | <archive.tgz> | <directory> | --from-plugin]
+#
+#   (nothing)       the latest release
+#   <version>       that release, such as v1.0.0
+#   <archive.tgz>   a local archive, with the release's SHA256SUMS beside it
+#   <directory>     the files themselves, as `make cni` leaves them in build/cni
+#   --from-plugin   the files that the managed Docker plugin azure-vnet:latest carries
+#   --uninstall     removes all that was installed, and gives the NIC its addresses back
+#   --root <dir>    works on a file system that is not running, such as an image's
+#
+#   RELEASES=<url>  where the releases are; https://github.com/azure-vnet/azure-vnet/releases
+#
+# It needs no other file, a POSIX shell and, for a release, curl or wget. The
+# directories are those that containerd or CRI-O are configured with, k3s' and RKE2's
+# too; else /opt/cni/bin and /etc/cni/net.d. It may be run again, to repair and to
+# upgrade. What can fail is done beside the places, then all is renamed at once.
+set -euf
+
+releases=${RELEASES:-https://github.com/azure-vnet/azure-vnet/releases}
+plugin=azure-vnet:latest
+programs="azure-vnet-ipam loopback portmap azure-vnet" # what calls others comes last
+conflist=10-azure.conflist
+state=/var/lib/azure-vnet
+timer=azure-vnet-reconcile
+wants=/etc/systemd/system/timers.target.wants
+
+say() { echo "install-cni-plugin.sh: $*"; }
+die() { echo "install-cni-plugin.sh: $*" >&2; exit 1; }
+
+root=
+scratch=
+staged=  # lines <place>, in the order in which they get there
+made=    # directories that were made, deepest last
+running= # yes: this is the system that runs
+
+# --- where things are -------------------------------------------------------------
+
+# setting prints the first value of a key in sections of TOML files, ours to read in
+# part only: a string, or the first of a list that may go over lines.
+setting() { # <section ends with> <key> <file>…
+	section=$1 key=$2
+	shift 2
+	for file in "$@"; do
+		[ ! -f "$file" ] || awk -v section="$section" -v key="$key" -v quoted="\"[^\"]+\"|'[^']+'" '
+			/^[ \t]*#/ { next }
+			/^[ \t]*\[.*\][ \t]*$/ { inside = ($0 ~ section); next }
+			!inside { next }
+			$0 ~ "^[ \t]*" key "[ \t]*=" { sub(/^[^=]*=/, ""); within = 1 }
+			!within { next }
+			match($0, quoted) { print substr($0, RSTART + 1, RLENGTH - 2); exit }
+			/\]/ || !/\[|^[ \t]*$/ { within = 0 }
+		' "$file"
+	done | tail -n 1 # a later file overrides
+}
+
+# matching prints the files of a pattern, for set -f.
+matching() { set +f; for file in $1; do [ ! -f "$file" ] || printf '%s\n' "$file"; done; set -f; }
+
+# runtimes prints a line "<bin> <net.d>" for each runtime that is there.
+runtimes() {
+	for dir in /etc/containerd /var/lib/rancher/k3s/agent/etc/containerd /var/lib/rancher/rke2/agent/etc/containerd; do
+		[ -d "$root$dir" ] || continue
+		files="$root$dir/config.toml $(matching "$root$dir/conf.d/*.toml")"
+		# shellcheck disable=SC2086 # a list of words
+		bin=$(setting 'cni[]]' 'bin_dirs?' $files)
+		# shellcheck disable=SC2086
+		conf=$(setting 'cni[]]' conf_dir $files)
+		case $dir in
+		*/k3s/*) k3s ;;
+		esac
+		echo "${bin:-/opt/cni/bin} ${conf:-/etc/cni/net.d}"
+	done
+	if [ -d "$root/etc/crio" ]; then
+		files="$root/etc/crio/crio.conf $(matching "$root/etc/crio/crio.conf.d/*")"
+		# shellcheck disable=SC2086
+		bin=$(setting 'crio[.]network[]]' 'plugin_dirs?' $files)
+		# shellcheck disable=SC2086
+		conf=$(setting 'crio[.]network[]]' network_dir $files)
+		echo "${bin:-/opt/cni/bin} ${conf:-/etc/cni/net.d}"
+	fi
+}
+
+# k3s has its own directories where its configuration does not say; that of its
+# programs outlives an upgrade of k3s in newer releases only.
+k3s() {
+	conf=${conf:-/var/lib/rancher/k3s/agent/etc/cni/net.d}
+	[ -z "$bin" ] || return 0
+	bin=/var/lib/rancher/k3s/data/cni
+	[ -d "$root$bin" ] || bin=/var/lib/rancher/k3s/data/current/bin
+}
+
+# unmanaged refuses a node of AKS: AKS replaces nodes, and their CNI with them.
+unmanaged() {
+	for file in /etc/default/kubelet /etc/systemd/system/kubelet.service /etc/kubernetes/azure.json; do
+		[ ! -f "$root$file" ] || ! grep -qE 'kubernetes\.azure\.com/(node-image-version|mode|nodepool-type)=|kubernetes\.azure\.com/cluster=MC_|"resourceGroup": *"MC_' "$root$file" ||
+			die "this is a node of AKS ($file says so), which brings its own CNI and replaces what is changed: azure-vnet is for clusters of your own; nothing was changed"
+	done
+	! grep -qsE '^aks-.*(vmss[0-9a-z]{6}|-[0-9]+-[0-9]+)$' "$root/etc/hostname" ||
+		die "this is a node of AKS (by its host name), which brings its own CNI and replaces what is changed: azure-vnet is for clusters of your own; nothing was changed"
+}
+
+# --- the files --------------------------------------------------------------------
+
+fetch() { # <url> <file>
+	if command -v curl >/dev/null; then
+		curl -fsSL --connect-timeout 20 --retry 2 -o "$2" "$1" || die "cannot fetch $1"
+	elif command -v wget >/dev/null; then
+		wget -q -T 20 -O "$2" "$1" || die "cannot fetch $1"
+	else
+		die "neither curl nor wget is here to fetch $1"
+	fi
+}
+
+# verify compares a file with the line for it in SHA256SUMS.
+verify() { # <file> <SHA256SUMS>
+	name=$(basename "$1")
+	want=$(sed -n "s/^\([0-9a-f]\{64\}\) [ *]$(echo "$name" | sed 's/\./\\./g')\$/\1/p" "$2" | head -n 1)
+	[ -n "$want" ] || die "$2 has no line for $name"
+	[ "$(sha256sum <"$1" | cut -d ' ' -f 1)" = "$want" ] || die "the checksum of $name is not that of SHA256SUMS: it is damaged, or not what was released"
+}
+
+architecture() {
+	case $(uname -m) in
+	x86_64 | amd64) echo amd64 ;;
+	aarch64 | arm64) echo arm64 ;;
+	*) die "there is no release for $(uname -m)" ;;
+	esac
+}
+
+# get leaves the files of the package in $scratch/new.
+get() { # <what>
+	new=$scratch/new
+	mkdir "$new"
+	arch=$(architecture)
+	case $1 in
+	--from-plugin)
+		id=$(docker plugin inspect -f '{{.Id}}' $plugin 2>/dev/null) || die "there is no Docker plugin $plugin"
+		at=$(docker info -f '{{.DockerRootDir}}')/plugins/$id/rootfs/cni
+		[ -d "$at" ] || die "the plugin $plugin carries no CNI files (in $at): upgrade it"
+		copy "$at"
+		;;
+	*.tgz)
+		[ -f "$1" ] || die "there is no file $1"
+		[ -f "$(dirname "$1")/SHA256SUMS" ] || die "SHA256SUMS of the release must lie beside $1"
+		verify "$1" "$(dirname "$1")/SHA256SUMS"
+		tar -xzf "$1" -C "$new" || die "$1 cannot be unpacked"
+		;;
+	*/*) [ -d "$1" ] || die "there is no directory $1" && copy "$1" ;;
+	*)
+		from=$releases/latest/download
+		[ -z "$1" ] || from=$releases/download/$1
+		fetch "$from/SHA256SUMS" "$scratch/SHA256SUMS"
+		archive=$(sed -n "s/^[0-9a-f]* [ *]\(azure-vnet-cni-linux-$arch-[A-Za-z0-9._-]*\.tgz\)\$/\1/p" "$scratch/SHA256SUMS" | head -n 1)
+		[ -n "$archive" ] || die "$from/SHA256SUMS names no archive for linux-$arch"
+		fetch "$from/$archive" "$scratch/$archive"
+		verify "$scratch/$archive" "$scratch/SHA256SUMS"
+		tar -xzf "$scratch/$archive" -C "$new" || die "$archive cannot be unpacked"
+		;;
+	esac
+	for file in $programs $conflist; do
+		[ -f "$new/$file" ] || die "the package has no $file"
+	done
+	[ -z "$running" ] || version=$("$new/azure-vnet" version) || die "the package's azure-vnet does not run here: is it for another architecture?"
+}
+
+copy() { # <directory>
+	for file in $programs $conflist; do
+		cp "$1/$file" "$new/$file" || die "$1 is not the CNI package: make cni builds it"
+	done
+}
+
+# --- putting them there -----------------------------------------------------------
+
+# stage writes stdin to a place of its own beside where it will be.
+stage() { # <mode> <path>
+	make_dir "$(dirname "$root$2")"
+	case "
+$staged" in
+	*"
+$2
+"*) ;; # two runtimes have one directory
+	*) staged="$staged$2
+" ;;
+	esac
+	if ! cat >"$root$2.azure-vnet-new" || ! chmod "$1" "$root$2.azure-vnet-new"; then
+		die "$2 cannot be written; nothing was changed"
+	fi
+}
+
+make_dir() { # <path>
+	[ ! -d "$1" ] || return 0
+	make_dir "$(dirname "$1")"
+	mkdir "$1" || die "$1 cannot be made; nothing was changed"
+	made="$made$1
+"
+}
+
+# ours tells whether a file is as this script installed it. changed: it was
+# installed by it, and somebody has edited it since.
+recorded() { sed -n "s|^\([0-9a-f]*\)  $1\$|\1|p" "$root$state/cni.installed" 2>/dev/null; }
+changed() { [ -n "$(recorded "$1")" ] && [ "$(sum "$1")" != "$(recorded "$1")" ]; }
+sum() { sha256sum <"$root$1" | cut -d ' ' -f 1; }
+
+# speaks tells whether a plugin that is there knows what our conflist may ask of it.
+speaks() { [ -x "$1" ] && echo '{"cniVersion":"1.1.0"}' | CNI_COMMAND=VERSION "$1" 2>/dev/null | grep -q '"1\.1\.0"'; }
+
+# put_package stages programs and conflist for one runtime.
+put_package() { # <bin> <net.d>
+	for file in $programs; do
+		case $file in
+		portmap | loopback) # also others'
+			[ -n "$(recorded "$1/$file")" ] || ! speaks "$root$1/$file" || continue ;;
+		esac
+		stage 755 "$1/$file" <"$new/$file"
+	done
+	if [ -f "$root$2/$conflist" ] && changed "$2/$conflist"; then
+		say "$2/$conflist was edited, and stays as it is"
+	else
+		stage 644 "$2/$conflist" <"$new/$conflist"
+	fi
+}
+
+# alone refuses where a runtime would not take our conflist: it takes the first.
+alone() { # <net.d>
+	first=$({ echo "$root$1/$conflist" && matching "$root$1/*.conf" && matching "$root$1/*.conflist" && matching "$root$1/*.json"; } |
+		sed 's|.*/||' | LC_ALL=C sort | head -n 1)
+	[ "$first" = $conflist ] ||
+		die "$1/$first comes before $conflist, and a runtime takes the first: remove it, or rename it to what sorts later, and run this again; nothing was changed"
+}
+
+put_host_files() {
+	[ ! -d "$root/etc/cloud/cloud.cfg.d" ] || stage 644 /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg <<-'YAML'
+		# From azure-vnet: containers hold the secondary addresses, so the host must not.
+		datasource:
+		  Azure:
+		    apply_network_config_for_secondary_ips: false
+	YAML
+	[ -d "$root/etc/systemd" ] || { say "there is no systemd: what breaks is healed when the next container starts"; return 0; }
+	stage 644 /etc/modules-load.d/azure-vnet.conf <<-'CONF'
+		# From azure-vnet: services reach bridged containers.
+		br_netfilter
+	CONF
+	stage 644 /etc/systemd/system/$timer.service <<-UNIT
+		[Unit]
+		Description=Make the network of azure-vnet's containers as it should be
+
+		[Service]
+		Type=oneshot
+		ExecStart=$1/azure-vnet reconcile
+	UNIT
+	stage 644 /etc/systemd/system/$timer.timer <<-UNIT
+		[Unit]
+		Description=Look after the network of azure-vnet's containers
+
+		[Timer]
+		OnActiveSec=30s
+		OnUnitActiveSec=30s
+		AccuracySec=5s
+
+		[Install]
+		WantedBy=timers.target
+	UNIT
+	make_dir "$root$wants"
+}
+
+# record stages what uninstall will need: a sum for each file, and the directories
+# that were made.
+record() {
+	{
+		echo "$staged" | while read -r path; do
+			[ -z "$path" ] || echo "$(sha256sum <"$root$path.azure-vnet-new" | cut -d ' ' -f 1)  $path"
+		done
+		# What is not staged now, as in a directory of before, is still ours.
+		[ ! -f "$root$state/cni.installed" ] || while read -r sum path; do
+			case "
+$staged" in
+			*"
+$path
+"*) ;;
+			*) echo "$sum  $path" ;;
+			esac
+		done <"$root$state/cni.installed"
+	} >"$scratch/installed"
+	make_dir "$root$state"
+	{ cat "$root$state/cni.made" 2>/dev/null || true; printf %s "$made" | sed "s|^$root||"; } >"$scratch/made"
+	stage 644 $state/cni.made <"$scratch/made"
+	stage 644 $state/cni.installed <"$scratch/installed"
+}
+
+# commit renames all that is staged. What others had there is kept beside.
+commit() {
+	printf %s "$staged" | while read -r path; do
+		case $path in
+		"$state"/*) ;;
+		*) [ ! -f "$root$path" ] || [ -n "$(recorded "$path")" ] || cp -p "$root$path" "$root$path.before-azure-vnet" ;;
+		esac
+	done || die "what is there cannot be kept aside; nothing was changed"
+	# The record first: what a crash leaves here, uninstall and the next run know of.
+	mv "$root$state/cni.made.azure-vnet-new" "$root$state/cni.made"
+	mv "$root$state/cni.installed.azure-vnet-new" "$root$state/cni.installed"
+	printf %s "$staged" | while read -r path; do
+		case $path in
+		"$state"/*) ;;
+		*) mv "$root$path.azure-vnet-new" "$root$path" ;;
+		esac
+	done
+	staged=''
+	made=''
+}
+
+# undo takes back what is staged.
+undo() {
+	status=$?
+	trap '' INT TERM HUP
+	printf %s "$staged" | while read -r path; do rm -f "$root$path.azure-vnet-new"; done
+	printf %s "$made" | reversed | while read -r dir; do rmdir "$dir" 2>/dev/null || true; done
+	[ -z "$scratch" ] || rm -rf "$scratch"
+	exit "$status"
+}
+
+reversed() { sed '1!G;h;$!d'; }
+
+start_timer() {
+	[ ! -d "$root/etc/systemd" ] || ln -sf ../$timer.timer "$root$wants/$timer.timer" # as systemctl enable does
+	if [ -n "$running" ] && [ -d /run/systemd/system ]; then
+		systemctl daemon-reload
+		systemctl restart $timer.timer
+	fi
+}
+
+install() { # <what>
+	unmanaged
+	dirs=$(runtimes | sed 's|/* | |; s|/*$||' | sort -u)
+	dirs=${dirs:-/opt/cni/bin /etc/cni/net.d}
+	if [ -n "$running" ] && [ ! -e /proc/sys/net/bridge/bridge-nf-call-iptables ]; then
+		modprobe br_netfilter 2>/dev/null || die "the kernel has no module br_netfilter, without which services do not reach pods: install it; nothing was changed"
+	fi
+	get "$1"
+	echo "$dirs" >"$scratch/dirs"
+	while read -r bin conf; do
+		alone "$conf"
+		put_package "$bin" "$conf"
+	done <"$scratch/dirs"
+	put_host_files "${dirs%% *}"
+	record
+	commit
+	start_timer
+	while read -r bin conf; do
+		say "azure-vnet${version:+ $version} is in $bin and $conf"
+	done <"$scratch/dirs"
+}
+
+# --- and away again ---------------------------------------------------------------
+
+uninstall() {
+	list=$root$state/cni.installed
+	[ -f "$list" ] || { say "nothing is installed"; return 0; }
+	program=$(sed -n 's|^[0-9a-f]*  \(.*/azure-vnet\)$|\1|p' "$list" | head -n 1)
+	if [ -n "$running" ]; then
+		leave_nic "$program"
+	fi
+	rm -f "$root$wants/$timer.timer"
+	sed 's/^[0-9a-f]*  //' "$list" | while read -r path; do
+		case $path in
+		*/90-azure-vnet.cfg) [ -z "${with_plugin:-}" ] || continue ;;
+		esac
+		rm -f "$root$path" "$root$path.leaving"
+		[ ! -f "$root$path.before-azure-vnet" ] || mv "$root$path.before-azure-vnet" "$root$path"
+	done
+	reversed <"$root$state/cni.made" >"$scratch/made"
+	rm -f "$list" "$root$state/cni.made"
+	while read -r dir; do rmdir "$root$dir" 2>/dev/null || true; done <"$scratch/made"
+	[ -z "$running" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload || true
+	say "azure-vnet is removed"
+}
+
+# leave_nic gives the NIC its addresses back, unless the managed plugin works with
+# them. No pod comes meanwhile: the conflists are aside.
+leave_nic() { # <azure-vnet>
+	[ ! -d /run/systemd/system ] || systemctl stop $timer.timer || true
+	aside .leaving ''
+	if [ "$(docker plugin inspect -f '{{.Enabled}}' $plugin 2>/dev/null)" = true ]; then
+		with_plugin=yes
+		say "the Docker plugin $plugin is enabled: the network that it uses stays"
+	elif ! "$1" uninstall; then
+		aside '' .leaving
+		[ ! -d /run/systemd/system ] || systemctl start $timer.timer || true
+		die "the NIC's addresses are not back, and nothing was removed: drain the node, or remove the containers that are named, and run this again"
+	fi
+	rm -f /var/log/azure-vnet.log /var/log/azure-vnet.log.1
+}
+
+aside() { # <to suffix> <from suffix>
+	sed -n "s|^[0-9a-f]*  \(.*/$conflist\)\$|\1|p" "$list" | while read -r path; do
+		[ ! -f "$path$2" ] || mv "$path$2" "$path$1"
+	done
+}
+
+word=install what=
+while [ $# -gt 0 ]; do
+	case $1 in
+	--uninstall) word=uninstall ;;
+	--from-plugin) what=$1 ;;
+	--root)
+		[ -d "${2:-}" ] || die "--root wants a directory"
+		root=$(cd "$2" && pwd)
+		shift
+		;;
+	-h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+	-*) die "unknown option $1: see --help" ;;
+	*)
+		[ -z "$what" ] || die "one of $what and $1, not both"
+		what=$1
+		;;
+	esac
+	shift
+done
+[ "$(id -u)" = 0 ] || die "root is needed: use sudo"
+[ "$root" != / ] || root=
+[ -n "$root" ] || running=yes
+trap undo EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+scratch=$(mktemp -d)
+if [ $word = install ]; then install "$what"; else uninstall; fi
