@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -83,10 +84,7 @@ func TestReadmeOnAVM(t *testing.T) {
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]
 	h.withEngine()
-	// A web server by the name that the README uses; there is no registry here.
-	h.docker("run", "--name", "made", "busybox", "true")
-	h.docker("commit", "--change", `CMD ["httpd","-f","-p","80"]`, "made", "nginx")
-	h.docker("rm", "made")
+	h.withNginx()
 	h.must("mkdir", "-p", "/etc/cloud/cloud.cfg.d")
 	before := h.must("ip", "-br", "addr", "show", "eth0")
 
@@ -130,5 +128,38 @@ func TestReadmeDevelopment(t *testing.T) {
 				t.Errorf("%s: %v\n%s", line, err, out)
 			}
 		}
+	}
+}
+
+// TestDockerDocOnAVM runs docs/docker.md on a VM that has nothing but an engine,
+// with a registry on another.
+func TestDockerDocOnAVM(t *testing.T) {
+	const doc = "docs/docker.md"
+	if err := built(); err != nil {
+		t.Fatal(err)
+	}
+	_, vms := newVNet(t, vnetsim.VMConfig{}, vnetsim.VMConfig{Secondaries: 4})
+	maker, h := vms[0], vms[1]
+	at := maker.registry()
+	maker.startEngine("--insecure-registry", at)
+	maker.make("push", "REGISTRY="+at+"/azure-vnet", "ARCHS="+runtime.GOARCH)
+	h.withEngine("--insecure-registry", at)
+	h.withNginx()
+	before := h.must("ip", "-br", "addr", "show", "eth0")
+	found := blocks(t, doc)
+	// One shell, for the text sets a variable and uses it later.
+	out := h.shell("/", strings.Join(found["run: docker"], "\n"), "REGISTRY="+at+"/azure-vnet")
+	t.Log(out)
+	delete(found, "run: docker")
+	for how := range found {
+		if !strings.HasPrefix(how, "read: ") {
+			t.Errorf("%s: no test proves blocks marked %q", doc, how)
+		}
+	}
+	if after := h.must("ip", "-br", "addr", "show", "eth0"); strings.Fields(after)[2] != strings.Fields(before)[2] {
+		t.Errorf("eth0 was\n%s\nand is\n%s", before, after)
+	}
+	if out := h.docker("plugin", "ls", "-q"); out != "" {
+		t.Errorf("a plugin is left: %s", out)
 	}
 }
