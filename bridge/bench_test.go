@@ -45,22 +45,33 @@ func benchHost(b *testing.B, n int) (*Host, func(i int) Endpoint) {
 
 func BenchmarkAttachDetach(b *testing.B) {
 	for _, others := range []int{0, 250} {
-		b.Run(fmt.Sprintf("beside %d", others), func(b *testing.B) {
-			inNamespace(b, func() {
-				h, wish := benchHost(b, others)
-				e := wish(4096)
-				for b.Loop() {
-					if _, err := h.Attach(b.Context(), e); err != nil {
-						b.Error(err)
-						return
+		for _, ports := range [][]Port{nil, {{Proto: "tcp", HostPort: 8080, Port: 80}}} {
+			b.Run(fmt.Sprintf("beside %d, %d ports", others, len(ports)), func(b *testing.B) {
+				inNamespace(b, func() {
+					h, wish := benchHost(b, others)
+					if len(ports) > 0 { // else each would make the table
+						first := wish(4095)
+						first.Ports = []Port{{Proto: "tcp", HostPort: 8079, Port: 80}}
+						if _, err := h.Attach(b.Context(), first); err != nil {
+							b.Error(err)
+							return
+						}
 					}
-					if err := h.Detach(b.Context(), e.Owner); err != nil {
-						b.Error(err)
-						return
+					e := wish(4096)
+					e.Ports = ports
+					for b.Loop() {
+						if _, err := h.Attach(b.Context(), e); err != nil {
+							b.Error(err)
+							return
+						}
+						if err := h.Detach(b.Context(), e.Owner); err != nil {
+							b.Error(err)
+							return
+						}
 					}
-				}
+				})
 			})
-		})
+		}
 	}
 }
 

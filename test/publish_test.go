@@ -1,0 +1,192 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// published asks azure-vnet-plugin status which ports are, as docker ps would
+// write them.
+func (h host) published() []string {
+	h.t.Helper()
+	var report struct {
+		Attachments []struct {
+			Ports []struct {
+				Proto, HostAddr string
+				HostPort, Port  int
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(h.must(filepath.Join(top, "build", "azure-vnet-plugin"), "status", "-json")), &report); err != nil {
+		h.t.Fatal(err)
+	}
+	out := []string{}
+	for _, a := range report.Attachments {
+		for _, p := range a.Ports {
+			out = append(out, fmt.Sprintf("%s:%d->%d/%s", p.HostAddr, p.HostPort, p.Port, p.Proto))
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (h host) publishes(want ...string) {
+	h.t.Helper()
+	if diff := cmp.Diff(append([]string{}, want...), h.published()); diff != "" {
+		h.t.Errorf("published (-want +got):\n%s", diff)
+	}
+}
+
+// internetFetches fetches from the internet.
+func internetFetches(t *testing.T, vnet *vnetsim.VNet, url string) (string, error) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	out, err := vnet.Internet.Run(ctx, "timeout", fetch(url)[1:]...)
+	return strings.TrimSpace(out), err
+}
+
+func TestPublishedPorts(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
+	vm, plain := vms[0], vms[1]
+	vm.withPlugin()
+	vm.network("azure")
+	vm.network("bare", "snat=off")
+	client1 := inContainer(vm, "other", vm.container("azure", "other", "sleep 1000"))
+	vm.docker("run", "-d", "--init", "--name", "nat", "busybox", "sleep", "1000")
+	nat := inContainer(vm, "nat", netip.Addr{})
+	who := func(addr netip.Addr, port int) []string {
+		return fetch(fmt.Sprintf("http://%s/cgi-bin/who", netip.AddrPortFrom(addr, uint16(port))))
+	}
+	loopback := netip.MustParseAddr("127.0.0.1")
+
+	t.Run("a port is reached from everywhere", func(t *testing.T) {
+		h := vm.in(t)
+		web := inContainer(h, "web", h.container("azure", "web", server, "-p", "8080:80"))
+		bare := inContainer(h, "bare", h.container("bare", "bare", server, "-p", "8081:80"))
+		h.publishes(":8080->80/tcp", ":8081->80/tcp")
+		for _, call := range []string{"0", "1"} {
+			h.must("sysctl", "-w", "net.bridge.bridge-nf-call-iptables="+call)
+			for _, policy := range []string{"ACCEPT", "DROP"} {
+				h.must("iptables", "-P", "FORWARD", policy)
+				for _, port := range []int{8080, 8081} {
+					for _, from := range []place{onHost(plain), onHost(h), web, bare, client1, nat} {
+						if got, err := from.try(who(h.Primary, port)...); err != nil || got != h.Primary.String() {
+							t.Errorf("FORWARD %s, call-iptables %s: %s fetches from port %d and is seen as %q: %v", policy, call, from.name, port, got, err)
+						}
+					}
+					if _, err := onHost(h).try(who(loopback, port)...); err != nil {
+						t.Errorf("FORWARD %s, call-iptables %s: the host does not fetch from 127.0.0.1:%d: %v", policy, call, port, err)
+					}
+					seen := map[int]string{8080: "192.0.2.1", 8081: h.Primary.String()}[port]
+					if got, err := internetFetches(t, vnet, fmt.Sprintf("http://%s:%d/cgi-bin/who", h.Public, port)); err != nil || got != seen {
+						t.Errorf("FORWARD %s, call-iptables %s: the internet fetches from port %d and is seen as %q, want %s: %v", policy, call, port, got, seen, err)
+					}
+				}
+			}
+		}
+	})
+	t.Run("who has a port is told", func(t *testing.T) {
+		h := vm.in(t)
+		run := func(arg ...string) []string {
+			return append(append([]string{"run", "--rm", "--network", "azure"}, arg...), "busybox", "true")
+		}
+		h.refused(run("-p", "8080:90"), "8080/tcp", "published to "+h.address("web").String())
+		h.docker("run", "-d", "--init", "--name", "holder", "--network", "host", "busybox", "httpd", "-f", "-p", "9000")
+		eventually(t, "somebody listens", 10*time.Second, func() bool {
+			_, err := h.try("sh", "-c", "ss -tln | grep -q :9000")
+			return err == nil
+		})
+		h.refused(run("-p", "9000:90"), "9000/tcp", "the host itself listens")
+		h.refused(run("-p", "10.9.9.9:90:90"), "10.9.9.9 is not an address of this host")
+		h.docker("rm", "-f", "holder")
+		h.docker("run", "-d", "--init", "--name", "docker0", "-p", "8082:80", "busybox", "sleep", "1000")
+		h.refused(run("-p", "8082:90"), "8082/tcp")
+		h.docker("rm", "-f", "docker0")
+		h.publishes(":8080->80/tcp", ":8081->80/tcp")
+	})
+	t.Run("it outlives a flushed ruleset and a dead plugin", func(t *testing.T) {
+		h := vm.in(t)
+		h.must("nft", "flush", "ruleset")
+		eventually(t, "the port is reached again", 35*time.Second, func() bool {
+			_, err := onHost(plain).try(who(h.Primary, 8080)...)
+			return err == nil
+		})
+		h.docker("plugin", "disable", "-f", plugin)
+		for _, port := range []int{8080, 8081} {
+			if _, err := onHost(plain).try(who(h.Primary, port)...); err != nil {
+				t.Errorf("port %d: %v", port, err)
+			}
+		}
+		h.docker("plugin", "enable", plugin)
+	})
+	t.Run("a port ends with its container, and is free for the next", func(t *testing.T) {
+		h := vm.in(t)
+		h.docker("restart", "-t", "0", "web")
+		h.publishes(":8080->80/tcp", ":8081->80/tcp")
+		if got, err := internetFetches(t, vnet, fmt.Sprintf("http://%s:8080/cgi-bin/who", h.Public)); err != nil {
+			t.Errorf("after a restart: %q %v", got, err)
+		}
+		h.docker("rm", "-f", "web", "bare")
+		h.publishes()
+		if _, err := onHost(plain).try(who(h.Primary, 8080)...); err == nil {
+			t.Error("a port answers without its container")
+		}
+		h.container("azure", "web", server, "-p", "8080:80")
+		if _, err := onHost(plain).try(who(h.Primary, 8080)...); err != nil {
+			t.Error(err)
+		}
+		h.docker("rm", "-f", "web")
+	})
+	t.Run("ranges, one address, a port of our choice, UDP", func(t *testing.T) {
+		h := vm.in(t)
+		h.container("azure", "many", server, "-p", "7000-7002:80-82", "-p", "127.0.0.1:7100:80", "-p", h.Primary.String()+":7101:80", "-p", "80", "-p", "7200:53/udp")
+		got := h.published()
+		chosen := regexp.MustCompile(`^:(\d{5})->80/tcp$`)
+		i := slices.IndexFunc(got, chosen.MatchString)
+		if i < 0 {
+			t.Fatalf("no port was chosen: %v", got)
+		}
+		var any int
+		fmt.Sscan(chosen.FindStringSubmatch(got[i])[1], &any)
+		if diff := cmp.Diff([]string{h.Primary.String() + ":7101->80/tcp", "127.0.0.1:7100->80/tcp", ":7000->80/tcp", ":7001->81/tcp", ":7002->82/tcp", ":7200->53/udp"}, slices.Delete(slices.Clone(got), i, i+1)); diff != "" {
+			t.Errorf("published (-want +got):\n%s", diff)
+		}
+		for _, c := range []struct {
+			from place
+			to   netip.Addr
+			port int
+			want bool
+		}{
+			{onHost(plain), h.Primary, 7000, true}, {onHost(plain), h.Primary, any, true}, {onHost(plain), h.Primary, 7101, true},
+			{onHost(plain), h.Primary, 7100, false}, {onHost(h), loopback, 7100, true}, {onHost(h), loopback, 7101, false},
+		} {
+			if _, err := c.from.try(who(c.to, c.port)...); (err == nil) != c.want {
+				t.Errorf("%s reaches %s:%d: %v, want %v", c.from.name, c.to, c.port, err, c.want)
+			}
+		}
+		h.docker("rm", "-f", "many")
+	})
+	t.Run("nothing is left", func(t *testing.T) {
+		h := vm.in(t)
+		h.docker("rm", "-f", "other", "nat")
+		h.empty()
+		eventually(t, "the table is gone", 35*time.Second, func() bool {
+			return !strings.Contains(h.must("nft", "list", "tables"), "table ip azure_vnet")
+		})
+	})
+	clean(t, vnet)
+}
