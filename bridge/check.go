@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -58,23 +59,38 @@ func (h *Host) Check(ctx context.Context, owner string) error {
 	if err := s.read(); err != nil {
 		return fmt.Errorf("check %s: %w", owner, err)
 	}
-	if err := errors.Join(s.mend(l, a), checkElements(host, a)); err != nil {
+	if err := errors.Join(s.mend(l, a), h.checkElements(host, a)); err != nil {
 		return fmt.Errorf("check %s: %w", owner, err)
 	}
 	return nil
 }
 
-// checkElements tells which of an endpoint's elements the table lacks.
-func checkElements(host string, a alias) error {
-	have, err := readTable(bridgeTable)
-	if err != nil {
-		return err
+// checkElements tells which of an endpoint's elements the tables lack.
+func (h *Host) checkElements(host string, a alias) error {
+	sets := elementsOf(host, a)
+	if a.ports > 0 {
+		s, err := h.state()
+		if err != nil {
+			return err
+		}
+		if len(s.Ports[host]) == 0 {
+			return errors.New("its published ports are not written down any more")
+		}
+		sets = append(sets, publishedElements(a, s.Ports[host])...)
 	}
+	have := map[*nftables.Table]*tableState{}
 	var errs []error
-	for _, want := range elementsOf(host, a) {
+	for _, want := range sets {
+		if have[want.table] == nil {
+			t, err := readTable(want.table)
+			if err != nil {
+				return err
+			}
+			have[want.table] = t
+		}
 		for key, value := range want.elems {
-			if !have.has(want.name, key, value) {
-				errs = append(errs, fmt.Errorf("the nft set %s of table %s lacks its element", want.name, tableName))
+			if !have[want.table].has(want.name, key, value) {
+				errs = append(errs, fmt.Errorf("the nft set %s of table %s lacks its element", want.name, want.table.Name))
 			}
 		}
 	}

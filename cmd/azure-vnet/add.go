@@ -81,7 +81,7 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*cu
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC,
-		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName,
+		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,
 	})
 	if err != nil {
 		return nil, err

@@ -3,7 +3,9 @@
 package cni
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -35,7 +37,7 @@ type Conf struct {
 	MTU    int    // bytes; 0: the NIC's
 	Policy bridge.Policy
 	MAC    net.HardwareAddr // of the container's interface; nil: derived from its address
-	Ports  []Port
+	Ports  []bridge.Port
 	DNS    types.DNS
 
 	IPAM      IPAM
@@ -56,12 +58,12 @@ type IPAM struct {
 	Interval time.Duration // 0: the pool's
 }
 
-// Port is an entry of the capability portMappings.
-type Port struct {
+// mapping is an entry of the capability portMappings.
+type mapping struct {
 	HostIP        string
-	HostPort      int
-	ContainerPort int
-	Protocol      string
+	HostPort      uint16
+	ContainerPort uint16
+	Protocol      string // empty: tcp
 }
 
 // file is the configuration as it is written.
@@ -87,7 +89,7 @@ type file struct {
 		}
 	}
 	RuntimeConfig struct {
-		PortMappings []Port
+		PortMappings []mapping
 		IPs          list
 		MAC          string
 		DNS          struct{ Servers, Searches, Options []string }
@@ -186,8 +188,34 @@ func (c *Conf) readMain(f *file) error {
 	if dns := f.RuntimeConfig.DNS; len(dns.Options) > 0 {
 		c.DNS.Options = dns.Options
 	}
-	c.Ports = f.RuntimeConfig.PortMappings
+	for _, m := range f.RuntimeConfig.PortMappings {
+		p, served, err := m.port()
+		if err != nil {
+			return fmt.Errorf("publish port %d: %w", m.ContainerPort, err)
+		}
+		if served {
+			c.Ports = append(c.Ports, p)
+		}
+	}
 	return nil
+}
+
+// port is served unless it is of an IPv6 address of the host, which never leads
+// to a container that has none: runtimes of two families send it all the same.
+func (m mapping) port() (p bridge.Port, served bool, err error) {
+	p = bridge.Port{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
+	if m.HostPort == 0 || m.ContainerPort == 0 {
+		return p, false, errors.New("hostPort and containerPort are from 1 to 65535")
+	}
+	if m.HostIP == "" {
+		return p, true, nil
+	}
+	addr, err := netip.ParseAddr(m.HostIP)
+	if err != nil {
+		return p, false, fmt.Errorf("hostIP %.80q is not an address", m.HostIP)
+	}
+	p.HostAddr = addr.Unmap()
+	return p, p.HostAddr.Is4(), nil
 }
 
 // read reads the part for IPAM, as far as it is ours.

@@ -1,0 +1,120 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// documented is the configuration that Azure documented in 2018, as users have it.
+const documented = `{
+   "cniVersion":"0.3.0",
+   "name":"azure",
+   "plugins":[
+      {
+         "type":"azure-vnet",
+         "mode":"bridge",
+         "bridge":"azure0",
+         "ipam":{
+            "type":"azure-vnet-ipam"
+         }
+      },
+      {
+         "type":"portmap",
+         "capabilities":{
+            "portMappings":true
+         },
+         "snat":true
+      }
+   ]
+}`
+
+func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{Secondaries: 2})
+	n, m := onNode(vms[0]), onNode(vms[1])
+	chain, err := libcni.NetworkConfFromBytes([]byte(documented))
+	if err != nil {
+		t.Fatal(err)
+	}
+	elsewhere, _ := m.add(m.list("1.1.0", "azure", azure()), m.pod("elsewhere"))
+	ports := map[string]any{"portMappings": []map[string]any{ // as containerd spells them
+		{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}}}
+	own := n.list("1.1.0", "azure", azure(`"capabilities":{"portMappings":true}`))
+	for _, way := range []struct {
+		name string
+		list *libcni.NetworkConfigList
+	}{{"our own ports", own}, {"the documented configuration, with a chained portmap", chain}} {
+		t.Run(way.name, func(t *testing.T) {
+			n := n.in(t)
+			rt := n.pod("web")
+			rt.CapabilityArgs = ports
+			n.add(way.list, rt)
+			n.serve("web")
+			here, _ := n.add(way.list, n.pod("here"))
+			reached := func() (failed []string) {
+				url := fmt.Sprintf("http://%s:8080/cgi-bin/who", n.Primary)
+				for _, from := range []place{onHost(vms[0]), onHost(vms[1]), inPod(n, "here", here), inPod(m.in(t), "elsewhere", elsewhere), inPod(n, "web", here)} {
+					if _, err := from.try(fetch(url)...); err != nil {
+						failed = append(failed, from.name+": "+err.Error())
+					}
+				}
+				return failed
+			}
+			if failed := reached(); len(failed) > 0 {
+				t.Errorf("not reached from:\n%s", strings.Join(failed, "\n"))
+			}
+			if way.list == own {
+				if err := n.cni.CheckNetworkList(t.Context(), own, rt); err != nil {
+					t.Error(err)
+				}
+				rival := n.pod("rival")
+				rival.CapabilityArgs = ports
+				before := n.holds()
+				if _, _, err := n.tryAdd(own, rival); err == nil || !strings.Contains(err.Error(), "8080") {
+					t.Errorf("a port that is taken: %v", err)
+				}
+				if after := n.holds(); len(after.Leases) != len(before.Leases) || len(after.Attachments) != len(before.Attachments) {
+					t.Errorf("what failed left something: %+v", after)
+				}
+				n.must("ip", "netns", "del", "rival")
+			}
+			n.del(way.list, rt)
+			rt.CapabilityArgs = nil
+			n.del(way.list, &libcni.RuntimeConf{ContainerID: "here", NetNS: "/run/netns/here", IfName: "eth0"})
+			n.bare()
+			n.must("sh", "-c", "ip netns pids web | xargs -r kill; ip netns del web; ip netns del here")
+		})
+	}
+	t.Run("bandwidth and tuning in the chain", func(t *testing.T) {
+		n := n.in(t)
+		l := n.list("1.1.0", "azure", azure(), `{"type":"tuning","sysctl":{"net.ipv4.ip_unprivileged_port_start":"80"}}`,
+			`{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
+		rt := n.pod("slow")
+		rt.CapabilityArgs = map[string]any{"bandwidth": map[string]any{"egressRate": 8000000, "egressBurst": 8000000}}
+		addr, _, err := n.tryAdd(l, rt)
+		if err != nil && strings.Contains(err.Error(), "bandwidth") {
+			t.Logf("this kernel cannot shape: %v", err)
+			l = n.list("1.1.0", "azure", azure(), `{"type":"tuning","sysctl":{"net.ipv4.ip_unprivileged_port_start":"80"}}`)
+			n.del(l, rt)
+			addr, _, err = n.tryAdd(l, rt)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			t.Errorf("not reached: %v", err)
+		}
+		if err := n.cni.CheckNetworkList(t.Context(), l, rt); err != nil {
+			t.Error(err)
+		}
+		n.del(l, rt)
+		n.bare()
+	})
+	clean(t, vnet)
+}
