@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/network"
+	"github.com/containerd/errdefs"
 	"github.com/docker/docker/client"
 )
 
@@ -69,7 +70,7 @@ func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
 	}
 	defer docker.Close()
 	// Another engine knows nothing of our networks.
-	if _, _, err := docker.PluginInspectWithRaw(ctx, e.plugin); client.IsErrNotFound(err) {
+	if _, _, err := docker.PluginInspectWithRaw(ctx, e.plugin); errdefs.IsNotFound(err) {
 		return nil, errNoEngine
 	} else if err != nil {
 		return nil, err
