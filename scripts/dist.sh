@@ -43,7 +43,7 @@ archives() { # <version> <directory> [architecture…]
 		content "$version" "$arch" "$scratch/$arch"
 		# shellcheck disable=SC2086 # a list of words
 		tar -C "$scratch/$arch" --format=ustar --mtime=@0 --owner=0 --group=0 --numeric-owner -cf "$scratch/tar" $files
-		gzip -9n <"$scratch/tar" >"$to/azure-vnet-cni-linux-$arch-$version.tgz"
+		gzip -n <"$scratch/tar" >"$to/azure-vnet-cni-linux-$arch-$version.tgz"
 	done
 	(cd "$to" && sha256sum azure-vnet-cni-linux-*.tgz >SHA256SUMS && cat SHA256SUMS)
 }
