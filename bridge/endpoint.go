@@ -276,16 +276,15 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 
 // detachLink takes away all that was attached with l, and then l.
 func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Link, a alias) error {
-	if err := h.at("detach ports"); err != nil {
-		return err
-	}
-	if err := h.unpublish(l.Attrs().Name, a); err != nil {
+	sets, err := h.publishedBy(l.Attrs().Name, a)
+	if err != nil {
 		return err
 	}
 	if err := h.at("detach elements"); err != nil {
 		return err
 	}
-	if err := deleteElements(elementsOf(l.Attrs().Name, a)); err != nil {
+	// In one transaction: the kernel waits for all readers at the end of each.
+	if err := deleteElements(append(sets, elementsOf(l.Attrs().Name, a)...)); err != nil {
 		return err
 	}
 	if err := h.at("detach neighbour"); err != nil {
@@ -305,6 +304,11 @@ func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Lin
 	}
 	if off := (Policy{}); a.policy != off.id() {
 		if err := forgetFlows(flowsFrom(a.addr.Addr())); err != nil {
+			return err
+		}
+	}
+	if a.ports > 0 {
+		if err := forgetFlows(repliesOf(a.addr.Addr())); err != nil {
 			return err
 		}
 	}

@@ -215,19 +215,16 @@ func forgetDatagrams(ports []Port) error {
 	return nil
 }
 
-// unpublish ends the ports of an endpoint, and the flows through them.
-func (h *Host) unpublish(host string, a alias) error {
+// publishedBy are an endpoint's elements in the table of published ports.
+func (h *Host) publishedBy(host string, a alias) ([]*tableSet, error) {
 	if a.ports == 0 {
-		return nil
+		return nil, nil
 	}
 	s, err := h.state()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := deleteElements(publishedElements(a, s.Ports[host])); err != nil {
-		return err
-	}
-	return forgetFlows(repliesOf(a.addr.Addr()))
+	return publishedElements(a, s.Ports[host]), nil
 }
 
 // disclaimPorts forgets the claim of an endpoint. None is success.
