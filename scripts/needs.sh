@@ -22,6 +22,7 @@ need conntrack conntrack
 need dbus-daemon dbus
 need dockerd docker.io
 need docker docker.io
+need debootstrap debootstrap
 need docker-compose docker-compose
 need docker-registry docker-registry
 need dpkg-deb dpkg
