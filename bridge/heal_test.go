@@ -192,6 +192,10 @@ func TestReclaim(t *testing.T) {
 			t.Errorf("%s: %v (-want +got):\n%s", what, err, diff)
 		}
 	}
+	h.ip("route del default dev eth0", "route add default via "+h.Gateway.String()+" dev eth0") // as dhclient does, naming no source
+	if _, err := reclaim(h.Primary); err == nil || !strings.Contains(err.Error(), "the host's own") {
+		t.Errorf("the primary address under a route that does not name it: %v", err)
+	}
 	check("from the NIC", []netip.Addr{first}, first)
 	if _, err := h.ensure(h.spec()); err != nil {
 		t.Fatal(err)

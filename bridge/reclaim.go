@@ -88,7 +88,7 @@ func (h *Host) takeOff(l link, addrs []netip.Addr) (gone []netip.Addr, err error
 			continue
 		}
 		if slices.ContainsFunc(has.Routes, func(r message) bool {
-			return r[1] == 0 && tableOf(r) == unix.RT_TABLE_MAIN && ipOf(routes.attr(r, unix.RTA_PREFSRC)) == a
+			return r[1] == 0 && tableOf(r) == unix.RT_TABLE_MAIN && has.source(r) == a
 		}) || len(has.Addresses) == 1 {
 			return gone, fmt.Errorf("%s is the host's own address on %s and stays there", a, l.name)
 		}
@@ -101,4 +101,19 @@ func (h *Host) takeOff(l link, addrs []netip.Addr) (gone []netip.Addr, err error
 		gone = append(gone, a)
 	}
 	return gone, nil
+}
+
+// source is the address that packets of the host leave with by route r: the
+// one that it names, else the first that shares a subnet with its gateway.
+func (id identity) source(r message) netip.Addr {
+	if named := ipOf(routes.attr(r, unix.RTA_PREFSRC)); named.IsValid() {
+		return named
+	}
+	via := ipOf(routes.attr(r, unix.RTA_GATEWAY))
+	for _, m := range id.Addresses {
+		if a := addressOf(m); a.Masked().Contains(via) {
+			return a.Addr()
+		}
+	}
+	return netip.Addr{}
 }
