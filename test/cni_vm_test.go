@@ -27,26 +27,27 @@ import (
 // cniDir holds our CNI plugins and the reference ones, built once for all tests
 // of this run.
 var cniDir = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "azure-vnet-cni")
-	if err != nil {
-		return "", err
-	}
 	const ref = "github.com/containernetworking/plugins/plugins/"
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir+"/",
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", cniTemp+"/",
 		"azurevnet/cmd/azure-vnet", "azurevnet/cmd/azure-vnet-ipam",
 		ref+"main/bridge", ref+"main/ptp", ref+"ipam/host-local", ref+"meta/portmap", ref+"meta/bandwidth", ref+"meta/tuning")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the CNI plugins: %w\n%s", err, out)
 	}
-	return dir, nil
+	return cniTemp, nil
 })
 
+var cniTemp string
+
 func TestMain(m *testing.M) {
-	code := m.Run()
-	if dir, err := cniDir(); err == nil {
-		os.RemoveAll(dir)
+	var err error
+	if cniTemp, err = os.MkdirTemp("", "azure-vnet-cni"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
+	code := m.Run()
+	os.RemoveAll(cniTemp)
 	os.Exit(code)
 }
 

@@ -80,7 +80,8 @@ type file struct {
 	LogLevel   string
 	LogTarget  string
 	DNS        types.DNS
-	IPAM       fileIPAM
+	IPAM       fileIPAM        `json:"-"` // read when it is ours
+	RawIPAM    json.RawMessage `json:"ipam"`
 
 	Args struct {
 		CNI struct {
@@ -116,9 +117,14 @@ func readName(stdin []byte) Conf {
 		IPAM       json.RawMessage
 	}
 	_ = json.Unmarshal(stdin, &f) // skel has read the name before
+	return Conf{CNIVersion: f.CNIVersion, Network: f.Name, IPAM: IPAM{Type: ipamType(f.IPAM)}}
+}
+
+// ipamType is "" where there is none.
+func ipamType(raw json.RawMessage) string {
 	var ipam struct{ Type string }
-	_ = json.Unmarshal(f.IPAM, &ipam)
-	return Conf{CNIVersion: f.CNIVersion, Network: f.Name, IPAM: IPAM{Type: ipam.Type}}
+	_ = json.Unmarshal(raw, &ipam)
+	return ipam.Type
 }
 
 // readConf reads all of it. args is CNI_ARGS.
@@ -131,7 +137,11 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 	if c.CNIVersion == "" {
 		c.CNIVersion = "0.1.0"
 	}
+	f.IPAM.Type = ipamType(f.RawIPAM)
 	err := f.logs()
+	if err == nil && f.IPAM.Type == IPAMType { // another's is passed on unread
+		err = json.Unmarshal(f.RawIPAM, &f.IPAM)
+	}
 	if err == nil && main {
 		err = c.readMain(&f)
 	}
@@ -222,7 +232,7 @@ func (m mapping) port() (p bridge.Port, served bool, err error) {
 func (f fileIPAM) read() (IPAM, error) {
 	c := IPAM{Type: f.Type, QueryURL: f.QueryURL}
 	if f.Type != IPAMType {
-		return c, nil // another plugin's, to be passed on unread
+		return c, nil
 	}
 	if f.Subnet != "" {
 		p, err := netip.ParsePrefix(f.Subnet)
