@@ -46,10 +46,12 @@ func TestComposeExample(t *testing.T) {
 	}
 	compose("up -d")
 	for _, again := range []string{"up -d", "restart -t 0", "up -d --force-recreate -t 0"} {
-		eventually(t, "the example's web server answers at its address", 10*time.Second, func() bool {
-			got, err := plain.try(fetch("http://" + web.String() + "/")...)
-			return err == nil && got == "hello"
-		})
+		for _, at := range []string{web.String(), h.Primary.String() + ":8080"} {
+			eventually(t, "the example's web server answers at "+at, 10*time.Second, func() bool {
+				got, err := plain.try(fetch("http://" + at + "/")...)
+				return err == nil && got == "hello"
+			})
+		}
 		eventually(t, "the worker finds web by name", 10*time.Second, func() bool {
 			worker := strings.Fields(compose("ps -q worker"))[0]
 			_, err := inContainer(h, worker, netip.Addr{}).try(fetch("http://web/")...)
