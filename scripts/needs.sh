@@ -26,6 +26,9 @@ need debootstrap debootstrap
 need docker-compose docker-compose
 need docker-registry docker-registry
 need dpkg-deb dpkg
+need curl curl
+need dash dash
+need shellcheck shellcheck
 need update-ca-certificates ca-certificates
 [ -n "$missing" ] || exit 0
 

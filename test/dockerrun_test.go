@@ -145,6 +145,8 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 			t.Errorf("web.shop sees %q, want %s: %v", got, other.addr, err)
 		}
 	})
+	// Not at the end too: who was talked to and is removed gets frames that nobody takes.
+	clean(t, vnet)
 	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
 		before := h.left()
@@ -174,7 +176,16 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		h.delete("web", "shop")
 		h.empty()
 	})
-	clean(t, vnet)
+	t.Run("the plugin brings the CNI package, and keeps its network when that goes", func(t *testing.T) {
+		h := h.in(t)
+		h.ownOpt()
+		h.install(nil, "--from-plugin")
+		h.must("/opt/cni/bin/azure-vnet", "version")
+		if out := h.install(nil, "--uninstall"); !strings.Contains(out, "stays") {
+			t.Errorf("the installer says %q", out)
+		}
+		h.must("ip", "link", "show", "azure0")
+	})
 }
 
 // delete runs docker-del.sh with success.
@@ -188,13 +199,19 @@ func (h host) delete(name, namespace string) {
 func TestDockerRunByCNI(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
-	if err := built(); err != nil {
-		t.Fatal(err)
-	}
 	h.withEngine()
-	run := "docker-run.sh"
+	h.ownOpt()
+	h.must("mkdir", "-p", "/etc/cloud/cloud.cfg.d")
+	run, install := "docker-run.sh", "scripts/install-cni-plugin.sh"
 	h.fails(7, "neither", nil, run, "web", "shop", "busybox", "sleep", "1000")
-	h.withCNI()
+	host := h.must("sh", "-c", "ip -br addr show eth0; ip route; ls -d /etc/cni /etc/cloud/cloud.cfg.d/* /var/lib/azure-vnet 2>&1 || true")
+
+	site := "RELEASES=" + h.serveReleases()
+	h.fails(1, "cannot fetch", []string{site}, install, "v0.0.0")
+	if out := h.install([]string{site}); !strings.Contains(out, "azure-vnet v1.0.0 is in /opt/cni/bin and /etc/cni/net.d") {
+		t.Errorf("the installer says %q", out)
+	}
+	h.install([]string{site}, "v1.0.0")
 	nothing := "|||"
 	tidy := func(t *testing.T) {
 		t.Helper()
@@ -257,6 +274,21 @@ func TestDockerRunByCNI(t *testing.T) {
 			t.Errorf("something is left behind:\n%s", diff)
 		}
 	})
+	t.Run("the timer's command mends", func(t *testing.T) {
+		h := h.in(t)
+		addr := h.must(client, "exec", "web", "sh", "-c", "ip -4 -o addr show eth0 | sed 's/.*inet //; s|/.*||'")
+		h.must("nft", "delete", "table", "bridge", "azure_vnet")
+		h.must("sh", "-c", "$(sed -n 's/^ExecStart=//p' /etc/systemd/system/azure-vnet-reconcile.service)")
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr); err != nil {
+			t.Errorf("%s is not reached: %v", addr, err)
+		}
+	})
+	t.Run("the CNI package is not removed from under a container", func(t *testing.T) {
+		h := h.in(t)
+		h.fails(1, "nothing was removed", nil, install, "--uninstall")
+		h.must("test", "-f", "/etc/cni/net.d/10-azure.conflist")
+		h.must("test", "-x", "/opt/cni/bin/azure-vnet")
+	})
 	t.Run("removed, nothing is left, and once more is success", func(t *testing.T) {
 		h := h.in(t)
 		h.delete("web", "shop")
@@ -264,12 +296,16 @@ func TestDockerRunByCNI(t *testing.T) {
 		tidy(t)
 		h.empty()
 	})
+	t.Run("uninstalled, the host is as it was", func(t *testing.T) {
+		h := h.in(t)
+		h.install(nil, "--uninstall")
+		after := h.must("sh", "-c", "ip -br addr show eth0; ip route; ls -d /etc/cni /etc/cloud/cloud.cfg.d/* /var/lib/azure-vnet 2>&1 || true")
+		if diff := cmp.Diff(host, after); diff != "" {
+			t.Error(diff)
+		}
+		if out := h.must("sh", "-c", "find /opt /run /var/log /etc/systemd | grep -v -e ^/run/site -e ^/run/alone | grep -e azure-vnet -e cni || true"); out != "" {
+			t.Errorf("uninstall left\n%s", out)
+		}
+	})
 	clean(t, vnet)
-}
-
-// withCNI puts the CNI package where its installer puts it.
-func (h host) withCNI() {
-	h.t.Helper()
-	h.must("sh", "-c", "mount -t tmpfs tmpfs /opt && mount -t tmpfs tmpfs /var/log && mkdir -p /opt/cni/bin /etc/cni/net.d")
-	h.must("sh", "-c", "cd "+top+"/build/cni && cp azure-vnet azure-vnet-ipam portmap loopback /opt/cni/bin && cp 10-azure.conflist /etc/cni/net.d")
 }

@@ -1,0 +1,368 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// release is a directory with the archives of the CNI package for this
+// architecture, made twice, byte for byte the same.
+var release = sync.OnceValues(func() (string, error) {
+	dir, err := filepath.Abs(filepath.Join(top, "build", "release"))
+	if err != nil {
+		return "", err
+	}
+	var before []byte
+	for range 2 {
+		out, err := exec.Command(filepath.Join(top, "scripts", "dist.sh"), "archives", "v1.0.0", dir, runtime.GOARCH).CombinedOutput()
+		if err != nil {
+			return "", fmt.Errorf("make dist: %w\n%s", err, out)
+		}
+		sums, err := os.ReadFile(filepath.Join(dir, "SHA256SUMS"))
+		if err != nil {
+			return "", err
+		}
+		if before != nil && string(before) != string(sums) {
+			return "", fmt.Errorf("made twice, the archives differ:\n%s%s", before, sums)
+		}
+		before = sums
+	}
+	return dir, nil
+})
+
+func archive() string { return "azure-vnet-cni-linux-" + runtime.GOARCH + "-v1.0.0.tgz" }
+
+func TestDistHasThePackageAtTheTopAndIsReproducible(t *testing.T) {
+	dir, err := release()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("tar", "--numeric-owner", "--utc", "-tvzf", filepath.Join(dir, archive())).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for line := range strings.Lines(string(out)) {
+		f := strings.Fields(line)
+		got = append(got, strings.Join([]string{f[0], f[1], f[3], f[5]}, " "))
+	}
+	want := []string{
+		"-rw-r--r-- 0/0 1970-01-01 10-azure.conflist",
+		"-rwxr-xr-x 0/0 1970-01-01 azure-vnet",
+		"-rwxr-xr-x 0/0 1970-01-01 azure-vnet-ipam",
+		"-rwxr-xr-x 0/0 1970-01-01 loopback",
+		"-rwxr-xr-x 0/0 1970-01-01 portmap",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the archive:\n%s", diff)
+	}
+}
+
+func TestScriptsAreSoundForEveryShell(t *testing.T) {
+	scripts, err := filepath.Glob(filepath.Join(top, "scripts", "*.sh"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	scripts = append(scripts, filepath.Join(top, "docker-run.sh"))
+	for _, check := range [][]string{{"shellcheck", "-s", "sh"}, {"dash", "-n"}, {"busybox", "sh", "-n"}} {
+		for _, script := range scripts {
+			if out, err := exec.Command(check[0], append(check[1:], script)...).CombinedOutput(); err != nil {
+				t.Errorf("%s %s: %v\n%s", strings.Join(check, " "), filepath.Base(script), err, out)
+			}
+		}
+	}
+}
+
+// rootFS is a file system by path: a directory is "/", a link "→ target".
+type rootFS map[string]string
+
+// write makes the files in dir.
+func (tr rootFS) write(t *testing.T, dir string) string {
+	t.Helper()
+	for path, content := range tr {
+		path = filepath.Join(dir, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if content == "/" {
+			err = os.MkdirAll(path, 0o755)
+		} else {
+			err = os.WriteFile(path, []byte(content), 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// readTree reads all that is below dir.
+func readTree(t *testing.T, dir string) rootFS {
+	t.Helper()
+	tr := rootFS{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		content := []byte("/")
+		if d.Type() == fs.ModeSymlink {
+			target, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			content = []byte("→ " + target)
+		} else if !d.IsDir() {
+			if content, err = os.ReadFile(path); err != nil {
+				return err
+			}
+		}
+		tr[strings.TrimPrefix(path, dir)] = string(content)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tr
+}
+
+// standIns are a package whose programs say which they are.
+var standIns = rootFS{
+	"azure-vnet": "#!/bin/sh\necho v2\n", "azure-vnet-ipam": "ipam v2", "portmap": "portmap v2", "loopback": "loopback v2",
+	"10-azure.conflist": `{"name": "azure"}`,
+}
+
+// installer runs the installer on a file system that is not running.
+func installer(t *testing.T, shell string, arg ...string) (string, error) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: sudo make test")
+	}
+	words := append(strings.Fields(shell), filepath.Join(top, "scripts", "install-cni-plugin.sh"))
+	out, err := exec.Command(words[0], append(words[1:], arg...)...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return string(out), err
+}
+
+func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
+	const containerd = `version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "pause"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  # bin_dir = "/not/this"
+  bin_dir = "/srv/cni/bin/"
+  conf_dir = "/srv/cni/net.d"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "/opt/containerd"
+`
+	const containerd2 = `version = 3
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dir = ''
+  bin_dirs = [
+    '/srv/two/bin',
+  ]
+  conf_dir = '/srv/two/net.d'
+`
+	old := "#!/bin/sh\necho '{\"supportedVersions\":[\"0.4.0\"]}'\n"
+	able := "#!/bin/sh\necho '{\"supportedVersions\":[\"1.0.0\",\"1.1.0\"]}'\n"
+	k3s := "/var/lib/rancher/k3s"
+	pkg := standIns.write(t, t.TempDir())
+	for i, c := range []struct {
+		name string
+		host rootFS
+		want rootFS // of what was there or comes, where it is not as expected of all
+		bin  []string
+		conf []string
+	}{
+		{"nothing is there", rootFS{"/etc": "/"}, nil, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
+		{"containerd without a word of CNI", rootFS{"/etc/containerd/config.toml": "version = 2\n"}, nil, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
+		{"containerd with directories of its own", rootFS{"/etc/containerd/config.toml": containerd}, nil, []string{"/srv/cni/bin"}, []string{"/srv/cni/net.d"}},
+		{"containerd 2", rootFS{"/etc/containerd/config.toml": containerd2}, nil, []string{"/srv/two/bin"}, []string{"/srv/two/net.d"}},
+		{"CRI-O, a later file last", rootFS{
+			"/etc/crio/crio.conf":               "[crio.network]\nnetwork_dir = \"/a\"\nplugin_dirs = [\n\t\"/usr/lib/cni\",\n\t\"/b\",\n]\n",
+			"/etc/crio/crio.conf.d/10-net.toml": "[crio.network]\nnetwork_dir = \"/etc/crio-cni\"\n",
+		}, nil, []string{"/usr/lib/cni"}, []string{"/etc/crio-cni"}},
+		{"k3s before its first start", rootFS{k3s + "/agent/etc/containerd": "/", k3s + "/data/cni": "/"}, nil, []string{k3s + "/data/cni"}, []string{k3s + "/agent/etc/cni/net.d"}},
+		{"an old k3s", rootFS{k3s + "/agent/etc/containerd": "/", k3s + "/data/current/bin": "/"}, nil, []string{k3s + "/data/current/bin"}, []string{k3s + "/agent/etc/cni/net.d"}},
+		{"RKE2 and containerd in the same directories", rootFS{"/etc/containerd": "/", "/var/lib/rancher/rke2/agent/etc/containerd": "/"}, nil, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
+		{"two runtimes", rootFS{"/etc/containerd/config.toml": containerd, "/etc/crio": "/"}, nil, []string{"/opt/cni/bin", "/srv/cni/bin"}, []string{"/etc/cni/net.d", "/srv/cni/net.d"}},
+		{"plugins and a conflist of others", rootFS{
+			"/opt/cni/bin/portmap": old, "/opt/cni/bin/loopback": able, "/opt/cni/bin/azure-vnet": "another's", "/etc/cni/net.d/10-azure.conflist": "another's",
+		}, rootFS{
+			"/opt/cni/bin/loopback": able, "/opt/cni/bin/portmap.before-azure-vnet": old,
+			"/opt/cni/bin/azure-vnet.before-azure-vnet": "another's", "/etc/cni/net.d/10-azure.conflist.before-azure-vnet": "another's",
+		}, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			shell := []string{"dash", "busybox sh", "bash"}[i%3]
+			c.host["/etc/cloud/cloud.cfg.d"] = "/"
+			c.host["/etc/systemd/system"] = "/"
+			root := c.host.write(t, t.TempDir())
+			before := readTree(t, root)
+			for range 1 + len(c.want) { // a repeat changes nothing, and what was others' still is
+				if out, err := installer(t, shell, "--root", root, pkg); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+				want := maps.Clone(before)
+				for _, dir := range c.bin {
+					for _, name := range []string{"azure-vnet", "azure-vnet-ipam", "portmap", "loopback"} {
+						want[dir+"/"+name] = standIns[name]
+					}
+				}
+				for _, dir := range c.conf {
+					want[dir+"/10-azure.conflist"] = standIns["10-azure.conflist"]
+				}
+				maps.Copy(want, c.want)
+				got := readTree(t, root)
+				service := "/etc/systemd/system/azure-vnet-reconcile.service"
+				if !strings.Contains(got[service], "\nExecStart="+c.bin[0]+"/azure-vnet reconcile\n") {
+					t.Errorf("the service is %q", got[service])
+				}
+				for _, path := range []string{
+					"/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg", "/etc/modules-load.d/azure-vnet.conf", service,
+					"/etc/systemd/system/azure-vnet-reconcile.timer", "/var/lib/azure-vnet/cni.installed", "/var/lib/azure-vnet/cni.made",
+				} {
+					if want[path] = got[path]; got[path] == "" {
+						t.Errorf("there is no %s", path)
+					}
+				}
+				want["/etc/systemd/system/timers.target.wants/azure-vnet-reconcile.timer"] = "→ ../azure-vnet-reconcile.timer"
+				for path := range maps.Clone(want) {
+					for dir := filepath.Dir(path); dir != "/"; dir = filepath.Dir(dir) {
+						want[dir] = "/"
+					}
+				}
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Fatalf("installed:\n%s", diff)
+				}
+			}
+			if out, err := installer(t, shell, "--uninstall", "--root", root); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if diff := cmp.Diff(before, readTree(t, root)); diff != "" {
+				t.Errorf("uninstalled:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestInstallerKeepsAnEditedConflist(t *testing.T) {
+	root, pkg := t.TempDir(), standIns.write(t, t.TempDir())
+	if out, err := installer(t, "sh", "--root", root, pkg); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	conflist := filepath.Join(root, "etc/cni/net.d/10-azure.conflist")
+	if err := os.WriteFile(conflist, []byte("edited"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if out, err := installer(t, "sh", "--root", root, pkg); err != nil || !strings.Contains(out, "was edited") {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	if text, _ := os.ReadFile(conflist); string(text) != "edited" {
+		t.Errorf("the conflist is now %s", text)
+	}
+	if out, err := installer(t, "sh", "--uninstall", "--root", root); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if diff := cmp.Diff(rootFS{}, readTree(t, root)); diff != "" {
+		t.Errorf("uninstalled:\n%s", diff)
+	}
+}
+
+func TestInstallerFailsBeforeItChangesAnything(t *testing.T) {
+	good := standIns.write(t, t.TempDir())
+	half := rootFS{"azure-vnet": "x"}.write(t, t.TempDir())
+	released := rootFS{"azure-vnet-cni-linux-amd64-v9.tgz": "not what was released"}.write(t, t.TempDir())
+	damaged := filepath.Join(released, "azure-vnet-cni-linux-amd64-v9.tgz")
+	sums := strings.Repeat("0", 64) + "  azure-vnet-cni-linux-amd64-v9.tgz\n"
+	withSums := rootFS{"a.tgz": "", "azure-vnet-cni-linux-amd64-v9.tgz": "damaged", "SHA256SUMS": sums}.write(t, t.TempDir())
+	for _, c := range []struct {
+		name string
+		host rootFS
+		what string
+		want string
+	}{
+		{"the directory is not the package", nil, half, "not the CNI package"},
+		{"no such archive", nil, "/nowhere/a.tgz", "no file /nowhere/a.tgz"},
+		{"an archive without SHA256SUMS", nil, damaged, "SHA256SUMS"},
+		{"a damaged archive", nil, filepath.Join(withSums, filepath.Base(damaged)), "the checksum of azure-vnet-cni-linux-amd64-v9.tgz"},
+		{"an archive that SHA256SUMS does not name", nil, filepath.Join(withSums, "a.tgz"), "no line for a.tgz"},
+		{"a place that cannot be made", rootFS{"/opt/cni": "a file"}, good, "/opt/cni cannot be made; nothing was changed"},
+		{"a place that cannot be written", rootFS{"/opt/cni/bin/portmap.azure-vnet-new": "/"}, good, "portmap cannot be written"},
+		{"another network comes first", rootFS{"/etc/cni/net.d/05-other.conf": "{}"}, good, "05-other.conf comes before"},
+		{"AKS by its labels", rootFS{"/etc/default/kubelet": "KUBELET_NODE_LABELS=agentpool=a,kubernetes.azure.com/mode=system\n"}, good, "node of AKS"},
+		{"AKS by its resource group", rootFS{"/etc/kubernetes/azure.json": `{"resourceGroup": "MC_g_c_westus"}`}, good, "node of AKS"},
+		{"AKS by its name", rootFS{"/etc/hostname": "aks-nodepool1-12345678-vmss00000a\n"}, good, "node of AKS"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := c.host.write(t, t.TempDir())
+			before := readTree(t, root)
+			out, err := installer(t, "sh", "--root", root, c.what)
+			if err == nil || !strings.Contains(out, c.want) {
+				t.Errorf("want an error that says %q: %v: %s", c.want, err, out)
+			}
+			if diff := cmp.Diff(before, readTree(t, root)); diff != "" {
+				t.Errorf("it changed something:\n%s", diff)
+			}
+		})
+	}
+	t.Run("a node of a cluster of one's own is none of AKS'", func(t *testing.T) {
+		root := rootFS{
+			"/etc/default/kubelet":       "KUBELET_NODE_LABELS=kubernetes.azure.com/role=agent,agentpool=agent2,kubernetes.azure.com/cluster=group\n",
+			"/etc/kubernetes/azure.json": `{"resourceGroup": "group"}`, "/etc/hostname": "k8s-agent2-12345678-0\n", "/opt/azure/containers/x": "",
+		}.write(t, t.TempDir())
+		if out, err := installer(t, "sh", "--root", root, good); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+}
+
+// install runs the installer in the VM, copied alone, with success.
+func (h host) install(env []string, arg ...string) string {
+	h.t.Helper()
+	got, said := h.script(env, "scripts/install-cni-plugin.sh", arg...)
+	if got.Status != 0 {
+		h.t.Fatalf("install-cni-plugin.sh %s: %+v\n%s", strings.Join(arg, " "), got, said)
+	}
+	return got.Out
+}
+
+// ownOpt gives the VM directories of its own for what the installer and the
+// plugins write outside of /etc and /var/lib, and hides a runtime of this
+// machine, which may have other directories.
+func (h host) ownOpt() {
+	h.t.Helper()
+	h.must("sh", "-c", "mkdir -p /opt && mount -t tmpfs tmpfs /opt && mount -t tmpfs tmpfs /var/log && rm -rf /etc/containerd /etc/crio /etc/cni")
+}
+
+// serveReleases serves the archives in the VM as a site of releases does, and
+// returns where.
+func (h host) serveReleases() string {
+	h.t.Helper()
+	dir, err := release()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	const at = "127.0.0.1:8099"
+	h.must("sh", "-c", "mkdir -p /run/site/latest /run/site/download/v1.0.0 && cp "+dir+"/* /run/site/download/v1.0.0/ &&"+
+		"ln -s ../download/v1.0.0 /run/site/latest/download && busybox httpd -p "+at+" -h /run/site")
+	return "http://" + at
+}
