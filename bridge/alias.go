@@ -43,6 +43,9 @@ type alias struct {
 	ports  int    // how many are published; host.json says which
 }
 
+// internal tells an endpoint that nothing passes to or from the NIC.
+func (a alias) internal() bool { return a.policy == internalID }
+
 // hashed stands for an owner that does not fit an alias.
 func hashed(owner string) string {
 	sum := sha256.Sum256([]byte(owner))

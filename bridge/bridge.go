@@ -29,6 +29,10 @@ type Spec struct {
 	Name    string // of the bridge; empty: the one the NIC is in, else azure0 for the primary, azure<ifindex> for another
 	Primary bool   // the NIC is the VM's primary
 	MTU     int    // bytes, of the bridge and its endpoints; 0: the NIC's
+
+	// NICs are the MACs of all NICs of the VM, as far as known: what the host
+	// routes to one of them goes to the VNet too, whether or not it has a bridge.
+	NICs []string
 }
 
 // Bridge is a bridge of ours as it stands.
@@ -41,8 +45,9 @@ type Bridge struct {
 
 // Policy is what a network may reach, and how.
 type Policy struct {
-	SNAT   bool           // what is not direct leaves with the host's primary address; off: it leaves as it is
-	Direct []netip.Prefix // reached without SNAT; nil: RFC 1918, 100.64.0.0/10 and the NIC's subnets. 168.63.129.16 always is; what the host routes through another link never is
+	Internal bool           // the host and its bridge's endpoints are reached, and nothing through the NIC; the rest does not matter then
+	SNAT     bool           // what is not direct leaves with the primary address of the bridge's NIC; off: it leaves as it is
+	Direct   []netip.Prefix // reached without SNAT; nil: RFC 1918, 100.64.0.0/10 and the NIC's subnets. 168.63.129.16 always is; what the host routes through another link never is
 }
 
 // Endpoint is a wish for a container's interface.
@@ -51,7 +56,7 @@ type Endpoint struct {
 	Lease   string           // owner of the address's lease, kept in the alias; empty: Owner
 	Bridge  string           // bridge to attach to, which must stand
 	Addr    netip.Prefix     // the container's address with its subnet's mask
-	Gateway netip.Addr       // default gateway in Netns; ignored without Netns
+	Gateway netip.Addr       // default gateway in Netns; ignored without Netns and with an internal policy
 	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that a reused address keeps its MAC
 	Policy  Policy
 	Ports   []Port // of the host that lead to it

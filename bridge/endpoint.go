@@ -75,7 +75,7 @@ func (e Endpoint) alias() (alias, error) {
 		return alias{}, fmt.Errorf("%s is not the MAC of one interface", e.MAC)
 	case e.Netns != "" && (e.IfName == "" || len(e.IfName) >= unix.IFNAMSIZ):
 		return alias{}, fmt.Errorf("%q is not a name for an interface: it must have 1 to 15 bytes", e.IfName)
-	case e.Netns != "" && !e.Gateway.Is4():
+	case e.Netns != "" && !e.Policy.Internal && !e.Gateway.Is4():
 		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway")
 	}
 	return alias{addr: e.Addr, mac: e.MAC, bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(e.Ports)}, nil

@@ -120,8 +120,8 @@ func (at *attaching) createVeth(ns netns.NsHandle) error {
 	return nil
 }
 
-// configure gives the container's end, interface index of ns, its address and
-// its default route. Its lo is the runtime's.
+// configure gives the container's end, interface index of ns, its address and,
+// unless its network is internal, its default route. Its lo is the runtime's.
 func (e Endpoint) configure(ns netns.NsHandle, index int) error {
 	in, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
@@ -134,6 +134,9 @@ func (e Endpoint) configure(ns netns.NsHandle, index int) error {
 	}
 	if err := in.LinkSetUp(l); err != nil {
 		return fmt.Errorf("up: %w", err)
+	}
+	if e.Policy.Internal {
+		return nil
 	}
 	via := &netlink.Route{LinkIndex: index, Gw: e.Gateway.AsSlice()}
 	if !e.Addr.Masked().Contains(e.Gateway) {

@@ -14,6 +14,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/statefile"
 )
 
 // undoWait bounds the way back from a failed move, which must be walked though
@@ -54,6 +56,9 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 		return Bridge{}, false
 	}
 	name, st := s.of(spec.MAC)
+	if !s.knows(spec.NICs) {
+		return Bridge{}, false
+	}
 	if st == nil || st.Phase != standing || spec.Name != "" && spec.Name != name || spec.MTU != 0 && spec.MTU != st.MTU {
 		return Bridge{}, false
 	}
@@ -115,6 +120,22 @@ func tableStands() (bool, error) {
 	return err == nil, err
 }
 
+// knows tells whether all those NICs have been told of.
+func (s *hostState) knows(nics []string) bool {
+	return !slices.ContainsFunc(nics, func(mac string) bool { return !slices.Contains(s.NICs, mac) })
+}
+
+// learn remembers the VM's NICs.
+func (h *Host) learn(ctx context.Context, nics []string) error {
+	return h.updateState(ctx, "learn of NICs", func(s *hostState) error {
+		if s.knows(nics) {
+			return statefile.ErrUnchanged
+		}
+		s.NICs = slices.Compact(slices.Sorted(slices.Values(slices.Concat(s.NICs, nics))))
+		return nil
+	})
+}
+
 // of is the bridge over the NIC with that MAC.
 func (s *hostState) of(mac string) (string, *bridgeState) {
 	for name, st := range s.Bridges {
@@ -163,6 +184,9 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	}
 	if spec.MTU != 0 {
 		st.MTU = spec.MTU
+	}
+	if err := h.learn(ctx, spec.NICs); err != nil {
+		return Bridge{}, err
 	}
 	m, err := h.raise(ctx, name, st)
 	if err != nil {

@@ -55,12 +55,16 @@ type backend struct {
 }
 
 // backends are those in use, with the rules that each needs. One MASQUERADE is
-// enough: the kernel asks both, and takes the first answer.
-func backends(bridges []Bridge) ([]backend, error) {
+// enough: the kernel asks both, and takes the first answer. nics are those of the
+// VM's without a bridge: IMDS may be behind one.
+func backends(bridges []Bridge, nics []string) ([]backend, error) {
 	var accepts []hostRule
 	for _, in := range bridges {
 		for _, out := range bridges {
 			accepts = append(accepts, forwarded(in.Name, out.Name))
+		}
+		for _, nic := range nics {
+			accepts = append(accepts, forwarded(in.Name, nic), forwarded(nic, in.Name))
 		}
 	}
 	nft := backend{"nft", accepts, foundNFT}
@@ -80,7 +84,14 @@ func backends(bridges []Bridge) ([]backend, error) {
 // ensureRules makes the host's iptables rules what bridges ask for, in every
 // back-end in use, and names what it mended. Rules that stand cost no exec.
 func (h *Host) ensureRules(bridges []Bridge) (mended []string, err error) {
-	all, err := backends(bridges)
+	nics, err := h.bare()
+	if err != nil {
+		return nil, fmt.Errorf("iptables rules: %w", err)
+	}
+	nics = slices.DeleteFunc(nics, func(nic string) bool {
+		return slices.ContainsFunc(bridges, func(b Bridge) bool { return b.NIC == nic })
+	})
+	all, err := backends(bridges, nics)
 	if err != nil {
 		return nil, fmt.Errorf("iptables rules: %w", err)
 	}
@@ -92,6 +103,27 @@ func (h *Host) ensureRules(bridges []Bridge) (mended []string, err error) {
 		}
 	}
 	return mended, nil
+}
+
+// bare names the VM's NICs, as far as known, that are in no bridge.
+func (h *Host) bare() ([]string, error) {
+	s, err := h.state()
+	if err != nil {
+		return nil, err
+	}
+	links, err := readLinks()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, mac := range s.NICs {
+		if hw, err := parseMAC(mac); err == nil {
+			if l, err := links.nic(hw); err == nil && l.Attrs().MasterIndex == 0 {
+				out = append(out, l.Attrs().Name)
+			}
+		}
+	}
+	return out, nil
 }
 
 // dropRules removes them all. None is success.

@@ -65,6 +65,7 @@ func (m *move) up() []step {
 		{"addresses", m.addresses},
 		{"port", m.port},
 		{"routes", m.routes},
+		{"egress", m.egress},
 		{"clear", m.clear},
 		{"verify", m.verifyUp},
 		{"endpoints", m.endpoints},

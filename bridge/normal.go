@@ -85,7 +85,7 @@ func addressOf(m message) netip.Prefix {
 // one destination the kernel tells them as one of two hops; each hop is a route
 // and is taken as such.
 func normalRoute(m message, of link) []message {
-	if len(m) < routes.header || !isIP(m[0]) || m[7] != unix.RTN_UNICAST ||
+	if len(m) < routes.header || !isIP(m[0]) || m[7] != unix.RTN_UNICAST || m[5] == egressProtocol ||
 		native.Uint32(m[8:])&unix.RTM_F_CLONED != 0 || tableOf(m) == unix.RT_TABLE_LOCAL {
 		return nil
 	}
@@ -154,7 +154,7 @@ func tableOf(route message) int {
 
 // normalRule: struct fib_rule_hdr is as long as struct rtmsg and ends in flags.
 func normalRule(m message, of link) []message {
-	if len(m) < rules.header || !isIP(m[0]) {
+	if len(m) < rules.header || !isIP(m[0]) || isEgress(m) {
 		return nil
 	}
 	mine := false

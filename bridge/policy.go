@@ -37,6 +37,9 @@ var noRoute = []netip.Prefix{
 // text is the policy in one spelling, whatever the order its prefixes came in.
 // Without SNAT nothing needs a list of what is reached without it.
 func (p Policy) text() string {
+	if p.Internal {
+		return "internal"
+	}
 	if !p.SNAT {
 		return "snat=off"
 	}
@@ -57,15 +60,20 @@ func (p Policy) id() string {
 	return hex.EncodeToString(sum[:4])
 }
 
+// internalID is the id of every internal network's policy.
+var internalID = Policy{Internal: true}.id()
+
 // policyOf finds a policy by its id. host.json may be lost while links stand:
-// the two policies without a list are known by their ids alone, and any other
-// is taken for the default.
+// the policies without a list are known by their ids alone, and any other is
+// taken for the default.
 func policyOf(policies map[string]Policy, id string) Policy {
 	if p, ok := policies[id]; ok {
 		return p
 	}
-	if off := (Policy{}); off.id() == id {
-		return off
+	for _, p := range []Policy{{Internal: true}, {}} {
+		if p.id() == id {
+			return p
+		}
 	}
 	return Policy{SNAT: true}
 }

@@ -19,6 +19,7 @@ type hostState struct {
 	Bridges  map[string]*bridgeState `json:"bridges,omitempty"`
 	Policies map[string]Policy       `json:"policies,omitempty"`
 	Ports    map[string][]Port       `json:"ports,omitempty"` // published, by host veth; those of a link whose alias has none are void
+	NICs     []string                `json:"nics,omitempty"`  // see Spec
 }
 
 // A bridge's phase is the journal of its NIC's move.

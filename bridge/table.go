@@ -26,7 +26,7 @@ func (h *Host) syncTable(b Bridge) (changed bool, err error) {
 
 // syncTableWith is syncTable with an endpoint that is about to be made.
 func (h *Host) syncTableWith(b Bridge, coming *alias) (bool, error) {
-	in, err := h.tableInput(b.Name)
+	in, err := h.tableInput(b)
 	if err != nil {
 		return false, fmt.Errorf("nft table %s: %w", tableName, err)
 	}
@@ -51,7 +51,7 @@ func (h *Host) syncTableWith(b Bridge, coming *alias) (bool, error) {
 
 // dropTable takes b's part out of the table, and the table with the last bridge.
 func (h *Host) dropTable(b Bridge) error {
-	in, err := h.tableInput(b.Name)
+	in, err := h.tableInput(b)
 	if err != nil {
 		return fmt.Errorf("nft table %s: %w", tableName, err)
 	}
@@ -78,18 +78,19 @@ type tableInput struct {
 	claimed   map[string][]Port         // the same and those of attaches in flight
 	held      []netip.Addr              // the host's addresses
 	subnets   map[string][]netip.Prefix // of the host's addresses, by bridge
-	away      []span                    // what the host routes away from every bridge
+	away      []span                    // what the host routes away from every NIC
+	egress    map[string]bool           // bridges whose NIC the host's default route does not take, but another NIC
 }
 
-// tableInput reads the host; without is left out of the bridges.
-func (h *Host) tableInput(without string) (tableInput, error) {
-	in := tableInput{endpoints: map[string]alias{}, subnets: map[string][]netip.Prefix{}}
+// tableInput reads the host; b, which comes or goes, is left out of the bridges.
+func (h *Host) tableInput(b Bridge) (tableInput, error) {
+	in := tableInput{endpoints: map[string]alias{}, subnets: map[string][]netip.Prefix{}, egress: map[string]bool{}}
 	links, err := readLinks()
 	if err != nil {
 		return in, err
 	}
 	bridges := links.bridges()
-	in.bridges = slices.DeleteFunc(slices.Clone(bridges), func(b Bridge) bool { return b.Name == without })
+	in.bridges = others(bridges, b.Name)
 	state, err := h.state()
 	if err != nil {
 		return in, err
@@ -101,21 +102,28 @@ func (h *Host) tableInput(without string) (tableInput, error) {
 		return in, err
 	}
 	defer nl.Close()
-	ours := map[int]string{} // bridges and their NICs: what goes there goes to the VNet
+	near := map[int]string{} // NICs and bridges, with the bridge's name: what goes there goes to the VNet
+	for _, mac := range state.NICs {
+		if hw, err := parseMAC(mac); err == nil {
+			if l, err := links.nic(hw); err == nil {
+				near[l.Attrs().Index] = ""
+			}
+		}
+	}
 	for _, l := range links {
 		if a, ok := endpointOf(l); ok {
 			in.endpoints[l.Attrs().Name] = a
 		}
-		for _, b := range bridges {
+		for _, b := range append(bridges, b) {
 			if l.Attrs().Name == b.Name || l.Attrs().Name == b.NIC {
-				ours[l.Attrs().Index] = b.Name
+				near[l.Attrs().Index] = b.Name
 			}
 		}
 	}
 	if in.ports, err = state.portsOf(in.endpoints); err != nil {
 		return in, err
 	}
-	return in, in.readAddresses(nl, ours)
+	return in, in.readAddresses(nl, near)
 }
 
 // endpointOf is the alias of a link that is the host's end of an endpoint.
@@ -129,7 +137,7 @@ func endpointOf(l netlink.Link) (alias, bool) {
 }
 
 // readAddresses reads what the host holds and where it routes the rest.
-func (in *tableInput) readAddresses(nl *netlink.Handle, ours map[int]string) error {
+func (in *tableInput) readAddresses(nl *netlink.Handle, near map[int]string) error {
 	addrs, err := whole(func() ([]netlink.Addr, error) { return nl.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list addresses: %w", err)
@@ -141,7 +149,7 @@ func (in *tableInput) readAddresses(nl *netlink.Handle, ours map[int]string) err
 			continue
 		}
 		in.held = append(in.held, ip)
-		if name, ok := ours[a.LinkIndex]; ok {
+		if name, ok := near[a.LinkIndex]; ok {
 			bits, _ := a.Mask.Size()
 			in.subnets[name] = append(in.subnets[name], netip.PrefixFrom(ip, bits).Masked())
 		} else {
@@ -156,16 +164,29 @@ func (in *tableInput) readAddresses(nl *netlink.Handle, ours map[int]string) err
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
+	var defaults []netlink.Route
 	for _, r := range list {
 		if r.Dst == nil || r.Type != unix.RTN_UNICAST || r.LinkIndex == 0 {
 			continue
 		}
 		ip, _ := netip.AddrFromSlice(r.Dst.IP.To4())
 		bits, _ := r.Dst.Mask.Size()
-		_, near := ours[r.LinkIndex]
-		routes = append(routes, hostRoute{netip.PrefixFrom(ip, bits), r.Priority, !near})
+		if bits == 0 {
+			defaults = append(defaults, r)
+		}
+		_, ours := near[r.LinkIndex]
+		routes = append(routes, hostRoute{netip.PrefixFrom(ip, bits), r.Priority, !ours})
 	}
 	in.away = awaySpans(routes)
+	if len(defaults) == 0 {
+		return nil
+	}
+	first := slices.MinFunc(defaults, func(a, b netlink.Route) int { return a.Priority - b.Priority })
+	if taken, ours := near[first.LinkIndex]; ours {
+		for _, name := range near {
+			in.egress[name] = name != taken
+		}
+	}
 	return nil
 }
 

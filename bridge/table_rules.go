@@ -15,15 +15,21 @@ import (
 
 // The table's names. Shared: src_ip, src_arp and src_ip6 say what an endpoint may send,
 // from_nic and to_nic send a NIC's frames to its bridge's chains. Per bridge,
-// with its name: ep4 and the chains fabric, wire, arp and host. Per policy and
+// with its name: ep4 and the chains fabric, wire, arp and host; where it has
+// internal endpoints, the set inner and the chain arpin; where its NIC is not the
+// one that the host's default route takes, the chain snat. Per policy and
 // bridge, with both: the map dst and the chain net. Names are none of nft's
 // keywords, so that what it lists it can load.
 const tableName = "azure_vnet"
 
 var bridgeTable = &nftables.Table{Name: tableName, Family: nftables.TableFamilyBridge}
 
-// snatMark on a packet asks the host's one MASQUERADE rule for it.
-const snatMark = 0x10000
+// snatMark on a packet asks the host's one MASQUERADE rule for it. egressMark
+// has it leave by the NIC of the bridge that it came up from.
+const (
+	snatMark   = 0x10000
+	egressMark = 0x20000
+)
 
 // tableState is the table, as wanted or as found.
 type tableState struct {
@@ -96,8 +102,10 @@ func (in *tableInput) table() *tableState {
 		}
 		k := keysOf(host, a)
 		src.elems[k.src] = "goto " + netChain(a.bridge, a.policy)
-		arp.elems[k.arp] = "goto arp_" + a.bridge
-		ip6.elems[k.ip6] = ""
+		arp.elems[k.arp] = "goto " + arpChain(a)
+		if !a.internal() {
+			ip6.elems[k.ip6] = ""
+		}
 	}
 	for _, b := range in.bridges {
 		fromNIC.elems[elemKey{bytes: ifname(b.NIC)}] = "goto fabric_" + b.Name
@@ -115,10 +123,14 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 		ep4.elems[elemKey{bytes: ipKey(ip)}] = string(b.MAC)
 	}
 	subnets := slices.Clone(in.subnets[b.Name])
+	inner := &tableSet{elems: map[elemKey]string{}}
 	for _, a := range in.endpoints {
 		if a.bridge == b.Name {
 			ep4.elems[elemKey{bytes: ipKey(a.addr.Addr())}] = string(a.mac)
 			subnets = append(subnets, a.addr.Masked())
+			if a.internal() {
+				inner.elems[elemKey{bytes: ipKey(a.addr.Addr())}] = ""
+			}
 		}
 	}
 	ip, arp := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_ARP)
@@ -126,9 +138,21 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 	toOwner := join(arpDaddrIP(1), find(name), setEtherDaddr())
 
 	// From the fabric all comes with the NIC's MAC and goes to the address's owner.
-	t.chain("fabric_"+b.Name,
+	fabric := [][]expr.Any{
 		join(ip, ipDaddr(1), find(name), setEtherDaddr(), accept()),
-		join(arp, toOwner, reply, arpDaddrIP(1), find(name), setARPDaddr(), accept()))
+		join(arp, toOwner, reply, arpDaddrIP(1), find(name), setARPDaddr(), accept()),
+	}
+	if len(inner.elems) > 0 {
+		set := t.set("inner_"+b.Name, nftables.TypeIPAddr, nftables.SetDatatype{})
+		set.elems = inner.elems
+		fabric = slices.Concat([][]expr.Any{
+			join(ip, ipDaddr(1), lookup(set.name), drop()),
+			join(arp, arpDaddrIP(1), lookup(set.name), drop()),
+		}, fabric)
+		// Only who is here is asked, and only he is answered.
+		t.chain("arpin_"+b.Name, join(arp, toOwner, accept()), drop())
+	}
+	t.chain("fabric_"+b.Name, fabric...)
 	// To the fabric all goes from the NIC's MAC. What is here is not asked for
 	// there: the lookup is written to the frame only to be dropped with it.
 	t.chain("wire_"+b.Name,
@@ -142,6 +166,9 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 	t.chain("host_"+b.Name,
 		join(value([]byte{unix.PACKET_HOST}), setMeta(expr.MetaKeyPKTTYPE), value(b.MAC), setEtherDaddr(), accept()))
 
+	if in.egress[b.Name] {
+		t.chain("snat_"+b.Name, join(orMark(snatMark), jump("host_"+b.Name)))
+	}
 	for _, id := range in.networks(b.Name) {
 		in.addNetwork(t, b.Name, id, subnets)
 	}
@@ -150,9 +177,17 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 // addNetwork adds the chain of policy id on bridge and the map that it asks.
 // With SNAT what is not direct goes up to the host, marked. Without, all leaves
 // as it is, but what the host routes away goes up to it just so: the fabric
-// could not deliver it.
+// could not deliver it. What goes up from a bridge whose NIC the host's default
+// route does not take is marked to leave by that NIC all the same, but for what
+// the host has a route of its own for: other links, and IMDS.
 func (in *tableInput) addNetwork(t *tableState, bridge, id string, subnets []netip.Prefix) {
 	p := policyOf(in.policies, id)
+	if p.Internal {
+		t.chain(netChain(bridge, id),
+			join(etherType(unix.ETH_P_IP), ipDaddr(1), find("ep4_"+bridge), setEtherDaddr(), accept()),
+			drop())
+		return
+	}
 	dst := t.set("dst_"+bridge+"_"+id, nftables.TypeIPAddr, nftables.TypeVerdict)
 	dst.interval = true
 	agent := spans(netip.PrefixFrom(hostAgent, 32))
@@ -164,10 +199,23 @@ func (in *tableInput) addNetwork(t *tableState, bridge, id string, subnets []net
 		return
 	}
 	dst.add(p.direct(subnets, in.away), "accept")
-	t.chain(netChain(bridge, id), ask, join(orMark(snatMark), jump("host_"+bridge)))
+	mark := uint32(snatMark)
+	if in.egress[bridge] {
+		mark |= egressMark
+		routed := merge(slices.Concat(in.away, spans(netip.PrefixFrom(imds, 32))))
+		dst.add(subtract(routed, agent), "goto snat_"+bridge)
+	}
+	t.chain(netChain(bridge, id), ask, join(orMark(mark), jump("host_"+bridge)))
 }
 
 func netChain(bridge, policy string) string { return "net_" + bridge + "_" + policy }
+
+func arpChain(a alias) string {
+	if a.internal() {
+		return "arpin_" + a.bridge
+	}
+	return "arp_" + a.bridge
+}
 
 func (t *tableState) set(name string, key, data nftables.SetDatatype) *tableSet {
 	s := &tableSet{table: t.table, name: name, key: key, data: data, elems: map[elemKey]string{}}

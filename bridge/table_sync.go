@@ -266,11 +266,15 @@ func elementsOf(host string, a alias) []*tableSet {
 	of := func(name string, data nftables.SetDatatype, key elemKey, value string) *tableSet {
 		return &tableSet{table: bridgeTable, name: name, data: data, elems: map[elemKey]string{key: value}}
 	}
+	last := of("src_ip6", nftables.SetDatatype{}, k.ip6, "")
+	if a.internal() {
+		last = of("inner_"+a.bridge, nftables.SetDatatype{}, elemKey{bytes: ipKey(a.addr.Addr())}, "")
+	}
 	return []*tableSet{
 		of("ep4_"+a.bridge, nftables.TypeEtherAddr, elemKey{bytes: ipKey(a.addr.Addr())}, string(a.mac)),
 		of("src_ip", nftables.TypeVerdict, k.src, "goto "+netChain(a.bridge, a.policy)),
-		of("src_arp", nftables.TypeVerdict, k.arp, "goto arp_"+a.bridge),
-		of("src_ip6", nftables.SetDatatype{}, k.ip6, ""),
+		of("src_arp", nftables.TypeVerdict, k.arp, "goto "+arpChain(a)),
+		last,
 	}
 }
 

@@ -78,7 +78,7 @@ func (w *watcher) open() (err error) {
 		family int
 		groups []int
 	}{
-		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE}},
+		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE}},
 		{unix.NETLINK_NETFILTER, []int{unix.NFNLGRP_NFTABLES}},
 	} {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
@@ -189,6 +189,8 @@ func (w *watcher) ofLink(m syscall.NetlinkMessage) bool {
 			delete(w.ours, index)
 		}
 		return was || strings.HasPrefix(name, hostPrefix)
+	case unix.RTM_DELRULE:
+		return len(m.Data) >= rules.header && isEgress(m.Data)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return len(m.Data) >= addresses.header && w.ours[int32(native.Uint32(m.Data[4:]))]
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:

@@ -308,7 +308,7 @@ func (m *VM) boot() (err error) {
 // routing that Azure's documentation asks for: what comes in by it leaves by it.
 func (m *VM) dhcp(n *nic, i int) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "address add %s/%d broadcast + dev %s metric 100\n", n.Primary, n.Prefix.Bits(), n.Name)
+	fmt.Fprintf(&b, "address add %s/%d broadcast + dev %s metric %d\n", n.Primary, n.Prefix.Bits(), n.Name, 100*(i+1)) // as cloud-init has it
 	if m.hold && i == 0 {
 		for _, a := range n.Secondaries {
 			fmt.Fprintf(&b, "address add %s/%d dev %s\n", a, n.Prefix.Bits(), n.Name)
