@@ -135,7 +135,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		Warn:     func(text string) { log.Warn(text) },
 	})
 	networks := driver.New(driver.Config{
-		Dir: p.data, Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used,
+		Dir: p.data, Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
 	})
 
 	gate := newGate("the networks of before the restart are being restored")

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,6 +36,10 @@ type Config struct {
 	Pool         *pool.Pool
 	AddressSpace string                // the IpamDriver's: a pool of any other is not ours
 	Used         func(pf netip.Prefix) // told that a network was made of the subnet; may be nil
+
+	// Agrees returns an error if the pool that a network of the subnet is to have
+	// is known to be of another NIC than that MAC's; may be nil.
+	Agrees func(subnet netip.Prefix, mac string) error
 }
 
 // Driver answers the NetworkDriver calls. Its methods are safe for parallel use
@@ -50,6 +55,9 @@ type Driver struct {
 func New(cfg Config) *Driver {
 	if cfg.Used == nil {
 		cfg.Used = func(netip.Prefix) {}
+	}
+	if cfg.Agrees == nil {
+		cfg.Agrees = func(netip.Prefix, string) error { return nil }
 	}
 	return &Driver{cfg: cfg}
 }
@@ -153,16 +161,27 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 	if err != nil {
 		return Network{}, err
 	}
+	if err := d.cfg.Agrees(prefix, nic.MAC); err != nil {
+		return Network{}, err
+	}
+	known, err := d.cfg.Pool.Status(ctx)
+	if err != nil {
+		return Network{}, err
+	}
 	n := Network{
 		MAC: nic.MAC, Primary: nic.Primary, Bridge: o.bridge, MTU: o.mtu,
-		Prefix: prefix, Gateway: prefix.Addr().Next(), SNAT: o.policy.SNAT, Direct: o.policy.Direct,
+		Prefix: prefix, Gateway: prefix.Addr().Next(), Internal: o.policy.Internal, SNAT: o.policy.SNAT, Direct: o.policy.Direct,
 	}
+	for _, other := range known.NICs {
+		n.NICs = append(n.NICs, other.MAC)
+	}
+	slices.Sort(n.NICs)
 	if data.Gateway != "" {
 		if gateway, err := netip.ParsePrefix(data.Gateway); err != nil || gateway.Addr() != n.Gateway {
 			return Network{}, fmt.Errorf("the gateway of %s is %s, which Azure fixes, and not %.80s: leave out --gateway", prefix, n.Gateway, data.Gateway)
 		}
 	}
-	n.Aux, err = d.keepAux(ctx, n, data.AuxAddresses)
+	n.Aux, err = d.keepAux(ctx, n, nic, data.AuxAddresses)
 	return n, err
 }
 

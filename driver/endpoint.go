@@ -49,6 +49,9 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err != nil {
 		return none, err
 	}
+	if n.Internal {
+		ports = nil // as Docker's own internal networks do: the container may publish by another network of its
+	}
 	addr, mac, err := n.asked(r.Interface)
 	if err != nil {
 		return none, err
@@ -116,7 +119,8 @@ func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Le
 	case err != nil:
 		return lease, err
 	case !held:
-		return lease, fmt.Errorf("%s is not leased: the addresses of this network come from --ipam-driver azure-vnet:latest only", addr)
+		// The IpamDriver answers --ip as it does --aux-address: what is not this VM's it only writes down.
+		return lease, fmt.Errorf("%s is not leased, for it is none of the addresses that this VM can lend: leave out --ip, or add it: az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address %s", addr, addr)
 	case !strings.HasPrefix(lease.Owner, OwnerPrefix):
 		return lease, fmt.Errorf("%s is held by %s", addr, lease.Owner)
 	case lease.Linkless:
@@ -136,7 +140,8 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 }
 
 // Join tells the engine which link to move into the container. Always with the
-// gateway: without one the engine adds an interface of its own.
+// gateway, or without the service of one: else the engine adds an interface of
+// its own.
 func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.JoinResponse, error) {
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
 		return nil, err
@@ -156,10 +161,11 @@ func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.Joi
 		if at.Peer == "" {
 			return nil, fmt.Errorf("endpoint %.12s is in a container already", r.EndpointID)
 		}
-		return &network.JoinResponse{
-			InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"},
-			Gateway:       n.Gateway.String(),
-		}, nil
+		answer := &network.JoinResponse{InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"}}
+		if answer.DisableGatewayService = n.Internal; !n.Internal {
+			answer.Gateway = n.Gateway.String()
+		}
+		return answer, nil
 	}
 	return nil, fmt.Errorf("endpoint %.12s is not attached: start the container again", r.EndpointID)
 }

@@ -26,34 +26,36 @@ type Networks struct {
 
 // Network is one Docker network.
 type Network struct {
-	MAC     string         `json:"mac"`               // of the NIC, lower case with colons
-	Primary bool           `json:"primary,omitempty"` // the NIC is the VM's primary
-	Bridge  string         `json:"bridge,omitempty"`  // name asked for; empty: the NIC's own
-	MTU     int            `json:"mtu,omitempty"`     // bytes; 0: the NIC's
-	Prefix  netip.Prefix   `json:"prefix"`            // the NIC's subnet
-	Gateway netip.Addr     `json:"gateway"`
-	SNAT    bool           `json:"snat"`
-	Direct  []netip.Prefix `json:"direct,omitempty"` // none: bridge.Policy's own
-	Aux     []Aux          `json:"aux,omitempty"`    // auxiliary addresses, ascending
+	MAC      string         `json:"mac"`               // of the NIC, lower case with colons
+	Primary  bool           `json:"primary,omitempty"` // the NIC is the VM's primary
+	Bridge   string         `json:"bridge,omitempty"`  // name asked for; empty: the NIC's own
+	MTU      int            `json:"mtu,omitempty"`     // bytes; 0: the NIC's
+	NICs     []string       `json:"nics,omitempty"`    // MACs of all NICs that the VM had
+	Prefix   netip.Prefix   `json:"prefix"`            // the NIC's subnet
+	Gateway  netip.Addr     `json:"gateway"`
+	Internal bool           `json:"internal,omitempty"` // --internal; the two options then say nothing
+	SNAT     bool           `json:"snat"`
+	Direct   []netip.Prefix `json:"direct,omitempty"` // none: bridge.Policy's own
+	Aux      []Aux          `json:"aux,omitempty"`    // auxiliary addresses, ascending
 }
 
 // Aux is an auxiliary address: held for the network, and by no container.
 type Aux struct {
 	Addr  netip.Addr `json:"addr"`
-	Owner string     `json:"owner"` // of its lease
+	Owner string     `json:"owner,omitempty"` // of its lease; empty: it is not this VM's to lend, and only written down
 }
 
 func (n Network) spec() bridge.Spec {
-	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, MTU: n.MTU}
+	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, MTU: n.MTU, NICs: n.NICs}
 }
 
 func (n Network) policy() bridge.Policy {
-	return bridge.Policy{SNAT: n.SNAT, Direct: n.Direct}
+	return bridge.Policy{Internal: n.Internal, SNAT: n.SNAT, Direct: n.Direct}
 }
 
 func (n Network) equal(o Network) bool {
 	return n.MAC == o.MAC && n.Bridge == o.Bridge && n.MTU == o.MTU && n.Prefix == o.Prefix && n.Gateway == o.Gateway &&
-		n.SNAT == o.SNAT && slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
+		n.Internal == o.Internal && n.SNAT == o.SNAT && slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
 }
 
 // NetworksFile is the path of networks.json in dir.

@@ -49,10 +49,11 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 	switch {
 	case isTrue(all[keyIPv6]):
 		return o, fmt.Errorf("--ipv6 is not served yet: create the network without it")
-	case isTrue(all[keyInternal]):
-		return o, fmt.Errorf("--internal is not served yet: create the network without it")
 	case all[keyIPv4] != nil && !isTrue(all[keyIPv4]):
 		return o, fmt.Errorf("a network without IPv4 is not served yet")
+	}
+	if isTrue(all[keyInternal]) {
+		o.policy = bridge.Policy{Internal: true}
 	}
 	if all[keyGeneric] == nil {
 		return o, nil
@@ -65,6 +66,9 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 		parse, known := networkOptions[key]
 		if !known {
 			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(networkOptions)), ", "))
+		}
+		if o.policy.Internal && (key == "snat" || key == "direct") {
+			return o, fmt.Errorf("-o %s says nothing of an --internal network, which nothing leaves: take one of them", key)
 		}
 		value, ok := generic[key].(string)
 		if !ok {

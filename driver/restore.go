@@ -48,6 +48,9 @@ func (d *Driver) restore(ctx context.Context, n Network) error {
 
 // hold leases an auxiliary address anew if it is not held.
 func (d *Driver) hold(ctx context.Context, n Network, aux Aux) error {
+	if aux.Owner == "" {
+		return nil
+	}
 	lease, held, err := d.cfg.Pool.Held(ctx, aux.Addr)
 	switch {
 	case err != nil:
@@ -99,7 +102,8 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 
 // keepAux makes the leases of the auxiliary addresses ones that no link needs to
 // prove. RequestAddress could not know: to it they look like a container's --ip.
-func (d *Driver) keepAux(ctx context.Context, n Network, asked map[string]any) ([]Aux, error) {
+// What it did not lease is not this VM's to lend, and is written down.
+func (d *Driver) keepAux(ctx context.Context, n Network, nic pool.NIC, asked map[string]any) ([]Aux, error) {
 	var all []Aux
 	for name, value := range asked {
 		text, _ := value.(string)
@@ -110,6 +114,11 @@ func (d *Driver) keepAux(ctx context.Context, n Network, asked map[string]any) (
 		lease, held, err := d.cfg.Pool.Held(ctx, prefix.Addr())
 		if err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
+		}
+		ours := slices.ContainsFunc(nic.Subnets, func(s pool.Subnet) bool { return slices.Contains(s.Secondary, prefix.Addr()) })
+		if !held && !ours {
+			all = append(all, Aux{Addr: prefix.Addr()})
+			continue
 		}
 		if !held || !strings.HasPrefix(lease.Owner, OwnerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
 			return nil, fmt.Errorf("--aux-address %.40s: %s is not held for this network", name, prefix.Addr())

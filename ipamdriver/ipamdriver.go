@@ -11,7 +11,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -47,6 +49,7 @@ type Driver struct {
 
 	mu     sync.Mutex
 	chosen map[netip.Prefix]choice // pools chosen for the engine that nothing has used yet
+	lately map[poolID]time.Time    // when each was requested; for Agrees alone
 }
 
 // choice is a pool given out for an empty request.
@@ -64,7 +67,7 @@ func New(cfg Config) *Driver {
 	if cfg.Warn == nil {
 		cfg.Warn = func(string) {}
 	}
-	return &Driver{cfg: cfg, chosen: map[netip.Prefix]choice{}}
+	return &Driver{cfg: cfg, chosen: map[netip.Prefix]choice{}, lately: map[poolID]time.Time{}}
 }
 
 // GetCapabilities asks for neither MAC addresses nor replay.
@@ -119,6 +122,7 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 			return nil, err
 		}
 	}
+	d.requested(id)
 	return &ipam.RequestPoolResponse{
 		PoolID: id.String(),
 		Pool:   id.prefix.String(),
@@ -159,6 +163,40 @@ func (d *Driver) Used(prefix netip.Prefix) {
 	delete(d.chosen, prefix)
 }
 
+// requestAge is how long after its RequestPool a network may be created: the
+// calls between have deadlines of their own.
+const requestAge = time.Minute
+
+func (d *Driver) requested(id poolID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	maps.DeleteFunc(d.lately, func(_ poolID, at time.Time) bool { return time.Since(at) > requestAge })
+	d.lately[id] = time.Now()
+}
+
+// Agrees returns an error if pools of the subnet were requested lately, and all
+// of other NICs than that MAC's: --ipam-opt master= and -o master= then differ,
+// and the engine tells neither driver of the other's. After a restart it knows
+// of none, and the network's first container is refused instead.
+func (d *Driver) Agrees(subnet netip.Prefix, mac string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	other := ""
+	for id, at := range d.lately {
+		if id.prefix != subnet || time.Since(at) > requestAge {
+			continue
+		}
+		if id.mac == mac {
+			return nil
+		}
+		other = id.mac
+	}
+	if other == "" {
+		return nil
+	}
+	return fmt.Errorf("its addresses are those of NIC %s and its master is NIC %s, both in subnet %s: name one NIC with both, --ipam-opt master= and -o master=", other, mac, subnet)
+}
+
 // forget ends the choice made with id.
 func (d *Driver) forget(id poolID) {
 	d.mu.Lock()
@@ -176,6 +214,9 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 		return err
 	}
 	d.forget(id)
+	d.mu.Lock()
+	delete(d.lately, id)
+	d.mu.Unlock()
 	status, err := d.cfg.Pool.Status(ctx)
 	if err != nil {
 		return err
@@ -192,6 +233,10 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 // RequestAddress leases an address of the pool: the one asked for (--ip, an
 // auxiliary address) or the one freed longest ago. The gateway is Azure's and
 // leased to nobody.
+//
+// Auxiliary addresses, which may be anybody's, and --ip look alike here. So one
+// of the subnet that is not this VM's is answered without being leased: the
+// NetworkDriver lets no container have what is not leased.
 func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressRequest) (*ipam.RequestAddressResponse, error) {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
@@ -216,6 +261,9 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 		}
 	}
 	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
+	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.foreign(ctx, id, want) {
+		return answer(id, want), nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -223,6 +271,13 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 		d.cfg.Warn(fmt.Sprintf("%s was released a moment ago and is lent again: no other address is left; give the NIC more ipconfigs", lease.Addr))
 	}
 	return answer(id, lease.Addr), nil
+}
+
+// foreign tells an address that no ipconfig lends to this NIC's containers. One
+// that the host holds is not foreign: it may be lent yet.
+func (d *Driver) foreign(ctx context.Context, id poolID, addr netip.Addr) bool {
+	_, subnet, err := d.cfg.Pool.Subnet(ctx, id.mac, id.prefix)
+	return err == nil && !slices.Contains(subnet.Secondary, addr)
 }
 
 func answer(id poolID, addr netip.Addr) *ipam.RequestAddressResponse {

@@ -179,8 +179,8 @@ func TestAddresses(t *testing.T) {
 		{"--ip in use", "10.240.0.6", "", "10.240.0.6"},
 		{"--ip outside", "10.250.0.6", "", "it lies outside the network's subnet 10.240.0.0/16"},
 		{"--ip of the gateway", "10.240.0.1", "", "it is the subnet's gateway, which is Azure's"},
-		{"--ip of the VM", "10.240.0.4", "", "10.240.0.4"},
-		{"--ip that is no ipconfig", "10.240.0.200", "", "10.240.0.200"},
+		{"the VM's own, which is not lent", "10.240.0.4", "10.240.0.4/16", ""},
+		{"an --aux-address of another VM, which is not lent", "10.240.0.200", "10.240.0.200/16", ""},
 		{"no address", "web", "", `"web" is not an address`},
 		{"any", "", "10.240.0.5/16", ""},
 		{"any, and one more", "", "10.240.1.7/16", ""},
@@ -267,6 +267,27 @@ func TestAReleaseFreesOnlyWhatItsOwnPoolHoldsAndNoLinkHas(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{}, w.lent(t)); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestPoolAndNetworkAreOfOneNIC(t *testing.T) {
+	w := newWorld(t)
+	subnet := netip.MustParsePrefix("10.240.0.0/16")
+	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
+		t.Errorf("of a pool of before the restart nothing is known: %v", err)
+	}
+	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	if err := w.Agrees(subnet, id.mac); err != nil {
+		t.Error(err)
+	}
+	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err == nil || !strings.Contains(err.Error(), "--ipam-opt master= and -o master=") {
+		t.Errorf("another NIC in the same subnet: %v", err)
+	}
+	if err := w.ReleasePool(t.Context(), &ipam.ReleasePoolRequest{PoolID: id.String()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
+		t.Errorf("the pool is gone: %v", err)
 	}
 }
 
