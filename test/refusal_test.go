@@ -34,7 +34,7 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 		{"a bridge name that is a path", azure("-o", "bridge=../x"), []string{"interface name"}},
 		{"a bridge name that is too long", azure("-o", "bridge="+strings.Repeat("x", 200)), []string{"15"}},
 		{"--ipv6", azure("--ipv6", "--subnet", "fd00:9::/64"), []string{"IPv6"}},
-		{"--internal", azure("--internal"), []string{"--internal"}},
+		{"--internal with an option of what leaves", azure("--internal", "-o", "snat=off"), []string{"--internal", "snat"}},
 		{"another gateway", azure("--gateway", "10.240.0.9"), []string{"10.240.0.1"}},
 		{"a part of the subnet", create("--ipam-driver", plugin, "--subnet", "10.240.1.0/24"), []string{"10.240.0.0/16"}},
 		{"a subnet that is not ours", create("--ipam-driver", plugin, "--subnet", "192.168.7.0/24"), []string{"10.240.0.0/16"}},

@@ -1,0 +1,290 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// create is docker network create with options of any kind.
+func (h host) create(name string, option ...string) {
+	h.t.Helper()
+	h.docker(append(append([]string{"network", "create", "-d", plugin, "--ipam-driver", plugin}, option...), name)...)
+}
+
+// serve starts server on the VM itself.
+func (h host) serve() {
+	h.t.Helper()
+	h.must("sh", "-c", strings.NewReplacer("/www", "/run/www", "exec httpd -f", "busybox httpd").Replace(server))
+}
+
+// seen says that a server sees from as want.
+func seen(t *testing.T, from place, to, want netip.Addr) {
+	t.Helper()
+	if got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to))...); err != nil || got != want.String() {
+		t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to, got, want, err)
+	}
+}
+
+// unseen says that from does not reach a server.
+func unseen(t *testing.T, from place, to netip.Addr) {
+	t.Helper()
+	if got, err := from.try("timeout", "1", "busybox", "wget", "-q", "-O", "-", fmt.Sprintf("http://%s/cgi-bin/who", to)); err == nil {
+		t.Errorf("%s reaches %s, and is seen as %q", from.name, to, got)
+	}
+}
+
+// probed says that a load balancer's probe is answered by the container itself:
+// the fabric refuses an answer from a NIC that has not the container's address.
+func probed(t *testing.T, vnet *vnetsim.VNet, to netip.Addr) {
+	t.Helper()
+	from := net.Dialer{Timeout: 5 * time.Second, LocalAddr: &net.TCPAddr{IP: vnetsim.HostAgentAddr.AsSlice()}}
+	var got []byte
+	err := vnet.Internet.Do(func() error {
+		conn, err := from.Dial("tcp4", netip.AddrPortFrom(to, 80).String())
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		fmt.Fprint(conn, "GET /cgi-bin/who HTTP/1.0\r\n\r\n")
+		got, err = io.ReadAll(conn)
+		return err
+	})
+	if err != nil || !strings.HasSuffix(string(got), "\n"+vnetsim.HostAgentAddr.String()+"\n") {
+		t.Errorf("the probe of %s is answered with %q: %v", to, got, err)
+	}
+}
+
+func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
+	second := netip.MustParsePrefix("10.241.0.0/16")
+	vnet, vms := newVNet(t,
+		vnetsim.VMConfig{Secondaries: 4, NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 4}}},
+		vnetsim.VMConfig{}, vnetsim.VMConfig{NICs: []vnetsim.NICConfig{{Subnet: second}}})
+	h, plain, other := vms[0], onHost(vms[1]), onHost(vms[2])
+	other.addr = other.on.NICs()[1].Primary // it has a primary NIC too, whose address it is not known by here
+	h.withPlugin()
+	plain.on.serve()
+	other.on.serve()
+	eth1 := h.NICs()[1]
+	before := h.must("sh", "-c", "ip -4 rule; ip -4 route show table all | sort; ip -br -4 addr")
+
+	h.create("second", "--subnet", second.String(), "-o", "master=eth1")
+	s1 := inContainer(h, "s1", h.container("second", "s1", server))
+	outside := func(t *testing.T, from place, internet netip.Addr) {
+		t.Helper()
+		seen(t, from, plain.addr, from.addr)
+		seen(t, plain, from.addr, plain.addr)
+		if got, err := from.try(fetch("http://" + vnetsim.InternetAddr.String() + "/")...); err != nil || got != internet.String() {
+			t.Errorf("the internet sees %s as %q, want %s: %v", from.name, got, internet, err)
+		}
+		imds := "http://" + vnetsim.IMDSAddr.String() + "/metadata/instance/network?api-version=2021-02-01"
+		if got, err := from.try("timeout", "5", "busybox", "wget", "-q", "-O", "-", "--header", "Metadata: true", imds); err != nil {
+			t.Errorf("%s gets from IMDS %q: %v", from.name, got, err)
+		}
+		probed(t, vnet, from.addr)
+		seen(t, onHost(h), from.addr, h.NICs()[map[bool]int{true: 1}[from.addr == s1.addr]].Primary)
+	}
+	t.Run("the second NIC's, while the primary has none", func(t *testing.T) {
+		outside(t, s1, eth1.Primary)
+		seen(t, s1, other.addr, s1.addr)
+		seen(t, other, s1.addr, other.addr)
+	})
+	clean(t, vnet)
+	h.network("azure")
+	a1 := inContainer(h, "a1", h.container("azure", "a1", server))
+	t.Run("both", func(t *testing.T) {
+		outside(t, s1, eth1.Primary)
+		outside(t, a1, h.Public)
+		seen(t, s1, other.addr, s1.addr)
+		seen(t, other, s1.addr, other.addr)
+		seen(t, a1, s1.addr, a1.addr)
+		seen(t, s1, a1.addr, s1.addr)
+	})
+	clean(t, vnet)
+	t.Run("the routing is mended", func(t *testing.T) {
+		h.in(t).must("sh", "-c", "ip rule del priority 16863; ip rule del priority 16863")
+		eventually(t, "the rules are back", 35*time.Second, func() bool {
+			return strings.Count(h.must("ip", "rule"), "16863:") == 2
+		})
+		outside(t, s1, eth1.Primary)
+	})
+	t.Run("a container on both is reached at both", func(t *testing.T) {
+		h := h.in(t)
+		addr := h.container("azure", "two", server)
+		h.docker("network", "connect", "--alias", "deux", "second", "two")
+		more, err := netip.ParseAddr(h.docker("inspect", "-f", "{{.NetworkSettings.Networks.second.IPAddress}}", "two"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen(t, plain, addr, plain.addr)
+		seen(t, other, more, other.addr)
+		seen(t, inContainer(h, "two", addr), other.addr, more)
+		if _, err := s1.try(fetch("http://deux/cgi-bin/who")...); err != nil {
+			t.Errorf("by its alias: %v", err)
+		}
+		h.docker("network", "disconnect", "second", "two")
+		if s := h.state(); len(s.Attachments) != 3 {
+			t.Errorf("disconnected, and attached are %v", s.Attachments)
+		}
+		seen(t, plain, addr, plain.addr)
+	})
+	clean(t, vnet)
+	t.Run("an internal network of one NIC behind a front on the other", func(t *testing.T) {
+		h := h.in(t)
+		h.create("inner", "--internal", "--subnet", second.String())
+		db := inContainer(h, "db", h.container("inner", "db", server))
+		front := inContainer(h, "front", h.container("azure", "front", server, "-p", "8080:80"))
+		h.docker("network", "connect", "inner", "front")
+		if _, err := front.try(fetch("http://db/cgi-bin/who")...); err != nil {
+			t.Errorf("by its name: %v", err)
+		}
+		if got, err := plain.try(fetch(fmt.Sprintf("http://%s:8080/cgi-bin/who", h.Primary))...); err != nil {
+			t.Errorf("its published port is answered with %q: %v", got, err)
+		}
+		unseen(t, other, db.addr)
+		unseen(t, db, other.addr)
+		h.docker("rm", "-f", "db", "front")
+		h.docker("network", "rm", "inner")
+	})
+	clean(t, vnet)
+	t.Run("uninstall leaves no rule and no route", func(t *testing.T) {
+		h := h.in(t)
+		h.docker("rm", "-f", "a1", "s1", "two")
+		h.docker("network", "rm", "azure", "second")
+		h.docker("plugin", "disable", "-f", plugin)
+		h.must(top+"/build/azure-vnet-plugin", "uninstall")
+		if after := h.must("sh", "-c", "ip -4 rule; ip -4 route show table all | sort; ip -br -4 addr"); after != before {
+			t.Errorf("was\n%s\nis\n%s", before, after)
+		}
+	})
+}
+
+func TestNetworkOptions(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 13}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin("COOL_DOWN=0s")
+	plain.on.serve()
+	ours, subnet := h.Secondaries(), h.Prefix.String()
+	h.network("azure")
+	a1 := inContainer(h, "a1", h.container("azure", "a1", server))
+
+	t.Run("an internal network", func(t *testing.T) {
+		h := h.in(t)
+		h.create("inner", "--internal", "--subnet", subnet)
+		i1 := inContainer(h, "i1", h.container("inner", "i1", server))
+		i2 := inContainer(h, "i2", h.container("inner", "i2", server, "--cap-add", "NET_ADMIN"))
+		if out := h.docker("exec", "i1", "ip", "route"); strings.Contains(out, "default") || strings.Count(out, "\n") > 0 {
+			t.Errorf("its routes are\n%s", out)
+		}
+		seen(t, i2, i1.addr, i2.addr)
+		seen(t, onHost(h), i1.addr, h.Primary)
+		seen(t, a1, i1.addr, a1.addr)
+		unseen(t, plain, i1.addr)
+		unseen(t, i1, plain.addr)
+		h.docker("exec", "i2", "ip", "route", "add", "default", "via", h.Gateway.String())
+		unseen(t, i2, plain.addr)
+		unseen(t, i2, vnetsim.InternetAddr)
+		if out, err := i2.try("timeout", "1", "nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err == nil {
+			t.Errorf("it asks the host agent: %s", out)
+		}
+		// No container is on two networks of one subnet: Docker's rule, and it leaves nothing.
+		h.refused([]string{"network", "connect", "inner", "a1"}, "conflicts with existing route")
+		h.docker("restart", "-t", "0", "i1")
+		unseen(t, plain, h.address("i1"))
+		h.docker("rm", "-f", "i1", "i2")
+		h.docker("network", "rm", "inner")
+	})
+	t.Run("networks with a SNAT of their own", func(t *testing.T) {
+		h := h.in(t)
+		h.create("bare", "--subnet", subnet, "-o", "snat=off")
+		h.create("near", "--subnet", subnet, "-o", "direct="+netip.PrefixFrom(h.Primary, 32).String())
+		near := inContainer(h, "near", h.container("near", "near", server))
+		bare := inContainer(h, "bare", h.container("bare", "bare", server))
+		seen(t, near, plain.addr, h.Primary)
+		seen(t, bare, plain.addr, bare.addr)
+		seen(t, a1, plain.addr, a1.addr)
+		h.docker("rm", "-f", "near", "bare")
+		h.docker("network", "rm", "near", "bare")
+	})
+	t.Run("--ip-range bounds the choice and reserves nothing", func(t *testing.T) {
+		h := h.in(t)
+		h.create("range", "--subnet", subnet, "--ip-range", netip.PrefixFrom(ours[3], 31).Masked().String())
+		within := netip.PrefixFrom(ours[3], 31).Masked()
+		for _, name := range []string{"r1", "r2"} {
+			if addr := h.container("range", name, "sleep 1000"); !within.Contains(addr) {
+				t.Errorf("%s is out of %s", addr, within)
+			}
+		}
+		h.refused([]string{"run", "--rm", "--network", "range", "busybox", "true"}, "range", within.String())
+		h.docker("rm", "-f", "r1", "r2")
+		if got := h.container("azure", "r3", "sleep 1000", "--ip", within.Addr().String()); got != within.Addr() {
+			t.Errorf("another network gets %s", got)
+		}
+		h.docker("rm", "-f", "r3")
+		h.docker("network", "rm", "range")
+	})
+	t.Run("--aux-address reserves what is ours, and notes what is not", func(t *testing.T) {
+		h := h.in(t)
+		mine, gateway := ours[len(ours)-1], h.Gateway.String()
+		h.create("aux", "--subnet", subnet, "--gateway", gateway, "--aux-address", "mine="+mine.String(),
+			"--aux-address", "reserved=10.240.0.2", "--aux-address", "other="+plain.addr.String(), "--aux-address", "vm="+h.Primary.String())
+		held := func() bool { return slices.Contains(h.state().Leases, mine.String()) }
+		if !held() {
+			t.Errorf("%s is not held", mine)
+		}
+		for _, network := range []string{"aux", "azure"} {
+			for _, addr := range []netip.Addr{mine, plain.addr} {
+				h.refused([]string{"run", "--rm", "--network", network, "--ip", addr.String(), "busybox", "true"}, addr.String())
+			}
+		}
+		h.killPlugin()
+		eventually(t, "it is held after the plugin's restart", 20*time.Second, held)
+		h.refused([]string{"network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", subnet, "--aux-address", "a=" + mine.String(), "again"}, mine.String())
+		h.docker("network", "rm", "aux")
+		if held() {
+			t.Errorf("%s is held by a network that is gone", mine)
+		}
+	})
+	h.docker("rm", "-f", "a1")
+	h.empty()
+	clean(t, vnet)
+}
+
+func TestTwoNICsInOneSubnet(t *testing.T) {
+	subnet := netip.MustParsePrefix("10.240.0.0/16")
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 2}}}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin()
+	plain.on.serve()
+	create := []string{"network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", subnet.String()}
+	for _, bad := range [][]string{{"--ipam-opt", "master=eth1"}, {"-o", "master=eth1"}, {"--ipam-opt", "master=eth1", "-o", "master=eth0"}} {
+		h.refused(append(append(slices.Clone(create), bad...), "bad"), "--ipam-opt master= and -o master=")
+	}
+	h.create("first", "--subnet", subnet.String())
+	h.create("second", "--subnet", subnet.String(), "--ipam-opt", "master=eth1", "-o", "master=eth1")
+	for i, network := range []string{"first", "second"} {
+		nic := h.NICs()[i]
+		c := inContainer(h, network, h.container(network, network, server))
+		if !slices.Contains(nic.Secondaries, c.addr) {
+			t.Errorf("%s has %s, which is not of %s", network, c.addr, nic.Name)
+		}
+		seen(t, c, plain.addr, c.addr)
+		seen(t, plain, c.addr, plain.addr)
+		probed(t, vnet, c.addr)
+		sees := map[int]netip.Addr{0: h.Public, 1: nic.Primary}[i]
+		if got, err := c.try(fetch("http://" + vnetsim.InternetAddr.String() + "/")...); err != nil || got != sees.String() {
+			t.Errorf("the internet sees %s as %q, want %s: %v", network, got, sees, err)
+		}
+	}
+	clean(t, vnet)
+}
