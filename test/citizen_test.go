@@ -21,7 +21,7 @@ exec httpd -f -p 0.0.0.0:80 -h /www`
 
 // noise is what no fabric carries: multicast, broadcast, IPv6, ARP for strangers.
 const noise = `for to in 224.0.0.251 239.1.2.3 255.255.255.255; do
-	ping -c 2 -W 1 $to & echo x | timeout 2 nc -u -w 1 $to 5353 &
+	ping -c 2 -W 1 $to & timeout 2 nslookup noise.test $to &
 done
 ping6 -c 2 -W 1 -I eth0 ff02::1 & arping -c 2 -w 2 -I eth0 10.240.88.88 & wait`
 
