@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -306,6 +307,29 @@ func TestDockerRunByCNI(t *testing.T) {
 		if out := h.must("sh", "-c", "find /opt /run /var/log /etc/systemd | grep -v -e ^/run/site -e ^/run/alone | grep -e azure-vnet -e cni || true"); out != "" {
 			t.Errorf("uninstall left\n%s", out)
 		}
+	})
+	t.Run("README and docs/kubernetes.md work as they are written", func(t *testing.T) {
+		h := h.in(t)
+		// A web server by the name that they use; there is no registry here.
+		h.docker("run", "--name", "made", "busybox", "true")
+		h.docker("commit", "--change", `CMD ["httpd","-f","-p","80"]`, "made", "nginx")
+		h.docker("rm", "made")
+		for _, doc := range []string{"README.md", "docs/kubernetes.md"} {
+			found := blocks(t, doc)
+			for _, lines := range append(found["run: node"], found["run: node, last"]...) {
+				cmd := h.Command(t.Context(), "sh", "-euc", "cd "+top+"\n"+lines)
+				cmd.Env = asUser(t, os.Environ())
+				if out, err := cmd.CombinedOutput(); err != nil {
+					t.Fatalf("%s\n%v\n%s", lines, err, out)
+				}
+			}
+			for how := range found {
+				if doc != "README.md" && !strings.HasPrefix(how, "run: node") && !strings.HasPrefix(how, "read: ") {
+					t.Errorf("%s: no test proves blocks marked %q", doc, how)
+				}
+			}
+		}
+		h.must("sh", "-c", "! test -e /run/azure-vnet")
 	})
 	clean(t, vnet)
 }

@@ -46,7 +46,7 @@ func asUser(t *testing.T, env []string) []string {
 }
 
 func TestReadmeEveryBlockIsProved(t *testing.T) {
-	known := []string{"run: clone", "run: vm", "run: make", "read: needs Azure"}
+	known := []string{"run: clone", "run: vm", "run: node", "run: make", "read: needs Azure"}
 	found := blocks(t, "README.md")
 	for _, how := range known {
 		if len(found[how]) == 0 {
