@@ -13,6 +13,7 @@ set -eu
 
 name=azure-vnet:latest
 drop_in=/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg
+cni_installed=/var/lib/azure-vnet/cni.installed # the CNI package's installer writes it
 
 die() { echo "plugin.sh: $*" >&2; exit 1; }
 engine() { docker version >/dev/null 2>&1 || die "no engine answers docker version: is it running, and are you root?"; }
@@ -76,8 +77,13 @@ uninstall() { # <binary> <prefix>
 		docker plugin disable -f $name >/dev/null 2>&1 || true # it is disabled already
 		docker plugin rm -f $name >/dev/null
 	fi
-	[ ! -x "$tool" ] || "$tool" uninstall
-	rm -f "$drop_in" "$2/sbin/azure-vnet-plugin"
+	if [ -e "$cni_installed" ]; then
+		echo "the CNI package stays, and with it the network that it uses: install-cni-plugin.sh --uninstall"
+	else
+		[ ! -x "$tool" ] || "$tool" uninstall
+		rm -f "$drop_in"
+	fi
+	rm -f "$2/sbin/azure-vnet-plugin"
 }
 
 word=$1
