@@ -87,8 +87,9 @@ fresh: ## make demo and make test on a bare Debian that has only Go, git and mak
 	scripts/fresh.sh
 
 .PHONY: bench
-bench: needs ## benchmarks of pool, bridge and state files
+bench: needs ## benchmarks of pool, bridge, state files, and CNI calls beside the reference plugins
 	$(GO) test -run '^$$' -bench . -benchmem ./pool ./bridge ./internal/statefile
+	$(GO) run ./bench
 
 .PHONY: needs
 needs:

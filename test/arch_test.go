@@ -29,6 +29,7 @@ var arrows = map[string][]string{
 	"azurevnet/internal/statefile":       {},
 	"azurevnet/internal/vnetsim":         {},
 	"azurevnet/internal/vnetsim/vnetsim": {"internal/vnetsim"},
+	"azurevnet/bench":                    {"internal/vnetsim"},
 	"azurevnet/test":                     {},
 	"azurevnet/test/demo":                {"internal/vnetsim"},
 }
