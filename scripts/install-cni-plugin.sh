@@ -296,7 +296,7 @@ commit() {
 	printf %s "$staged" | while read -r path; do
 		case $path in
 		"$state"/*) ;;
-		*) [ ! -f "$root$path" ] || [ -n "$(recorded "$path")" ] || cp -p "$root$path" "$root$path.before-azure-vnet" ;;
+		*) [ ! -f "$root$path" ] || [ -n "$(recorded "$path")" ] || [ "$(sum "$path")" = "$(sum "$path.azure-vnet-new")" ] || cp -p "$root$path" "$root$path.before-azure-vnet" ;;
 		esac
 	done || die "what is there cannot be kept aside; nothing was changed"
 	# The record first: what a crash leaves here, uninstall and the next run know of.

@@ -290,8 +290,9 @@ func TestDockerRunByCNI(t *testing.T) {
 		h.must("test", "-f", "/etc/cni/net.d/10-azure.conflist")
 		h.must("test", "-x", "/opt/cni/bin/azure-vnet")
 	})
-	t.Run("removed, nothing is left, and once more is success", func(t *testing.T) {
+	t.Run("removed, though its holder died, nothing is left, and once more is success", func(t *testing.T) {
 		h := h.in(t)
+		h.docker("kill", "web.holder")
 		h.delete("web", "shop")
 		h.delete("web", "shop")
 		tidy(t)
@@ -314,9 +315,14 @@ func TestDockerRunByCNI(t *testing.T) {
 		h.docker("run", "--name", "made", "busybox", "true")
 		h.docker("commit", "--change", `CMD ["httpd","-f","-p","80"]`, "made", "nginx")
 		h.docker("rm", "made")
+		done := map[string]bool{}
 		for _, doc := range []string{"README.md", "docs/kubernetes.md"} {
 			found := blocks(t, doc)
 			for _, lines := range append(found["run: node"], found["run: node, last"]...) {
+				if done[lines] {
+					continue
+				}
+				done[lines] = true
 				cmd := h.Command(t.Context(), "sh", "-euc", "cd "+top+"\n"+lines)
 				cmd.Env = asUser(t, os.Environ())
 				if out, err := cmd.CombinedOutput(); err != nil {
