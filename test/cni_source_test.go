@@ -25,12 +25,13 @@ func says(err error, code uint, text string) bool {
 }
 
 func TestANodeIsNotReadyOnlyWhenItDeservesIt(t *testing.T) {
+	t.Parallel() // it mostly waits
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{}, vnetsim.VMConfig{Secondaries: 2, HoldSecondaries: true})
 	status := func(n node, l *libcni.NetworkConfigList) error { return n.cni.GetStatusNetworkList(n.t.Context(), l) }
 
 	t.Run("no source answers", func(t *testing.T) {
 		n := onNode(vms[0].in(t))
-		l := n.list("1.1.0", "azure", azure())
+		l := n.list("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","queryInterval":"1"}}`)
 		for _, s := range []vnetsim.Source{vnetsim.HostAgent, vnetsim.IMDS} {
 			if err := vms[0].SetFault(s, vnetsim.BlackHole); err != nil {
 				t.Fatal(err)
@@ -125,7 +126,7 @@ func TestDockerAndCNIOnOneVM(t *testing.T) {
 	var all sync.WaitGroup
 	for side := range 2 { // at most 5 addresses each: nobody is ever short
 		all.Go(func() {
-			for i := range 6 {
+			for i := range 4 {
 				name := fmt.Sprintf("d%d-%d", side, i)
 				if _, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", name, "busybox", "sleep", "1000"); err != nil {
 					t.Errorf("%s: %v", name, err)

@@ -3,8 +3,6 @@
 package cni
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"strings"
 
@@ -41,16 +39,6 @@ func (c *Call) Stale() (func(owner string) bool, error) {
 		}
 	}
 	return func(owner string) bool { return strings.HasPrefix(owner, c.prefix()) && !keep[owner] }, nil
-}
-
-// Is tells whether a link's owner is owner: one that did not fit the link stands
-// there as its hash.
-func Is(link, owner string) bool {
-	if !strings.HasPrefix(link, "sha256:") {
-		return link == owner
-	}
-	sum := sha256.Sum256([]byte(owner))
-	return link == "sha256:"+hex.EncodeToString(sum[:])
 }
 
 // wrong is an error with its code.
