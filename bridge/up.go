@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 )
 
 // The steps of a move up: the bridge gets what the NIC has.
@@ -235,7 +236,28 @@ func (m *move) port(ctx context.Context) error {
 	if changed {
 		m.mend("the forwarding entry of the fabric on %s was gone", m.nic.name)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return m.keepUnknown(nic)
+}
+
+// keepUnknown keeps unicast to a MAC that nobody has from the fabric, which
+// delivers by its own MAC alone: a container goes on for a while to send to one
+// of its VM that has just been removed.
+func (m *move) keepUnknown(nic netlink.Link) error {
+	flags, err := readPortFlags()
+	if err != nil {
+		return fmt.Errorf("read port flags: %w", err)
+	}
+	if flags[m.nic.index][nl.IFLA_BRPORT_UNICAST_FLOOD] == 0 {
+		return nil
+	}
+	if err := netlink.LinkSetFlood(nic, false); err != nil {
+		return fmt.Errorf("keep unknown unicast from %s: %w", m.nic.name, err)
+	}
+	m.mend("%s sent out what was for nobody", m.nic.name)
+	return nil
 }
 
 func (m *move) routes(ctx context.Context) error {

@@ -141,6 +141,19 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 		all.Wait()
 		clean(t, vnet)
 	})
+	t.Run("what is sent to a container that was just removed stays on the VM", func(t *testing.T) {
+		h := vm1.in(t)
+		gone := h.container("azure", "gone", server)
+		if _, err := a1.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", gone))...); err != nil {
+			t.Fatal(err)
+		}
+		mac := h.docker("exec", "gone", "cat", "/sys/class/net/eth0/address")
+		h.docker("rm", "-f", "gone")
+		// The neighbour that a1 had resolved, as it is used until the kernel doubts it.
+		h.docker("run", "--rm", "--cap-add", "NET_ADMIN", "--network", "container:a1", "busybox", "sh", "-c",
+			fmt.Sprintf("arp -i eth0 -s %s %s && ping -c 3 -W 1 %[1]s; arp -i eth0 -d %[1]s", gone, mac))
+		clean(t, vnet)
+	})
 	t.Run("nobody takes another's address or MAC", func(t *testing.T) {
 		h := vm1.in(t)
 		thief := h.container("azure", "thief", "sleep 1000", "--cap-add", "NET_ADMIN")
