@@ -77,7 +77,7 @@ func (m *move) verifyDown(ctx context.Context) error {
 // dropBridge deletes the bridge, and with it its addresses and routes; a rule
 // only names it and must go by itself.
 func (m *move) dropBridge(ctx context.Context) error {
-	if _, err := (egress{bridge: m.name}).sync(); err != nil {
+	if _, err := (egress{bridge: m.name, table: egressTables + m.nic.index}).sync(); err != nil {
 		return err
 	}
 	if m.bridge.index == 0 {

@@ -4,30 +4,35 @@ package bridge
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math/bits"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // Azure's default route stands on the primary NIC alone. What endpoints of
-// another NIC's bridge send up to be SNATed, and the answers to it, must use
-// that NIC: Azure drops an address that leaves by a NIC that has it not.
+// another NIC's bridge send through the host, and what the host gives back to
+// them, must use that NIC: Azure drops an address that leaves by a NIC that has
+// it not.
 const (
-	egressProtocol = 168      // marks rules and routes as ours
-	egressPriority = 16863    // of the rules: before main and whatever else knows no mark of ours
+	egressProtocol = 168      // marks our rules and routes
+	egressPriority = 16863    // of the rules: before main, and after local
 	egressTables   = 16863000 // the number of a bridge's table, less the index of its NIC
 )
 
-// egress is the policy routing of one bridge. The zero value but for the
-// bridge's name has none.
+// egress is the policy routing of one bridge: all that comes up from it and is
+// not for the host leaves by it, but for what the host routes to other links.
 type egress struct {
 	bridge string
 	table  int
 	link   int          // the bridge's index
-	subnet netip.Prefix // of its NIC; the first address is Azure's gateway
+	subnet netip.Prefix // of its NIC; the first address is Azure's gateway. Zero: no such routing
+	away   []span       // left to the host's other routes
 }
 
 // isEgress tells a rule that egress made.
@@ -46,11 +51,12 @@ func (m *move) egress(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	e := egress{bridge: m.name}
+	e := egress{bridge: m.name, table: egressTables + m.nic.index}
 	if subnets := in.subnets[m.name]; in.egress[m.name] && len(subnets) > 0 {
-		e = egress{m.name, egressTables + m.nic.index, m.bridge.index, subnets[0]}
-		// Strict filtering would ask the main table where answers from the
-		// internet should have come in.
+		e.link, e.subnet = m.bridge.index, subnets[0]
+		e.away = merge(append(in.away, spans(netip.PrefixFrom(imds, 32))...)) // IMDS answers on the primary NIC
+		// Strict filtering would look for answers from the internet on the
+		// primary NIC.
 		if _, err := m.h.setSysctl("ipv4/conf/"+m.name+"/rp_filter", "2"); err != nil {
 			return fmt.Errorf("let answers come in by %s: %w", m.name, err)
 		}
@@ -62,98 +68,124 @@ func (m *move) egress(ctx context.Context) error {
 	return err
 }
 
-// sync makes the kernel's policy routing of the bridge e, routes before the
-// rules that lead to them, and reports whether it had to.
+// sync makes the kernel's policy routing of the bridge e, and reports whether it
+// had to. The rule comes after the routes that it leads to, and goes before them.
 func (e egress) sync() (changed bool, err error) {
-	have, err := whole(func() ([]netlink.Rule, error) { return netlink.RuleList(unix.AF_INET) })
-	if err != nil {
-		return false, fmt.Errorf("list rules: %w", err)
-	}
-	stand := map[string]bool{}
-	for _, r := range have {
-		if r.Protocol != egressProtocol || r.IifName != e.bridge {
-			continue
-		}
-		stand[ruleKey(r)] = true
-	}
-	if changed, err = e.syncRoutes(); err != nil {
-		return changed, err
-	}
-	want := map[string]bool{}
-	for _, r := range e.rules() {
-		want[ruleKey(*r)] = true
-		if !stand[ruleKey(*r)] {
-			changed = true
-			if err := netlink.RuleAdd(r); err != nil {
-				return changed, fmt.Errorf("add the rule that what comes from %s leaves by its NIC: %w", e.bridge, err)
-			}
-		}
-	}
-	for _, r := range have {
-		if r.Protocol != egressProtocol || r.IifName != e.bridge || want[ruleKey(r)] {
-			continue
-		}
-		changed = true
-		if err := netlink.RuleDel(&r); err != nil {
-			return changed, fmt.Errorf("delete the rule that what comes from %s leaves by its NIC: %w", e.bridge, err)
+	for _, part := range []func() (bool, error){e.dropRules, e.syncRoutes, e.addRule} {
+		did, err := part()
+		if changed = changed || did; err != nil {
+			return changed, err
 		}
 	}
 	return changed, nil
 }
 
-// rules lead what is marked, and answers to it, to the bridge's own table.
-func (e egress) rules() []*netlink.Rule {
-	if e.table == 0 {
+// rules are those that egress made for the bridge.
+func (e egress) rules() ([]netlink.Rule, error) {
+	all, err := whole(func() ([]netlink.Rule, error) { return netlink.RuleList(unix.AF_INET) })
+	if err != nil {
+		return nil, fmt.Errorf("list rules: %w", err)
+	}
+	return slices.DeleteFunc(all, func(r netlink.Rule) bool { return r.Protocol != egressProtocol || r.IifName != e.bridge }), nil
+}
+
+func (e egress) right(r netlink.Rule) bool {
+	return e.subnet.IsValid() && r.Table == e.table && r.Priority == egressPriority
+}
+
+func (e egress) dropRules() (changed bool, err error) {
+	all, err := e.rules()
+	if err != nil {
+		return false, err
+	}
+	for _, r := range all {
+		if e.right(r) {
+			continue
+		}
+		changed = true
+		if err := netlink.RuleDel(&r); err != nil {
+			return changed, fmt.Errorf("delete the rule for what comes from %s: %w", e.bridge, err)
+		}
+	}
+	return changed, nil
+}
+
+func (e egress) addRule() (changed bool, err error) {
+	all, err := e.rules()
+	if err != nil || !e.subnet.IsValid() || slices.ContainsFunc(all, e.right) {
+		return false, err
+	}
+	r := netlink.NewRule()
+	r.Family, r.Priority, r.Table, r.IifName, r.Protocol = unix.AF_INET, egressPriority, e.table, e.bridge, egressProtocol
+	if err := netlink.RuleAdd(r); err != nil {
+		return true, fmt.Errorf("add the rule for what comes from %s: %w", e.bridge, err)
+	}
+	return true, nil
+}
+
+// routes are those of the bridge's table. The subnet's is here too, else another
+// NIC in the same subnet may be taken.
+func (e egress) routes() []netlink.Route {
+	if !e.subnet.IsValid() {
 		return nil
 	}
-	rule := func() *netlink.Rule {
-		r := netlink.NewRule()
-		r.Family, r.Priority, r.Table, r.IifName, r.Protocol = unix.AF_INET, egressPriority, e.table, e.bridge, egressProtocol
-		return r
+	route := netlink.Route{Table: e.table, Protocol: egressProtocol, Family: unix.AF_INET}
+	home, out := route, route
+	home.LinkIndex, home.Scope, home.Type, home.Dst = e.link, netlink.SCOPE_LINK, unix.RTN_UNICAST, ipNet(e.subnet)
+	out.LinkIndex, out.Type, out.Flags, out.Gw = e.link, unix.RTN_UNICAST, int(netlink.FLAG_ONLINK), e.subnet.Addr().Next().AsSlice()
+	out.Dst = &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+	all := []netlink.Route{home, out}
+	for _, s := range e.away {
+		for _, p := range s.prefixes() {
+			route.Type, route.Dst = unix.RTN_THROW, ipNet(p)
+			all = append(all, route)
+		}
 	}
-	mask := uint32(egressMark)
-	marked, home := rule(), rule()
-	marked.Mark, marked.Mask = egressMark, &mask
-	home.Dst = ipNet(e.subnet) // else a NIC in the same subnet may be taken for it
-	return []*netlink.Rule{marked, home}
+	return all
 }
 
-func ruleKey(r netlink.Rule) string {
-	mask := uint32(0)
-	if r.Mask != nil {
-		mask = *r.Mask
-	}
-	return fmt.Sprintf("%d %d %x/%x %v", r.Priority, r.Table, r.Mark, mask, r.Dst)
-}
-
-// syncRoutes makes the table's routes. The kernel drops them with the bridge.
 func (e egress) syncRoutes() (changed bool, err error) {
-	if e.table == 0 {
-		return false, nil
-	}
 	have, err := whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: e.table}, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return false, fmt.Errorf("list routes of table %d: %w", e.table, err)
 	}
-	stand := map[string]bool{}
-	for _, r := range have {
-		stand[routeKey(r)] = true
-	}
-	home := netlink.Route{LinkIndex: e.link, Table: e.table, Protocol: egressProtocol, Scope: netlink.SCOPE_LINK, Dst: ipNet(e.subnet)}
-	out := netlink.Route{LinkIndex: e.link, Table: e.table, Protocol: egressProtocol, Flags: int(netlink.FLAG_ONLINK),
-		Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, Gw: e.subnet.Addr().Next().AsSlice()}
-	for _, r := range []netlink.Route{home, out} {
-		if stand[routeKey(r)] {
+	want := e.routes()
+	for _, r := range want {
+		if slices.ContainsFunc(have, func(h netlink.Route) bool { return routeKey(h) == routeKey(r) }) {
 			continue
 		}
 		changed = true
 		if err := netlink.RouteReplace(&r); err != nil {
-			return changed, fmt.Errorf("route %s by %s in table %d: %w", r.Dst, e.bridge, e.table, err)
+			return changed, fmt.Errorf("route %s in table %d: %w", r.Dst, e.table, err)
+		}
+	}
+	for _, h := range have {
+		if slices.ContainsFunc(want, func(r netlink.Route) bool { return routeKey(r) == routeKey(h) }) ||
+			slices.ContainsFunc(want, func(r netlink.Route) bool { return r.Dst.String() == h.Dst.String() }) { // replaced
+			continue
+		}
+		changed = true
+		if err := netlink.RouteDel(&h); err != nil && !errors.Is(err, unix.ESRCH) {
+			return changed, fmt.Errorf("delete route %s of table %d: %w", h.Dst, e.table, err)
 		}
 	}
 	return changed, nil
 }
 
-func routeKey(r netlink.Route) string { return fmt.Sprintf("%v %v %d", r.Dst, r.Gw, r.LinkIndex) }
+func routeKey(r netlink.Route) string {
+	return fmt.Sprintf("%v %v %d %d", r.Dst, r.Gw, r.LinkIndex, r.Type)
+}
+
+// prefixes are the addresses of s, as few as can be.
+func (s span) prefixes() []netip.Prefix {
+	var out []netip.Prefix
+	for at := s.first; at <= s.last; {
+		size := uint64(1) << min(bits.TrailingZeros64(at|1<<32), bits.Len64(s.last-at+1)-1)
+		ip := netip.AddrFrom4([4]byte{byte(at >> 24), byte(at >> 16), byte(at >> 8), byte(at)})
+		out = append(out, netip.PrefixFrom(ip, 33-bits.Len64(size)))
+		at += size
+	}
+	return out
+}

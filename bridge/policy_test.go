@@ -5,6 +5,7 @@ package bridge
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -103,4 +104,21 @@ func TestSpansAgreeWithRoutes(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestPrefixesOfASpan(t *testing.T) {
+	for _, c := range []struct {
+		span span
+		want []netip.Prefix
+	}{
+		{span{0, 1<<32 - 1}, prefixes("0.0.0.0/0")},
+		{span{1<<32 - 1, 1<<32 - 1}, prefixes("255.255.255.255/32")},
+		{span{0, 0}, prefixes("0.0.0.0/32")},
+		{spanOf(netip.MustParsePrefix("172.17.0.0/16")), prefixes("172.17.0.0/16")},
+		{span{0xac110001, 0xac110006}, prefixes("172.17.0.1/32", "172.17.0.2/31", "172.17.0.4/31", "172.17.0.6/32")},
+	} {
+		if got := c.span.prefixes(); !slices.Equal(got, c.want) {
+			t.Errorf("%x: %v, want %v", c.span, got, c.want)
+		}
+	}
 }

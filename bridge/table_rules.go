@@ -16,20 +16,15 @@ import (
 // The table's names. Shared: src_ip, src_arp and src_ip6 say what an endpoint may send,
 // from_nic and to_nic send a NIC's frames to its bridge's chains. Per bridge,
 // with its name: ep4 and the chains fabric, wire, arp and host; where it has
-// internal endpoints, the set inner and the chain arpin; where its NIC is not the
-// one that the host's default route takes, the chain snat. Per policy and
-// bridge, with both: the map dst and the chain net. Names are none of nft's
-// keywords, so that what it lists it can load.
+// internal endpoints, the set inner and the chain arpin. Per policy and bridge,
+// with both: the map dst and the chain net. Names are none of nft's keywords, so
+// that what it lists it can load.
 const tableName = "azure_vnet"
 
 var bridgeTable = &nftables.Table{Name: tableName, Family: nftables.TableFamilyBridge}
 
-// snatMark on a packet asks the host's one MASQUERADE rule for it. egressMark
-// has it leave by the NIC of the bridge that it came up from.
-const (
-	snatMark   = 0x10000
-	egressMark = 0x20000
-)
+// snatMark on a packet asks the host's one MASQUERADE rule for it.
+const snatMark = 0x10000
 
 // tableState is the table, as wanted or as found.
 type tableState struct {
@@ -166,9 +161,6 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 	t.chain("host_"+b.Name,
 		join(value([]byte{unix.PACKET_HOST}), setMeta(expr.MetaKeyPKTTYPE), value(b.MAC), setEtherDaddr(), accept()))
 
-	if in.egress[b.Name] {
-		t.chain("snat_"+b.Name, join(orMark(snatMark), jump("host_"+b.Name)))
-	}
 	for _, id := range in.networks(b.Name) {
 		in.addNetwork(t, b.Name, id, subnets)
 	}
@@ -177,9 +169,7 @@ func (in *tableInput) addBridge(t *tableState, b Bridge) {
 // addNetwork adds the chain of policy id on bridge and the map that it asks.
 // With SNAT what is not direct goes up to the host, marked. Without, all leaves
 // as it is, but what the host routes away goes up to it just so: the fabric
-// could not deliver it. What goes up from a bridge whose NIC the host's default
-// route does not take is marked to leave by that NIC all the same, but for what
-// the host has a route of its own for: other links, and IMDS.
+// could not deliver it.
 func (in *tableInput) addNetwork(t *tableState, bridge, id string, subnets []netip.Prefix) {
 	p := policyOf(in.policies, id)
 	if p.Internal {
@@ -199,13 +189,7 @@ func (in *tableInput) addNetwork(t *tableState, bridge, id string, subnets []net
 		return
 	}
 	dst.add(p.direct(subnets, in.away), "accept")
-	mark := uint32(snatMark)
-	if in.egress[bridge] {
-		mark |= egressMark
-		routed := merge(slices.Concat(in.away, spans(netip.PrefixFrom(imds, 32))))
-		dst.add(subtract(routed, agent), "goto snat_"+bridge)
-	}
-	t.chain(netChain(bridge, id), ask, join(orMark(mark), jump("host_"+bridge)))
+	t.chain(netChain(bridge, id), ask, join(orMark(snatMark), jump("host_"+bridge)))
 }
 
 func netChain(bridge, policy string) string { return "net_" + bridge + "_" + policy }
