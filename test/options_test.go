@@ -43,14 +43,13 @@ func unseen(t *testing.T, from place, to netip.Addr) {
 	}
 }
 
-// probed says that a load balancer's probe is answered by the container itself:
-// the fabric refuses an answer from a NIC that has not the container's address.
-func probed(t *testing.T, vnet *vnetsim.VNet, to netip.Addr) {
-	t.Helper()
-	from := net.Dialer{Timeout: 5 * time.Second, LocalAddr: &net.TCPAddr{IP: vnetsim.HostAgentAddr.AsSlice()}}
+// fromOutside fetches from one of the addresses on the internet's side: whom does
+// a server see?
+func fromOutside(vnet *vnetsim.VNet, from, to netip.Addr, port uint16) (string, error) {
+	dialer := net.Dialer{Timeout: 5 * time.Second, LocalAddr: &net.TCPAddr{IP: from.AsSlice()}}
 	var got []byte
 	err := vnet.Internet.Do(func() error {
-		conn, err := from.Dial("tcp4", netip.AddrPortFrom(to, 80).String())
+		conn, err := dialer.Dial("tcp4", netip.AddrPortFrom(to, port).String())
 		if err != nil {
 			return err
 		}
@@ -60,7 +59,15 @@ func probed(t *testing.T, vnet *vnetsim.VNet, to netip.Addr) {
 		got, err = io.ReadAll(conn)
 		return err
 	})
-	if err != nil || !strings.HasSuffix(string(got), "\n"+vnetsim.HostAgentAddr.String()+"\n") {
+	text := strings.TrimSpace(string(got))
+	return text[strings.LastIndex(text, "\n")+1:], err
+}
+
+// probed says that a load balancer's probe is answered by the container itself:
+// the fabric refuses an answer from a NIC that has not the container's address.
+func probed(t *testing.T, vnet *vnetsim.VNet, to netip.Addr) {
+	t.Helper()
+	if got, err := fromOutside(vnet, vnetsim.HostAgentAddr, to, 80); got != vnetsim.HostAgentAddr.String() {
 		t.Errorf("the probe of %s is answered with %q: %v", to, got, err)
 	}
 }
@@ -79,7 +86,7 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 	before := h.must("sh", "-c", "ip -4 rule; ip -4 route show table all | sort; ip -br -4 addr")
 
 	h.create("second", "--subnet", second.String(), "-o", "master=eth1")
-	s1 := inContainer(h, "s1", h.container("second", "s1", server))
+	s1 := inContainer(h, "s1", h.container("second", "s1", server, "-p", "8081:80"))
 	outside := func(t *testing.T, from place, internet netip.Addr) {
 		t.Helper()
 		seen(t, from, plain.addr, from.addr)
@@ -110,11 +117,24 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 		seen(t, a1, s1.addr, a1.addr)
 		seen(t, s1, a1.addr, s1.addr)
 	})
+	t.Run("the second NIC's published ports", func(t *testing.T) {
+		if got, err := fromOutside(vnet, vnetsim.InternetAddr, eth1.Primary, 8081); got != vnetsim.InternetAddr.String() {
+			t.Errorf("a client on the internet is seen as %q: %v", got, err)
+		}
+		if got, err := fromOutside(vnet, vnetsim.HostAgentAddr, eth1.Primary, 8081); err != nil || got == "" {
+			t.Errorf("a probe is answered with %q: %v", got, err)
+		}
+		for _, from := range []place{plain, other, s1} {
+			if got, err := from.try(fetch(fmt.Sprintf("http://%s:8081/cgi-bin/who", eth1.Primary))...); err != nil {
+				t.Errorf("%s gets %q: %v", from.name, got, err)
+			}
+		}
+	})
 	clean(t, vnet)
 	t.Run("the routing is mended", func(t *testing.T) {
-		h.in(t).must("sh", "-c", "ip rule del priority 16863; ip rule del priority 16863")
+		h.in(t).must("sh", "-c", "ip rule del priority 16863; ip route flush table 16863003")
 		eventually(t, "the rules are back", 35*time.Second, func() bool {
-			return strings.Count(h.must("ip", "rule"), "16863:") == 2
+			return strings.Count(h.must("ip", "rule"), "16863:") == 1 && strings.Contains(h.must("ip", "route", "show", "table", "all"), "default via 10.241.0.1 dev azure3 table 16863")
 		})
 		outside(t, s1, eth1.Primary)
 	})
