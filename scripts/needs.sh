@@ -22,6 +22,8 @@ need conntrack conntrack
 need dbus-daemon dbus
 need dockerd docker.io
 need docker docker.io
+need containerd containerd
+need runc runc
 need debootstrap debootstrap
 need docker-compose docker-compose
 need docker-registry docker-registry

@@ -1,0 +1,265 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// podImage is what pods run: a static busybox.
+const podImage = "docker.io/library/pod:latest"
+
+// imageArchive is that image as docker save writes it.
+func imageArchive(t *testing.T) []byte {
+	t.Helper()
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(busybox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pack := func(files map[string][]byte, mode int64) []byte {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for name, content := range files {
+			if err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(len(content)), Typeflag: tar.TypeReg}); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Write(content); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	marshal := func(v any) []byte {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	layer := pack(map[string][]byte{"bin/busybox": program, "bin/sh": program}, 0o755)
+	sum := sha256.Sum256(layer)
+	return pack(map[string][]byte{
+		"layer.tar": layer,
+		"config.json": marshal(map[string]any{"architecture": "amd64", "os": "linux",
+			"config": map[string]any{"Entrypoint": []string{"/bin/busybox", "sleep", "100000"}, "Env": []string{"PATH=/bin"}},
+			"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hex.EncodeToString(sum[:])}}}),
+		"manifest.json": marshal([]any{map[string]any{"Config": "config.json", "RepoTags": []string{podImage}, "Layers": []string{"layer.tar"}}}),
+	}, 0o644)
+}
+
+// kubelet is a client of a node's containerd.
+type kubelet struct {
+	node
+	cri cri.RuntimeServiceClient
+}
+
+// withContainerd starts containerd with its CRI plugin, in its usual places.
+func (n node) withContainerd(conflist string) kubelet {
+	n.t.Helper()
+	config := fmt.Sprintf(`version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = %q
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "native"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = %q
+`, podImage, n.dir)
+	root := fmt.Sprintf("/proc/%d/root", n.PidOne())
+	write := func(path string, content []byte) {
+		n.t.Helper()
+		if err := os.WriteFile(filepath.Join(root, path), content, 0o644); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	n.must("mkdir", "-p", "/etc/containerd", "/etc/cni/net.d")
+	write("/run/containerd.toml", []byte(config))
+	write("/run/pod.tar", imageArchive(n.t))
+	n.conflist(conflist)
+	daemon := n.Command(context.Background(), "sh", "-c", `for f in /sys/fs/cgroup/cgroup.procs /sys/fs/cgroup/*/cgroup.procs; do echo 0 >$f; done 2>/dev/null
+		exec containerd --config /run/containerd.toml >/run/containerd.log 2>&1`)
+	if err := daemon.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() {
+		if n.t.Failed() {
+			log, _ := n.try("tail", "-n", "40", "/run/containerd.log")
+			n.t.Logf("%s: containerd says:\n%s", n.Name, log)
+		}
+		_ = daemon.Process.Kill()
+		_ = daemon.Wait()
+	})
+	conn, err := grpc.NewClient("passthrough:containerd", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", root+"/run/containerd/containerd.sock")
+		}))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { conn.Close() })
+	k := kubelet{n, cri.NewRuntimeServiceClient(conn)}
+	eventually(n.t, "containerd is ready", 30*time.Second, k.ready)
+	n.must("ctr", "-n", "k8s.io", "images", "import", "--snapshotter", "native", "/run/pod.tar")
+	return k
+}
+
+// ready is what kubelet asks to call its node so.
+func (k kubelet) ready() bool {
+	ctx, cancel := context.WithTimeout(k.t.Context(), 5*time.Second)
+	defer cancel()
+	r, err := k.cri.Status(ctx, &cri.StatusRequest{})
+	if err != nil {
+		return false
+	}
+	for _, c := range r.Status.Conditions {
+		if !c.Status {
+			return false
+		}
+	}
+	return true
+}
+
+// conflist puts a configuration where runtimes look for it.
+func (n node) conflist(text string) {
+	n.t.Helper()
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/root/etc/cni/net.d/10-azure.conflist", n.PidOne()), []byte(text), 0o644); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// run starts a pod with a web server, as kubelet does, and returns its address.
+func (k kubelet) run(name string, hostPort int32) (id string, addr netip.Addr) {
+	k.t.Helper()
+	ctx, cancel := context.WithTimeout(k.t.Context(), time.Minute)
+	defer cancel()
+	config := &cri.PodSandboxConfig{
+		Metadata: &cri.PodSandboxMetadata{Name: name, Namespace: "default", Uid: name + "-uid"}, Hostname: name,
+		DnsConfig: &cri.DNSConfig{Servers: []string{"10.0.0.10"}}, Linux: &cri.LinuxPodSandboxConfig{}, LogDirectory: "/run/pods",
+	}
+	if hostPort != 0 {
+		config.PortMappings = []*cri.PortMapping{{Protocol: cri.Protocol_TCP, ContainerPort: 80, HostPort: hostPort}}
+	}
+	sandbox, err := k.cri.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	container, err := k.cri.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: sandbox.PodSandboxId, SandboxConfig: config,
+		Config: &cri.ContainerConfig{Metadata: &cri.ContainerMetadata{Name: "web"}, Image: &cri.ImageSpec{Image: podImage}, LogPath: "web.log", Linux: &cri.LinuxContainerConfig{},
+			Command: []string{"/bin/sh", "-c", "busybox mkdir -p /www/cgi-bin; busybox printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' >/www/cgi-bin/who; busybox chmod +x /www/cgi-bin/who; exec busybox httpd -f -p 0.0.0.0:80 -h /www"}}})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	if _, err := k.cri.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: container.ContainerId}); err != nil {
+		k.t.Fatal(err)
+	}
+	status, err := k.cri.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: sandbox.PodSandboxId})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	if addr, err = netip.ParseAddr(status.Status.Network.Ip); err != nil {
+		k.t.Fatal(err)
+	}
+	return sandbox.PodSandboxId, addr
+}
+
+func (k kubelet) remove(id string) {
+	k.t.Helper()
+	if _, err := k.cri.StopPodSandbox(k.t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
+		k.t.Error(err)
+	}
+	if _, err := k.cri.RemovePodSandbox(k.t.Context(), &cri.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
+		k.t.Error(err)
+	}
+}
+
+// inner is a place in a pod that containerd runs.
+func (k kubelet) inner(name, id string, addr netip.Addr) place {
+	k.t.Helper()
+	r, err := k.cri.PodSandboxStatus(k.t.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	var info struct{ Pid int }
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
+		k.t.Fatal(err)
+	}
+	return place{name, addr, []string{"nsenter", fmt.Sprintf("--net=/proc/%d/ns/net", info.Pid), "busybox"}, k.host}
+}
+
+func TestContainerdRunsPods(t *testing.T) {
+	if _, err := exec.LookPath("containerd"); err != nil {
+		t.Skip("containerd is not installed")
+	}
+	shipped, err := os.ReadFile(filepath.Join(top, "cni", "10-azure.conflist"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
+	one, two := onNode(vms[0]).withContainerd(documented), onNode(vms[1]).withContainerd(documented)
+	plain := onHost(vms[2])
+	for _, with := range []struct{ name, conflist string }{{"the documented configuration", documented}, {"the shipped one", string(shipped)}} {
+		t.Run(with.name, func(t *testing.T) {
+			one, two := kubelet{one.node.in(t), one.cri}, kubelet{two.node.in(t), two.cri}
+			one.conflist(with.conflist)
+			two.conflist(with.conflist)
+			eventually(t, "the nodes are ready", 20*time.Second, func() bool { return one.ready() && two.ready() })
+			idA, a := one.run("a", 8080)
+			idB, b := two.run("b", 0)
+			podA, podB := one.inner("a", idA, a), two.inner("b", idB, b)
+			for _, from := range []place{podA, podB, onHost(vms[0]), onHost(vms[1]), plain} {
+				for _, to := range []place{podA, podB} {
+					got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to.addr))...)
+					if err != nil || got != from.addr.String() {
+						t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
+					}
+				}
+			}
+			for _, from := range []place{podB, plain, onHost(vms[0])} {
+				if _, err := from.try(fetch(fmt.Sprintf("http://%s:8080/cgi-bin/who", one.Primary))...); err != nil {
+					t.Errorf("%s does not reach the host port: %v", from.name, err)
+				}
+			}
+			for _, from := range []place{podA, podB} {
+				for _, to := range vms {
+					if _, err := from.try("ping", "-c", "1", "-W", "3", to.Primary.String()); err != nil {
+						t.Errorf("%s does not ping %s: %v", from.name, to.Name, err)
+					}
+				}
+			}
+			one.remove(idA)
+			two.remove(idB)
+			one.bare()
+			two.bare()
+			if _, err := plain.try(fetch(fmt.Sprintf("http://%s:8080/", one.Primary))...); err == nil {
+				t.Error("the host port outlives its pod")
+			}
+		})
+	}
+	clean(t, vnet)
+}
