@@ -24,6 +24,7 @@ need dockerd docker.io
 need docker docker.io
 need containerd containerd
 need runc runc
+need podman podman
 need debootstrap debootstrap
 need docker-compose docker-compose
 need docker-registry docker-registry
