@@ -36,6 +36,7 @@ const documented = `{
 }`
 
 func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{Secondaries: 2})
 	n, m := onNode(vms[0]), onNode(vms[1])
 	chain, err := libcni.NetworkConfFromBytes([]byte(documented))

@@ -290,6 +290,7 @@ var musts = []struct {
 // TestConformance runs the table on ours and, as controls, on the reference
 // plugins: a must that they fail too would be a mistake of the table.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 30})
 	n := onNode(vms[0])
 	// Beyond what the pool lends first.

@@ -213,6 +213,7 @@ func (k kubelet) inner(name, id string, addr netip.Addr) place {
 }
 
 func TestContainerdRunsPods(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("containerd"); err != nil {
 		t.Skip("containerd is not installed")
 	}

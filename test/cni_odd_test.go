@@ -23,6 +23,7 @@ import (
 )
 
 func TestPodsComeAndGoInOddWays(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 220}, vnetsim.VMConfig{})
 	n := onNode(vms[0])
 	l := n.list("1.1.0", "azure", azure())

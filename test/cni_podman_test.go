@@ -15,6 +15,7 @@ import (
 )
 
 func TestPodmanGivesAnAddressAndAMAC(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("podman"); err != nil {
 		t.Skip("podman is not installed")
 	}

@@ -100,6 +100,7 @@ func TestANodeIsNotReadyOnlyWhenItDeservesIt(t *testing.T) {
 }
 
 func TestDockerAndCNIOnOneVM(t *testing.T) {
+	t.Parallel()
 	const secondaries = 10
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: secondaries}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])

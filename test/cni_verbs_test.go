@@ -18,6 +18,7 @@ import (
 )
 
 func TestAPodIsAFirstClassCitizen(t *testing.T) {
+	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 8}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	one, two, plain := onNode(vms[0]), onNode(vms[1]), vms[2]
 
