@@ -22,6 +22,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
+	"maps"
+	"slices"
 )
 
 // cniDir holds our CNI plugins and the reference ones, built once for all tests
@@ -219,9 +221,7 @@ func (n node) holds() state {
 			n.t.Fatal(err)
 		}
 	}
-	for addr := range file.Leases {
-		s.Leases = append(s.Leases, addr)
-	}
+	s.Leases = slices.Sorted(maps.Keys(file.Leases))
 	s.Attachments = veth.FindAllString(n.must("ip", "-o", "link"), -1)
 	return s
 }
