@@ -19,6 +19,7 @@ need iptables-nft iptables
 need nsenter util-linux
 need busybox busybox-static
 need conntrack conntrack
+need ps procps
 need dbus-daemon dbus
 need dockerd docker.io
 need docker docker.io
