@@ -93,6 +93,33 @@ func TestReconcileHealsWithoutIptables(t *testing.T) {
 	}
 }
 
+// A network that wants a list of its own has it again after host.json was lost,
+// for whoever knows the network says it.
+func TestALostPolicyIsLearntAgain(t *testing.T) {
+	t.Parallel()
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.mustEnsure()
+	own := Policy{SNAT: true, Direct: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24")}}
+	h.mustAttach(h.container(0).endpoint(own))
+	before := h.kernelState()
+	if err := os.Remove(h.path("host.json")); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Do(func() error {
+		if err := h.Learn(t.Context(), own); err != nil {
+			return err
+		}
+		_, err := h.Reconcile(t.Context())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, h.kernelState()); diff != "" {
+		t.Errorf("the kernel's state changed (-before +after):\n%s", diff)
+	}
+}
+
 // A lost or spoilt host.json means no second move: what stands is adopted, and
 // can still be undone.
 func TestLostStateIsAdopted(t *testing.T) {

@@ -4,6 +4,7 @@ package bridge
 
 import (
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -58,6 +59,23 @@ func (p Policy) text() string {
 func (p Policy) id() string {
 	sum := sha256.Sum256([]byte(p.text()))
 	return hex.EncodeToString(sum[:4])
+}
+
+// Learn writes down the policy of a network whose endpoints may stand already:
+// should host.json have been lost, links tell its id and no more. A policy that
+// is known costs a read.
+func (h *Host) Learn(ctx context.Context, p Policy) error {
+	s, err := h.state()
+	if err != nil {
+		return err
+	}
+	if _, known := s.Policies[p.id()]; known {
+		return nil
+	}
+	return h.updateState(ctx, "learn a policy", func(s *hostState) error {
+		s.Policies[p.id()] = p
+		return nil
+	})
 }
 
 // internalID is the id of every internal network's policy.

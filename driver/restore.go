@@ -39,7 +39,9 @@ func (d *Driver) Restore(ctx context.Context) error {
 func (d *Driver) restore(ctx context.Context, n Network) error {
 	ctx, cancel := context.WithTimeout(ctx, ensureTime)
 	defer cancel()
-	_, err := d.cfg.Host.Ensure(ctx, n.spec())
+	err := d.cfg.Host.Learn(ctx, n.policy())
+	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
+	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {
 		err = errors.Join(err, d.hold(ctx, n, aux))
 	}
