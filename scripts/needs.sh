@@ -20,6 +20,7 @@ need nsenter util-linux
 need busybox busybox-static
 need conntrack conntrack
 need ps procps
+need gcc "gcc libc6-dev" # for go test -race
 need dbus-daemon dbus
 need dockerd docker.io
 need docker docker.io
