@@ -1,0 +1,144 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"maps"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/docker/go-plugins-helpers/ipam"
+	"github.com/docker/go-plugins-helpers/network"
+)
+
+// post sends a body as it is, and returns the status and what was answered.
+func (e *engine) post(method, body string) (int, string) {
+	e.t.Helper()
+	r, err := e.client.Post("http://plugin/"+method, "application/json", strings.NewReader(body))
+	if err != nil {
+		e.t.Errorf("%s: %v", method, err)
+		return 0, ""
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		e.t.Errorf("%s: %v", method, err)
+	}
+	return r.StatusCode, string(text)
+}
+
+// Whatever an engine sends, of any method, again and again and at once, is
+// answered as the protocol says, and leaves nothing.
+func TestEveryCallIsAnsweredWhateverItBrings(t *testing.T) {
+	newVM(t, 2)
+	e := startPlugin(t, t.TempDir())
+	pool := e.createNetwork(netID, nil)
+	strange := []string{
+		``, `{}`, `null`, `[]`, `{"NetworkID":"` + otherID + `","EndpointID":"` + endpointID(9) + `"}`,
+		`{"NetworkID":"` + netID + `","EndpointID":"` + endpointID(9) + `","Interface":{"Address":"10.240.0.5/16"}}`,
+		`{"NetworkID":"../../etc","EndpointID":"a b"}`, `{"PoolID":"LocalDefault/10.0.0.0/8","Address":"10.240.0.5"}`,
+		`{"PoolID":"` + pool + `","Address":"not an address"}`, `{"PoolID":"` + pool + `","Address":"10.240.0.1","Options":{"RequestAddressType":"com.docker.network.gateway"}}`,
+		`{"AddressSpace":"LocalDefault","Pool":"10.240.0.0/16"}`, `{"AddressSpace":"azure-vnet","Pool":"2001:db8::/64","V6":true}`,
+	}
+	var all sync.WaitGroup
+	for method := range maps.Keys(methods(nil, nil)) {
+		for _, body := range strange {
+			for range 2 {
+				all.Go(func() {
+					status, answer := e.post(method, body)
+					var refused struct{ Err string }
+					switch err := json.Unmarshal([]byte(answer), &refused); {
+					case err != nil:
+						t.Errorf("%s %s: %q is no JSON: %v", method, body, answer, err)
+					case status == http.StatusInternalServerError && refused.Err == "", status != http.StatusInternalServerError && status != http.StatusOK:
+						t.Errorf("%s %s: status %d, %s", method, body, status, answer)
+					case strings.Contains(refused.Err, "internal error"):
+						t.Errorf("%s %s: it panicked: %s", method, body, answer)
+					}
+				})
+			}
+		}
+	}
+	all.Wait()
+	expect(t, "links", []string{}, endpoints(t))
+	expect(t, "leases", []string{}, e.lent())
+	pool = e.createNetwork(netID, nil) // DeleteNetwork was among them
+	addr, link, err := e.run(pool, endpointID(1))
+	if err != nil || link == "" {
+		t.Fatalf("after all that a container gets %s, %s: %v", addr, link, err)
+	}
+	e.remove(pool, endpointID(1), addr)
+}
+
+// What engines from 27 to 29 do otherwise than 20.10, as recorded of them, call
+// by call.
+func TestNewerEnginesAreServed(t *testing.T) {
+	newVM(t, 3)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+
+	// 28 asks GwAllocCheck of those that announce it, and 27 chooses no subnet
+	// where both address spaces have one name: one RequestPool, and the gateway in its answer.
+	_, caps := e.post("NetworkDriver.GetCapabilities", "")
+	if strings.Contains(caps, "GwAllocChecker") {
+		t.Errorf("GwAllocCheck is announced, and not served: %s", caps)
+	}
+	chosen := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet"})
+	expect(t, "pool", "10.240.0.0/16", chosen.Pool)
+	expect(t, "gateway", "10.240.0.1/16", chosen.Data["com.docker.network.gateway"])
+	request := networkRequest(netID, nil)
+	request.Options["com.docker.network.enable_ipv4"] = true // sent from 28
+	must[nothing](e, "NetworkDriver.CreateNetwork", request)
+
+	// 29 names the endpoint when it asks for an address, and gives port map and
+	// exposed ports with every endpoint, empty ones too.
+	start := func(i int) (addr, link string) {
+		t.Helper()
+		a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{
+			PoolID: chosen.PoolID, Options: map[string]string{"com.docker.network.endpoint.name": "web", "com.docker.network.endpoint.macaddress": ""},
+		})
+		in := endpointRequest(endpointID(i), a.Address)
+		in.Options = map[string]any{
+			"com.docker.network.endpoint.exposedports": []any{map[string]any{"Proto": 6, "Port": 80}}, "com.docker.network.portmap": []any{},
+		}
+		must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in)
+		join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{
+			NetworkID: netID, EndpointID: endpointID(i), SandboxKey: "/run/docker/netns/x", Options: map[string]any{"com.docker.network.endpoint.exposedports": []any{}},
+		})
+		must[nothing](e, "NetworkDriver.ProgramExternalConnectivity", network.ProgramExternalConnectivityRequest{NetworkID: netID, EndpointID: endpointID(i)})
+		must[network.InfoResponse](e, "NetworkDriver.EndpointOperInfo", network.InfoRequest{NetworkID: netID, EndpointID: endpointID(i)})
+		return a.Address, join.InterfaceName.SrcName
+	}
+	one, link := start(1)
+	end := moveToContainer(t, link)
+
+	// Its restart tells the plugin nothing but GetCapabilities, and for endpoints
+	// of before no Revoke comes at the end, while Leave may come twice.
+	e.end()
+	e = startPlugin(t, data)
+	e.post("NetworkDriver.GetCapabilities", "")
+	end()
+	for range 2 {
+		must[nothing](e, "NetworkDriver.Leave", network.LeaveRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	}
+	must[nothing](e, "NetworkDriver.DeleteEndpoint", network.DeleteEndpointRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	plain, _, _ := strings.Cut(one, "/")
+	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: chosen.PoolID, Address: plain})
+	expect(t, "links", []string{}, endpoints(t))
+	expect(t, "leases", []string{}, e.lent())
+
+	// After a CreateEndpoint that was refused only ReleaseAddress follows.
+	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: chosen.PoolID})
+	in := endpointRequest(endpointID(2), a.Address)
+	in.Options = map[string]any{"colour": "red"}
+	if _, err := call[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in); err == nil {
+		t.Error("an unknown --driver-opt was taken")
+	}
+	plain, _, _ = strings.Cut(a.Address, "/")
+	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: chosen.PoolID, Address: plain})
+	expect(t, "leases after a refusal", []string{}, e.lent())
+}
