@@ -6,15 +6,18 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netns"
 
 	"azurevnet/internal/vnetsim"
 )
@@ -59,6 +62,63 @@ func internetFetches(t *testing.T, vnet *vnetsim.VNet, url string) (string, erro
 	return strings.TrimSpace(out), err
 }
 
+// answerUDP answers in a container's namespace each datagram with its sender's
+// address: no program of the image can.
+func (h host) answerUDP(container string, port int) {
+	h.t.Helper()
+	sandbox := filepath.Base(h.docker("inspect", "-f", "{{.NetworkSettings.SandboxKey}}", container))
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	back, err := netns.Get()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer back.Close()
+	there, err := netns.GetFromPath(fmt.Sprintf("/proc/%d/root/run/docker/netns/%s", h.PidOne(), sandbox))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer there.Close()
+	if err := netns.Set(there); err != nil {
+		h.t.Fatal(err)
+	}
+	server, err := net.ListenUDP("udp4", &net.UDPAddr{Port: port})
+	if bad := netns.Set(back); bad != nil {
+		panic(bad) // this thread must not go on elsewhere
+	}
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { server.Close() })
+	go func() {
+		for b := make([]byte, 64); ; {
+			_, from, err := server.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			server.WriteToUDPAddrPort([]byte(from.Addr().Unmap().String()), from)
+		}
+	}()
+}
+
+// askUDP sends a datagram from a namespace and returns what is answered.
+func askUDP(t *testing.T, from *vnetsim.Namespace, to netip.AddrPort) (string, error) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	c, err := from.DialContext(ctx, "udp4", to.String())
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(3 * time.Second))
+	if _, err := c.Write([]byte("who?")); err != nil {
+		return "", err
+	}
+	b := make([]byte, 64)
+	n, err := c.Read(b)
+	return string(b[:n]), err
+}
+
 func TestPublishedPorts(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
 	vm, plain := vms[0], vms[1]
@@ -97,6 +157,32 @@ func TestPublishedPorts(t *testing.T) {
 					}
 				}
 			}
+		}
+	})
+	t.Run("UDP too", func(t *testing.T) {
+		h := vm.in(t)
+		h.container("azure", "dns", "sleep 1000", "-p", "5353:53/udp")
+		h.answerUDP("dns", 53)
+		for _, from := range []struct {
+			name string
+			in   *vnetsim.Namespace
+			to   netip.Addr
+			seen string
+		}{
+			{"another VM", plain.Namespace, h.Primary, h.Primary.String()},
+			{"its host", h.Namespace, h.Primary, h.Primary.String()},
+			{"the internet", vnet.Internet, h.Public, "192.0.2.1"},
+		} {
+			if got, err := askUDP(t, from.in, netip.AddrPortFrom(from.to, 5353)); err != nil || got != from.seen {
+				t.Errorf("%s is seen as %q, want %s: %v", from.name, got, from.seen, err)
+			}
+		}
+		if _, err := askUDP(t, h.Namespace, netip.AddrPortFrom(loopback, 5353)); err != nil {
+			t.Errorf("the host at 127.0.0.1: %v", err)
+		}
+		h.docker("rm", "-f", "dns")
+		if got, err := askUDP(t, plain.Namespace, netip.AddrPortFrom(h.Primary, 5353)); err == nil {
+			t.Errorf("after its container a port still answers %q", got)
 		}
 	})
 	t.Run("who has a port is told", func(t *testing.T) {
