@@ -5,16 +5,21 @@ package test
 import (
 	"context"
 	"debug/elf"
+	"encoding/json"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"azurevnet/internal/vnetsim"
 )
@@ -151,7 +156,7 @@ func TestEveryArchitecture(t *testing.T) {
 		there := map[string]bool{}
 		var needed []string
 		err := fs.WalkDir(root, ".", func(path string, d fs.DirEntry, err error) error {
-			if err != nil || !d.Type().IsRegular() {
+			if err != nil || !d.Type().IsRegular() || filepath.Ext(path) == ".conflist" {
 				return err
 			}
 			there[d.Name()] = true
@@ -178,14 +183,17 @@ func TestEveryArchitecture(t *testing.T) {
 	}
 	vms[0].make("push", "REGISTRY="+at+"/azure-vnet")
 	client := http.Client{Transport: &http.Transport{DialContext: vms[0].DialContext}}
-	for arch := range machines {
-		resp, err := client.Get("http://" + at + "/v2/azure-vnet/manifests/" + arch)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			t.Errorf("the registry has no tag %s: %s", arch, resp.Status)
-		}
+	resp, err := client.Get("http://" + at + "/v2/azure-vnet/tags/list")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var list struct{ Tags []string }
+	if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(list.Tags)
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(machines)), list.Tags); diff != "" {
+		t.Errorf("the registry's tags (-want +got):\n%s", diff)
 	}
 }
