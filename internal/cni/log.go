@@ -111,8 +111,7 @@ func severity(l slog.Level) syslog.Priority {
 }
 
 // appendLog adds a line to a file that many processes write: one write each, which
-// the kernel puts at the end. Who finds the file full moves it aside, under a
-// lock on the file itself, and once: the next one finds another file there.
+// the kernel puts at the end. Who finds the file full has it moved aside.
 func appendLog(path string, line []byte) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o640)
 	if err != nil {
@@ -122,11 +121,25 @@ func appendLog(path string, line []byte) {
 	if _, err := f.Write(line); err != nil {
 		return
 	}
-	mine, err := f.Stat()
-	if err != nil || mine.Size() < logMost || unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-		return
+	if mine, err := f.Stat(); err == nil && mine.Size() >= logMost {
+		moveAside(path, f, mine)
 	}
-	if there, err := os.Stat(path); err == nil && os.SameFile(mine, there) {
-		_ = os.Rename(path, path+".1")
+}
+
+// moveAside renames the full log once, whoever else tries: the lock is on the file
+// itself, and who comes after finds another file in its place. The rest wait until
+// it is moved, else they would fill it further meanwhile; 100 ms at most, since a
+// log holds no call up.
+func moveAside(path string, f *os.File, mine os.FileInfo) {
+	for range 100 {
+		locked := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+		if there, err := os.Stat(path); err != nil || !os.SameFile(mine, there) {
+			return
+		}
+		if locked {
+			_ = os.Rename(path, path+".1")
+			return
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
