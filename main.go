@@ -208,20 +208,9 @@ func linkOf(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, er
 // provenLeases are those that the host's links prove.
 func provenLeases(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
 	attached, err := host.Attachments(ctx)
-	if err != nil || len(attached) == 0 {
-		return nil, err
-	}
-	bridges, err := host.Bridges(ctx)
-	if err != nil {
-		return nil, err
-	}
-	nic := map[string]string{}
-	for _, b := range bridges {
-		nic[b.Name] = b.MAC.String()
-	}
-	leases := make([]pool.Lease, 0, len(attached))
+	var leases []pool.Lease
 	for _, at := range attached {
-		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: nic[at.Bridge], Prefix: at.Addr})
+		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr})
 	}
-	return leases, nil
+	return leases, err
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -102,16 +101,7 @@ func (r *reconciler) mend(ctx context.Context) {
 // collect releases leases that no container has any more, then removes the links
 // of Docker's that no container and no lease stand behind.
 func (r *reconciler) collect(ctx context.Context) error {
-	released, err := r.pool.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
-		all, err := r.host.Attachments(ctx)
-		away := map[netip.Addr]bool{}
-		for _, at := range all {
-			if at.Away {
-				away[at.Addr.Addr()] = true
-			}
-		}
-		return away, err
-	})
+	released, err := r.pool.Collect(ctx, r.host.Away)
 	for _, lease := range released {
 		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that no container had any more")
 	}
@@ -152,11 +142,7 @@ func (r *reconciler) collectAux(ctx context.Context) error {
 // answered by the host.
 func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	for _, nic := range nics {
-		var secondary []netip.Addr
-		for _, subnet := range nic.Subnets {
-			secondary = append(secondary, subnet.Secondary...)
-		}
-		taken, err := r.host.Reclaim(ctx, nic.MAC, secondary)
+		taken, err := r.host.Reclaim(ctx, nic.MAC, nic.Secondaries())
 		if len(taken) > 0 {
 			r.log.WithFields(logrus.Fields{"nic": nic.MAC, "addresses": taken}).Warn("took secondary addresses off the host")
 		}

@@ -71,6 +71,7 @@ type Attachment struct {
 	Link   string // host veth
 	Peer   string // container's end while it lies in the host's namespace, else empty
 	Bridge string // as asked for, also while the link is not in it
+	NIC    string // MAC of the bridge, lower case with colons; empty while there is no such bridge
 	Addr   netip.Prefix
 	MAC    net.HardwareAddr // container's
 	Ports  []Port           // published

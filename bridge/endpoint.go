@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -333,6 +334,7 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 		return nil, err
 	}
 	var out []Attachment
+	bridges := links.bridges()
 	for _, l := range links {
 		a, ok := endpointOf(l)
 		if !ok {
@@ -347,9 +349,25 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 		if a.ports > 0 {
 			at.Ports = state.Ports[at.Link]
 		}
+		if i := slices.IndexFunc(bridges, func(b Bridge) bool { return b.Name == a.bridge }); i >= 0 {
+			at.NIC = bridges[i].MAC.String()
+		}
 		out = append(out, at)
 	}
 	return out, nil
+}
+
+// Away is the set of addresses whose end of the link lies in another namespace:
+// containers have them.
+func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
+	all, err := h.Attachments(ctx)
+	away := map[netip.Addr]bool{}
+	for _, at := range all {
+		if at.Away {
+			away[at.Addr.Addr()] = true
+		}
+	}
+	return away, err
 }
 
 func attachmentOf(host, peer string, away bool, a alias) Attachment {

@@ -52,6 +52,15 @@ type NIC struct {
 	Subnets []Subnet `json:"subnets"`
 }
 
+// Secondaries are the NIC's lendable addresses in all its subnets.
+func (n NIC) Secondaries() []netip.Addr {
+	var all []netip.Addr
+	for _, s := range n.Subnets {
+		all = append(all, s.Secondary...)
+	}
+	return all
+}
+
 // Subnet is one subnet of a NIC with the NIC's ipconfigs in it.
 type Subnet struct {
 	Prefix    netip.Prefix `json:"prefix"`              // masked

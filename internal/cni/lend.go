@@ -85,16 +85,7 @@ func (l *Lender) Lend(ctx context.Context, mac string, linkless bool) (pool.Leas
 // free ends leaked leases and, where that is wished, takes secondary addresses
 // off the host. It tells whether there were any.
 func (l *Lender) free(ctx context.Context) (freed bool, err error) {
-	leaked, err := l.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
-		all, err := l.Host.Attachments(ctx)
-		away := map[netip.Addr]bool{}
-		for _, at := range all {
-			if at.Away {
-				away[at.Addr.Addr()] = true
-			}
-		}
-		return away, err
-	})
+	leaked, err := l.Collect(ctx, l.Host.Away)
 	for _, lost := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
 	}
@@ -107,11 +98,7 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	}
 	freed = len(leaked) > 0
 	for _, nic := range nics {
-		var secondary []netip.Addr
-		for _, s := range nic.Subnets {
-			secondary = append(secondary, s.Secondary...)
-		}
-		taken, err := l.Host.Reclaim(ctx, nic.MAC, secondary)
+		taken, err := l.Host.Reclaim(ctx, nic.MAC, nic.Secondaries())
 		if len(taken) > 0 {
 			freed = true
 			l.call.Warn(fmt.Sprintf("took %v off the host's NIC %s", taken, nic.MAC))
@@ -180,20 +167,9 @@ func (l *Lender) Ready(ctx context.Context) error {
 // proven are the leases that the host's links prove.
 func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
 	attached, err := host.Attachments(ctx)
-	if err != nil || len(attached) == 0 {
-		return nil, err
-	}
-	bridges, err := host.Bridges(ctx)
-	if err != nil {
-		return nil, err
-	}
-	nic := map[string]string{}
-	for _, b := range bridges {
-		nic[b.Name] = b.MAC.String()
-	}
-	leases := make([]pool.Lease, 0, len(attached))
+	var leases []pool.Lease
 	for _, at := range attached {
-		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: nic[at.Bridge], Prefix: at.Addr})
+		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr})
 	}
-	return leases, nil
+	return leases, err
 }
