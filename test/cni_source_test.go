@@ -4,11 +4,7 @@ package test
 
 import (
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"net/netip"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -96,84 +92,5 @@ func TestANodeIsNotReadyOnlyWhenItDeservesIt(t *testing.T) {
 		}
 		n.del(l, pod)
 	})
-	clean(t, vnet)
-}
-
-func TestDockerAndCNIOnOneVM(t *testing.T) {
-	t.Parallel()
-	const secondaries = 10
-	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: secondaries}, vnetsim.VMConfig{})
-	h, plain := vms[0], onHost(vms[1])
-	h.withPlugin()
-	n := onNode(h)
-	h.network("azure")
-	l := n.list("1.1.0", "azure", azure())
-
-	var mu sync.Mutex
-	holder := map[netip.Addr]string{} // guarded by mu
-	take := func(addr netip.Addr, who string) {
-		mu.Lock()
-		defer mu.Unlock()
-		if other := holder[addr]; other != "" {
-			t.Errorf("%s is lent to %s while %s has it", addr, who, other)
-		}
-		holder[addr] = who
-	}
-	give := func(addr netip.Addr) {
-		mu.Lock()
-		defer mu.Unlock()
-		delete(holder, addr)
-	}
-	var all sync.WaitGroup
-	for side := range 2 { // at most 5 addresses each: nobody is ever short
-		all.Go(func() {
-			for i := range 4 {
-				name := fmt.Sprintf("d%d-%d", side, i)
-				if _, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", name, "busybox", "sleep", "1000"); err != nil {
-					t.Errorf("%s: %v", name, err)
-					return
-				}
-				out, err := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
-				addr, bad := netip.ParseAddr(out)
-				if err != nil || bad != nil {
-					t.Errorf("%s: %v %v", name, err, bad)
-					return
-				}
-				take(addr, name)
-				if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
-					t.Errorf("%s is not reached: %v", name, err)
-				}
-				give(addr)
-				if _, err := h.try(client, "rm", "-f", name); err != nil {
-					t.Errorf("%s: %v", name, err)
-				}
-			}
-		})
-	}
-	n.must("sh", "-c", "for i in $(seq 4); do ip netns add n$i; done")
-	for side := range 4 {
-		all.Go(func() {
-			rt := &libcni.RuntimeConf{ContainerID: fmt.Sprintf("n%d", side+1), NetNS: fmt.Sprintf("/run/netns/n%d", side+1), IfName: "eth0"}
-			for range 30 {
-				addr, _, err := n.tryAdd(l, rt)
-				if err != nil {
-					t.Errorf("%s: %v", rt.ContainerID, err)
-					return
-				}
-				take(addr, rt.ContainerID)
-				if rand.IntN(4) == 0 {
-					if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
-						t.Errorf("%s is not reached: %v", rt.ContainerID, err)
-					}
-				}
-				give(addr)
-				if err := n.cni.DelNetworkList(t.Context(), l, rt); err != nil {
-					t.Errorf("%s: %v", rt.ContainerID, err)
-				}
-			}
-		})
-	}
-	all.Wait()
-	n.bare()
 	clean(t, vnet)
 }

@@ -69,8 +69,13 @@ func onNode(h host) node {
 	}
 	h.must("mount", "-t", "tmpfs", "log", "/var/log")
 	n := node{host: h, dir: dir}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{dir}, h.t.TempDir(), inVM{h, &invoke.RawExec{Stderr: os.Stderr}, &version.PluginDecoder{}})
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{dir}, h.t.TempDir(), n.exec())
 	return n
+}
+
+// exec is what libcni starts plugins by.
+func (n node) exec() inVM {
+	return inVM{n.host, &invoke.RawExec{Stderr: os.Stderr}, &version.PluginDecoder{}}
 }
 
 func (n node) in(t *testing.T) node { return node{n.host.in(t), n.dir, n.cni} }

@@ -1,0 +1,279 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// tomorrow is what a later release may add to what lies on a host, as edits of
+// today's source: a field of a lease, one of host.json and a key of an alias.
+var tomorrow = map[string][2]string{
+	"pool/state.go":   {"type record struct {\n\tLease\n", "type record struct {\n\tLease\n\tZone string `json:\"zone\"`\n"},
+	"pool/lease.go":   {"record{Lease: l}", "record{Lease: l, Zone: \"z1\"}"},
+	"bridge/state.go": {"type hostState struct {\n", "type hostState struct {\n\tZone string `json:\"zone,omitempty\"`\n"},
+	"bridge/lock.go":  {"func (h *Host) lockShared(ctx context.Context, who string) (unlock func(), err error) {\n", "func (h *Host) lockShared(ctx context.Context, who string) (unlock func(), err error) {\n\th.updateState(ctx, who, func(s *hostState) error { s.Zone = \"z1\"; return nil })\n"},
+	"bridge/alias.go": {`" net=" + a.policy`, `" zone=z1 net=" + a.policy`},
+}
+
+// laterCNI builds the CNI plugin of tomorrow.
+func laterCNI(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	overlay := struct{ Replace map[string]string }{map[string]string{}}
+	for file, edit := range tomorrow {
+		file = filepath.Join(top, file)
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Count(string(text), edit[0]) != 1 {
+			t.Fatalf("%s does not have once: %s", file, edit[0])
+		}
+		later := filepath.Join(dir, filepath.Base(filepath.Dir(file))+"-"+filepath.Base(file))
+		if err := os.WriteFile(later, []byte(strings.Replace(string(text), edit[0], edit[1], 1)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		overlay.Replace[file] = later
+	}
+	text, err := json.Marshal(overlay)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "overlay.json"), text, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	build := exec.Command("go", "build", "-overlay", filepath.Join(dir, "overlay.json"), "-ldflags", "-X main.version=v99.0.0", "-o", dir+"/", "azurevnet/cmd/azure-vnet")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build tomorrow's CNI plugin: %v\n%s", err, out)
+	}
+	return dir
+}
+
+// holders say who has which address, and when two do.
+type holders struct {
+	t     *testing.T
+	mu    sync.Mutex
+	by    map[netip.Addr]string // guarded by mu
+	taken map[string]int        // guarded by mu: how often, by the first letter of the holder
+}
+
+// take notes an address when its holder has it.
+func (h *holders) take(addr netip.Addr, who string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if other := h.by[addr]; other != "" {
+		h.t.Errorf("%s is lent to %s while %s has it", addr, who, other)
+	}
+	h.by[addr] = who
+	h.taken[who[:1]]++
+}
+
+// give forgets one just before its holder gives it back.
+func (h *holders) give(addr netip.Addr) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.by, addr)
+}
+
+// short tells an error that only says that all addresses are held.
+func short(err error) bool { return strings.Contains(err.Error(), "no free address") }
+
+// TestDockerAndCNIOfTwoReleasesOnOneVM: 500 operations at random from both
+// sides, who want more addresses than there are. Pods come and go by today's CNI
+// plugin and by tomorrow's, containers by today's Docker plugin.
+func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
+	t.Parallel()
+	const secondaries, dockerSides, cniSides, dockerOps, cniOps = 8, 2, 3, 75, 117 // 2·75 + 3·117 > 500
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: secondaries}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin()
+	today := onNode(h)
+	later := today
+	later.dir = laterCNI(t)
+	later.cni = libcni.NewCNIConfigWithCacheDir([]string{later.dir}, t.TempDir(), later.exec())
+	releases := []node{later, today}
+	n := later
+	h.network("azure")
+	l := n.list("1.1.0", "azure", azure())
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+
+	who := &holders{t: t, by: map[netip.Addr]string{}, taken: map[string]int{}}
+	reached := func(dice *rand.Rand, name string, addr netip.Addr) {
+		if dice.IntN(4) > 0 {
+			return
+		}
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			t.Errorf("%s is not reached at %s: %v", name, addr, err)
+		}
+	}
+	var all sync.WaitGroup
+	for side := range dockerSides {
+		all.Go(func() {
+			d := dockerSide{host: h, name: fmt.Sprintf("d%d", side), who: who, has: map[string]netip.Addr{}}
+			dice := rand.New(rand.NewPCG(seed, uint64(side)))
+			for range dockerOps {
+				if name, err := d.one(dice); err != nil && !short(err) {
+					t.Errorf("docker: %s: %v", name, err)
+				} else if addr, ok := d.has[name]; ok {
+					reached(dice, name, addr)
+				}
+			}
+			d.end()
+		})
+	}
+	for side := range cniSides {
+		all.Go(func() {
+			n := releases[side%2]
+			dice := rand.New(rand.NewPCG(seed, uint64(100+side)))
+			has := map[string]netip.Addr{}
+			for range cniOps {
+				id := fmt.Sprintf("n%d-%d", side, dice.IntN(3))
+				rt := &libcni.RuntimeConf{ContainerID: id, NetNS: "/run/netns/" + id, IfName: "eth0"}
+				if addr, ok := has[id]; ok {
+					who.give(addr)
+					delete(has, id)
+					if err := n.cni.DelNetworkList(t.Context(), l, rt); err != nil {
+						t.Errorf("%s: %v", id, err)
+					}
+					continue
+				}
+				if _, err := h.try("ip", "netns", "add", id); err != nil && !strings.Contains(err.Error(), "File exists") {
+					t.Error(err)
+					return
+				}
+				addr, _, err := n.tryAdd(l, rt)
+				if err != nil {
+					if !short(err) {
+						t.Errorf("%s: %v", id, err)
+					}
+					continue
+				}
+				who.take(addr, id)
+				has[id] = addr
+				reached(dice, id, addr)
+			}
+		})
+	}
+	all.Wait()
+	t.Logf("addresses were taken %v times", who.taken)
+	if who.taken["d"] < dockerSides*dockerOps/5 || who.taken["n"] < cniSides*cniOps/5 {
+		t.Errorf("addresses were taken %v times: too few to show anything", who.taken)
+	}
+
+	var file struct {
+		Leases map[string]struct{ Owner, Zone string }
+	}
+	if err := json.Unmarshal([]byte(h.must("cat", "/run/azure-vnet/leases.json")), &file); err != nil {
+		t.Fatal(err)
+	}
+	pods := 0
+	for addr, lease := range file.Leases {
+		if strings.HasPrefix(lease.Owner, "cni/") {
+			if pods++; lease.Zone != "z1" && !strings.HasPrefix(lease.Owner, "cni/azure/n1-") {
+				t.Errorf("today's plugin lost what tomorrow's wrote of %s", addr)
+			}
+		}
+	}
+	left := 0
+	for _, name := range who.by {
+		if strings.HasPrefix(name, "n") {
+			left++
+		}
+	}
+	if pods != left || len(file.Leases) != left {
+		t.Errorf("%d leases, %d of pods, and %d pods stand", len(file.Leases), pods, left)
+	}
+	for addr, name := range who.by {
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+			t.Errorf("%s is not reached at %s: %v", name, addr, err)
+		}
+		n.del(l, &libcni.RuntimeConf{ContainerID: name, NetNS: "/run/netns/" + name, IfName: "eth0"})
+	}
+	if !strings.Contains(h.must("cat", "/run/azure-vnet/host.json"), `"zone":"z1"`) {
+		t.Error("today's plugin lost what tomorrow's wrote in host.json")
+	}
+	n.bare()
+	clean(t, vnet)
+}
+
+// dockerSide is somebody who runs, ends, connects and disconnects containers.
+type dockerSide struct {
+	host
+	name string
+	who  *holders
+	runs bool                  // the container that is connected now and then
+	has  map[string]netip.Addr // by container
+}
+
+// one does one thing at random, to the container that it names.
+func (d *dockerSide) one(dice *rand.Rand) (name string, err error) {
+	name = fmt.Sprintf("%s-%d", d.name, dice.IntN(3))
+	connected := strings.HasSuffix(name, "-0")
+	var give, take []string
+	switch {
+	case connected:
+		give, take = []string{"network", "disconnect", "azure", name}, []string{"network", "connect", "azure", name}
+		if !d.runs {
+			if _, err := d.try(client, "run", "-d", "--init", "--name", name, "busybox", "sleep", "100000"); err != nil {
+				return name, err
+			}
+			d.runs = true
+		}
+	default:
+		give, take = []string{"rm", "-f", name}, []string{"run", "-d", "--init", "--network", "azure", "--name", name, "busybox", "sleep", "100000"}
+	}
+	if addr, ok := d.has[name]; ok {
+		d.who.give(addr)
+		delete(d.has, name)
+		_, err = d.try(client, give...)
+		return name, err
+	}
+	if _, err = d.try(client, take...); err != nil {
+		if !connected {
+			_, bad := d.try(client, "rm", "-f", name)
+			if bad != nil {
+				return name, bad
+			}
+		}
+		return name, err
+	}
+	out, err := d.try(client, "inspect", "-f", "{{.NetworkSettings.Networks.azure.IPAddress}}", name)
+	if err != nil {
+		return name, err
+	}
+	addr, err := netip.ParseAddr(out)
+	if err == nil {
+		d.who.take(addr, name)
+		d.has[name] = addr
+	}
+	return name, err
+}
+
+// end removes all of this side.
+func (d *dockerSide) end() {
+	for _, addr := range d.has {
+		d.who.give(addr)
+	}
+	for i := range 3 {
+		_, err := d.try(client, "rm", "-f", fmt.Sprintf("%s-%d", d.name, i))
+		if err != nil && !strings.Contains(err.Error(), "No such container") {
+			d.t.Error(err)
+		}
+	}
+}
