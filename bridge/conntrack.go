@@ -37,8 +37,8 @@ func datagramsTo(port uint16) flows   { return flows{proto: unix.IPPROTO_UDP, po
 
 // forgetFlows deletes flows: one that outlives its container black-holes the
 // next that has the address. No conntrack is success.
-func forgetFlows(f flows) error {
-	err := f.flush()
+func (n *netfilter) forgetFlows(f flows) error {
+	err := n.conntrack(f.deletion())
 	if err == nil || noConntrack(err) {
 		return nil
 	}
@@ -64,8 +64,8 @@ func forgetFlows(f flows) error {
 	return nil
 }
 
-// flush has the kernel do it in one message.
-func (f flows) flush() error {
+// deletion has the kernel do it in one message.
+func (f flows) deletion() *nl.NetlinkRequest {
 	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
 	kind, direction, flags := nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, ctaFilterIPSrc
@@ -85,8 +85,7 @@ func (f flows) flush() error {
 	filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
 	filter.AddRtAttr(direction, nl.Uint32Attr(uint32(flags)))
 	req.AddData(filter)
-	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
-	return err
+	return req
 }
 
 func noConntrack(err error) bool {

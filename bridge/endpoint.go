@@ -86,6 +86,7 @@ func (e Endpoint) alias() (alias, error) {
 type attaching struct {
 	h      *Host
 	nl     *netlink.Handle
+	nf     netfilter
 	e      Endpoint
 	a      alias
 	host   string // its end's name
@@ -100,6 +101,8 @@ type attaching struct {
 // the neighbour and the map elements.
 func (h *Host) attachUnder(ctx context.Context, lock func(context.Context, string) (func(), error), who string, e Endpoint, a alias,
 	claim func(context.Context, *attaching) error) (Attachment, error) {
+	at := &attaching{h: h, e: e, a: a}
+	defer at.nf.close()
 	unlock, err := lock(ctx, who)
 	if err != nil {
 		return Attachment{}, err
@@ -110,7 +113,7 @@ func (h *Host) attachUnder(ctx context.Context, lock func(context.Context, strin
 		return Attachment{}, err
 	}
 	defer nl.Close()
-	at := &attaching{h: h, nl: nl, e: e, a: a}
+	at.nl = nl
 	at.host, at.peer = linkNames(e.Owner)
 	if at.bridge, err = bridgeNamed(nl, e.Bridge); err != nil {
 		return Attachment{}, err
@@ -163,7 +166,7 @@ func (at *attaching) clear(ctx context.Context) error {
 	case l.Attrs().NetNsID >= 0:
 		return fmt.Errorf("%s with %s: %w", at.host, old.addr, ErrAttached)
 	}
-	return at.h.detachLink(ctx, at.nl, l, old)
+	return at.h.detachLink(ctx, at.nl, &at.nf, l, old)
 }
 
 // claim is the way of nearly every attach: it asks the kernel once each. A
@@ -188,10 +191,10 @@ func (h *Host) claim(ctx context.Context, at *attaching) error {
 	if err := h.at("elements"); err != nil {
 		return err
 	}
-	if !addElements(elementsOf(at.host, at.a)) {
+	if !at.nf.addElements(elementsOf(at.host, at.a)) {
 		return errSlow
 	}
-	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
+	at.undo = append(at.undo, func() error { return at.nf.deleteElements(elementsOf(at.host, at.a)) })
 	return at.claimPorts(ctx, nil)
 }
 
@@ -234,7 +237,7 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	if err := h.at("elements"); err != nil {
 		return err
 	}
-	at.undo = append(at.undo, func() error { return deleteElements(elementsOf(at.host, at.a)) })
+	at.undo = append(at.undo, func() error { return at.nf.deleteElements(elementsOf(at.host, at.a)) })
 	at.alone = &bridges[i]
 	unpublished := at.a // until it has a link
 	unpublished.ports = 0
@@ -247,6 +250,8 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 // Detach takes owner's interface away. None is success. The link goes last, so
 // that half a detach is found again and finished.
 func (h *Host) Detach(ctx context.Context, owner string) error {
+	var nf netfilter
+	defer nf.close()
 	unlock, err := h.lockShared(ctx, "detach "+owner)
 	if err != nil {
 		return fmt.Errorf("detach %s: %w", owner, err)
@@ -264,7 +269,7 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 	}
 	if err == nil {
 		if a, whole := parseAlias(l.Attrs().Alias); whole {
-			err = h.detachLink(ctx, nl, l, a)
+			err = h.detachLink(ctx, nl, &nf, l, a)
 		} else {
 			err = delLink(nl, l)
 		}
@@ -276,7 +281,7 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 }
 
 // detachLink takes away all that was attached with l, and then l.
-func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Link, a alias) error {
+func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, nf *netfilter, l netlink.Link, a alias) error {
 	sets, err := h.publishedBy(l.Attrs().Name, a)
 	if err != nil {
 		return err
@@ -285,7 +290,7 @@ func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Lin
 		return err
 	}
 	// In one transaction: the kernel waits for all readers at the end of each.
-	if err := deleteElements(append(sets, elementsOf(l.Attrs().Name, a)...)); err != nil {
+	if err := nf.deleteElements(append(sets, elementsOf(l.Attrs().Name, a)...)); err != nil {
 		return err
 	}
 	if err := h.at("detach neighbour"); err != nil {
@@ -304,12 +309,12 @@ func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, l netlink.Lin
 		return err
 	}
 	if off := (Policy{}); a.policy != off.id() {
-		if err := forgetFlows(flowsFrom(a.addr.Addr())); err != nil {
+		if err := nf.forgetFlows(flowsFrom(a.addr.Addr())); err != nil {
 			return err
 		}
 	}
 	if a.ports > 0 {
-		if err := forgetFlows(repliesOf(a.addr.Addr())); err != nil {
+		if err := nf.forgetFlows(repliesOf(a.addr.Addr())); err != nil {
 			return err
 		}
 	}

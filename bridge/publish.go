@@ -193,21 +193,23 @@ func (at *attaching) publish() error {
 		return err
 	}
 	sets := publishedElements(at.a, at.ports)
-	at.undo = append(at.undo, func() error { return errors.Join(deleteElements(sets), forgetFlows(repliesOf(at.a.addr.Addr()))) })
+	at.undo = append(at.undo, func() error {
+		return errors.Join(at.nf.deleteElements(sets), at.nf.forgetFlows(repliesOf(at.a.addr.Addr())))
+	})
 	if at.alone == nil {
-		if !addElements(sets) {
+		if !at.nf.addElements(sets) {
 			return errSlow
 		}
 	} else if _, err := at.h.syncTableWith(*at.alone, &at.a); err != nil {
 		return err
 	}
-	return forgetDatagrams(at.ports)
+	return at.nf.forgetDatagrams(at.ports)
 }
 
-func forgetDatagrams(ports []Port) error {
+func (n *netfilter) forgetDatagrams(ports []Port) error {
 	for _, p := range ports {
 		if p.Proto == "udp" {
-			if err := forgetFlows(datagramsTo(p.HostPort)); err != nil {
+			if err := n.forgetFlows(datagramsTo(p.HostPort)); err != nil {
 				return err
 			}
 		}

@@ -186,7 +186,9 @@ func (h *Host) syncPublished(in tableInput) (changed bool, err error) {
 		return false, err
 	}
 	if changed {
-		if err := forgetDatagrams(all); err != nil {
+		var nf netfilter
+		defer nf.close()
+		if err := nf.forgetDatagrams(all); err != nil {
 			return true, err
 		}
 	}

@@ -3,10 +3,7 @@
 package bridge
 
 import (
-	"errors"
-	"fmt"
 	"maps"
-	"os"
 	"reflect"
 	"slices"
 
@@ -281,46 +278,4 @@ func elementsOf(host string, a alias) []*tableSet {
 // without is the set as it is when it has none of s's elements.
 func (s *tableSet) without() *tableSet {
 	return &tableSet{table: s.table, name: s.name, data: s.data}
-}
-
-// addElements adds an endpoint's elements to a table as it stands, in one
-// transaction. It is false where the table lacks what the elements lead to, or has
-// others in their place: then the table is to be made whole.
-func addElements(sets []*tableSet) bool {
-	c, err := nftables.New()
-	if err != nil {
-		return false
-	}
-	for _, s := range sets {
-		if s.change(c, nil) != nil {
-			return false
-		}
-	}
-	return c.Flush() == nil
-}
-
-// deleteElements takes an endpoint's elements out of a table. None is success.
-func deleteElements(sets []*tableSet) error {
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	for _, s := range sets {
-		if err := s.without().change(c, s.elems); err != nil {
-			return err
-		}
-	}
-	if c.Flush() == nil {
-		return nil
-	}
-	// One that lacks undoes the transaction: one by one, then.
-	for _, s := range sets {
-		if err := s.without().change(c, s.elems); err != nil {
-			return err
-		}
-		if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("nft table %s: take elements out of %s: %w", tableName, s.name, err)
-		}
-	}
-	return nil
 }
