@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -82,7 +83,7 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 	if ok, err := st.carried(link{a.Index, name}); !ok || err != nil {
 		return Bridge{}, false
 	}
-	if there, err := tableStands(); !there || err != nil {
+	if there, err := tableStands(bridgeTable); !there || err != nil {
 		return Bridge{}, false
 	}
 	return Bridge{Name: name, NIC: st.NIC, MAC: a.HardwareAddr, MTU: a.MTU}, true
@@ -108,11 +109,11 @@ func (st *bridgeState) carried(l link) (bool, error) {
 	return !slices.ContainsFunc(slices.Concat(left.Addresses, left.Routes), func(m message) bool { return m[0] == unix.AF_INET }), nil
 }
 
-// tableStands tells whether our nft table is there at all: a flushed ruleset is
+// tableStands tells whether an nft table is there at all: a flushed ruleset is
 // noticed by whoever attaches next.
-func tableStands() (bool, error) {
+func tableStands(table *nftables.Table) (bool, error) {
 	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETTABLE, unix.NLM_F_ACK)
-	req.AddRawData(append([]byte{unix.NFPROTO_BRIDGE, unix.NFNETLINK_V0, 0, 0}, appendAttr(nil, unix.NFTA_TABLE_NAME, append([]byte(tableName), 0))...))
+	req.AddRawData(append([]byte{byte(table.Family), unix.NFNETLINK_V0, 0, 0}, appendAttr(nil, unix.NFTA_TABLE_NAME, append([]byte(table.Name), 0))...))
 	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil

@@ -83,9 +83,9 @@ func (m *move) down() []step {
 		{"port", m.portBack},
 		{"verify", m.verifyDown},
 		{"bridge", m.dropBridge},
+		{"dns", m.dnsBack}, // before what may fail: with the bridge its name servers are gone
 		{"table", m.dropTable},
 		{"rules", m.dropRules},
-		{"dns", m.dnsBack},
 		{"forget", m.forget},
 	}
 }

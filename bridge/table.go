@@ -200,8 +200,12 @@ func whole[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// deleteTable removes a table; none is success.
+// deleteTable removes a table; none is success. It looks first: a transaction that
+// fails makes the kernel wait for all readers.
 func deleteTable(table *nftables.Table) error {
+	if there, err := tableStands(table); !there {
+		return err
+	}
 	c, err := dialTable()
 	if err != nil {
 		return err
