@@ -43,6 +43,15 @@ func (m *move) addressesBack(ctx context.Context) error {
 func (m *move) routesBack(ctx context.Context) error {
 	home := m.st.Moved
 	home.Addresses, home.Neighbours = nil, nil
+	nic, err := netlink.LinkByIndex(m.nic.index)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", m.nic.name, err)
+	}
+	if m.bridge.index != 0 && nic.Attrs().MasterIndex == m.bridge.index {
+		if err := cross(m.nic, 0, home.Routes, m.nic); err != nil {
+			return fmt.Errorf("take %s out of %s: %w", m.nic.name, m.name, err)
+		}
+	}
 	return home.putRoutes(m.nic)
 }
 
@@ -124,7 +133,7 @@ func (m *move) dnsBack(ctx context.Context) error {
 
 // forget ends the journal of a bridge that is no more.
 func (m *move) forget(ctx context.Context) error {
-	err := m.h.updateState(ctx, "forget "+m.name, func(s *hostState) error {
+	err := m.record(ctx, "forget "+m.name, func(s *hostState) error {
 		delete(s.Bridges, m.name)
 		return nil
 	})

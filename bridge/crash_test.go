@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"azurevnet/internal/statefile"
 	"azurevnet/internal/vnetsim"
 
 	"github.com/google/go-cmp/cmp"
@@ -147,11 +148,13 @@ func TestFailedStepLeavesTheHostReachable(t *testing.T) {
 }
 
 // Killed before any step of a move, the process leaves a host that is
-// reachable, and a journal that whoever comes next finishes.
+// reachable, and a journal that whoever comes next finishes. Strict filtering
+// lets in only what comes by the link that the routes lead to.
 func TestKilledMoveIsFinished(t *testing.T) {
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{})
 	h := hosts[0]
 	h.rich()
+	h.run("sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter")
 	home := h.picture("eth0")
 	p := startProbe(t, h, hosts[1], h.Primary)
 
@@ -200,6 +203,38 @@ func TestKilledMoveIsFinished(t *testing.T) {
 	}
 }
 
+// The way home from a failed move depends on no file: a full disk, or a lock that
+// is not given back, keeps no host off its NIC.
+func TestTheWayHomeNeedsNoJournal(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{}, vnetsim.VMConfig{})
+	h := hosts[0]
+	home := h.picture("eth0")
+	broken := errors.New("broken by the test")
+	unlock := func() {}
+	h.step = func(name string) (err error) {
+		if name != "verify" {
+			return nil
+		}
+		h.step = nil
+		if unlock, err = statefile.Lock(t.Context(), h.path("host.json.lock"), "a sleeper"); err != nil {
+			return err
+		}
+		return broken
+	}
+	start := time.Now()
+	if _, err := h.ensure(h.spec()); !errors.Is(err, broken) {
+		t.Fatal(err)
+	}
+	if took := time.Since(start); took > 10*time.Second {
+		t.Errorf("the way home took %v", took)
+	}
+	checkSame(t, "eth0", home, h.picture("eth0"))
+	unlock()
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Error(err)
+	}
+}
+
 // Killed before any step of a move, and then uninstalled: nothing is left, not
 // even where no bridge stands that would tell.
 func TestKilledMoveIsRemoved(t *testing.T) {
@@ -221,6 +256,16 @@ func TestKilledMoveIsRemoved(t *testing.T) {
 		t.Fatal(err)
 	}
 	nothing := left()
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Fatal(err)
+	}
+	h.ip("link add azv0123456789a type veth peer azc0123456789a") // an attach died
+	if err := h.remove("azure0"); err != nil {
+		t.Fatal(err)
+	}
+	if links := h.run("ip", "-o", "link"); strings.Contains(links, "azv0123456789a") {
+		t.Errorf("left:\n%s", links)
+	}
 	for _, what := range []string{"ensure", "remove"} {
 		steps := map[string][]step{"ensure": (&move{}).up(), "remove": (&move{}).down()}[what]
 		for _, step := range names(steps)[1:] {

@@ -20,7 +20,6 @@ import (
 // them, must use that NIC: Azure drops an address that leaves by a NIC that has
 // it not.
 const (
-	egressProtocol = 168      // marks our rules and routes
 	egressPriority = 16863    // of the rules: before main, and after local
 	egressTables   = 16863000 // the number of a bridge's table, less the index of its NIC
 )
@@ -38,7 +37,7 @@ type egress struct {
 // isEgress tells a rule that egress made.
 func isEgress(rule message) bool {
 	v := rules.attr(rule, unix.FRA_PROTOCOL)
-	return len(v) == 1 && v[0] == egressProtocol
+	return len(v) == 1 && v[0] == ourProtocol
 }
 
 // egress is the step that lets the bridge's endpoints leave by its NIC.
@@ -86,7 +85,7 @@ func (e egress) rules() ([]netlink.Rule, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list rules: %w", err)
 	}
-	return slices.DeleteFunc(all, func(r netlink.Rule) bool { return r.Protocol != egressProtocol || r.IifName != e.bridge }), nil
+	return slices.DeleteFunc(all, func(r netlink.Rule) bool { return r.Protocol != ourProtocol || r.IifName != e.bridge }), nil
 }
 
 func (e egress) right(r netlink.Rule) bool {
@@ -116,7 +115,7 @@ func (e egress) addRule() (changed bool, err error) {
 		return false, err
 	}
 	r := netlink.NewRule()
-	r.Family, r.Priority, r.Table, r.IifName, r.Protocol = unix.AF_INET, egressPriority, e.table, e.bridge, egressProtocol
+	r.Family, r.Priority, r.Table, r.IifName, r.Protocol = unix.AF_INET, egressPriority, e.table, e.bridge, ourProtocol
 	if err := netlink.RuleAdd(r); err != nil {
 		return true, fmt.Errorf("add the rule for what comes from %s: %w", e.bridge, err)
 	}
@@ -129,7 +128,7 @@ func (e egress) routes() []netlink.Route {
 	if !e.subnet.IsValid() {
 		return nil
 	}
-	route := netlink.Route{Table: e.table, Protocol: egressProtocol, Family: unix.AF_INET}
+	route := netlink.Route{Table: e.table, Protocol: ourProtocol, Family: unix.AF_INET}
 	home, out := route, route
 	home.LinkIndex, home.Scope, home.Type, home.Dst = e.link, netlink.SCOPE_LINK, unix.RTN_UNICAST, ipNet(e.subnet)
 	out.LinkIndex, out.Type, out.Flags, out.Gw = e.link, unix.RTN_UNICAST, int(netlink.FLAG_ONLINK), e.subnet.Addr().Next().AsSlice()

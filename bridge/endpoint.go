@@ -182,12 +182,13 @@ func (h *Host) claim(ctx context.Context, at *attaching) error {
 	if err := h.at("neighbour"); err != nil {
 		return err
 	}
-	if err := at.nl.NeighAdd(at.neighbour()); errors.Is(err, unix.EEXIST) {
+	neighbour := neighbourFor(at.bridge.Index, at.a)
+	if err := neighbours.send(neighbours.add, neighbour, unix.NLM_F_CREATE|unix.NLM_F_EXCL); errors.Is(err, unix.EEXIST) {
 		return errSlow
 	} else if err != nil {
-		return fmt.Errorf("neighbour %s: %w", at.a.addr.Addr(), err)
+		return err
 	}
-	at.undo = append(at.undo, func() error { return delNeighbour(at.nl, at.bridge.Index, at.a) })
+	at.undo = append(at.undo, func() error { return neighbours.remove(neighbour) })
 	if err := h.at("elements"); err != nil {
 		return err
 	}
@@ -230,9 +231,10 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	if err := h.at("neighbour"); err != nil {
 		return err
 	}
-	at.undo = append(at.undo, func() error { return delNeighbour(at.nl, at.bridge.Index, at.a) })
-	if err := at.nl.NeighSet(at.neighbour()); err != nil {
-		return fmt.Errorf("neighbour %s: %w", at.a.addr.Addr(), err)
+	neighbour := neighbourFor(at.bridge.Index, at.a)
+	at.undo = append(at.undo, func() error { return neighbours.remove(neighbour) })
+	if err := neighbours.put(neighbour, unix.NLM_F_REPLACE); err != nil {
+		return err
 	}
 	if err := h.at("elements"); err != nil {
 		return err
@@ -301,7 +303,7 @@ func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, nf *netfilter
 		return err
 	}
 	if err == nil {
-		if err := delNeighbour(nl, b.Attrs().Index, a); err != nil {
+		if err := neighbours.remove(neighbourFor(b.Attrs().Index, a)); err != nil {
 			return err
 		}
 	}

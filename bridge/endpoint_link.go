@@ -185,18 +185,16 @@ func forwarding(port int, mac net.HardwareAddr) *netlink.Neigh {
 	return &netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, State: netlink.NUD_NOARP, HardwareAddr: mac}
 }
 
-// neighbour is the host's own knowledge of the container's MAC.
-func (at *attaching) neighbour() *netlink.Neigh { return neighbourFor(at.bridge.Index, at.a) }
-
-func neighbourFor(bridge int, a alias) *netlink.Neigh {
-	return &netlink.Neigh{LinkIndex: bridge, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: a.addr.Addr().AsSlice(), HardwareAddr: a.mac}
-}
-
-func delNeighbour(h *netlink.Handle, bridge int, a alias) error {
-	if err := h.NeighDel(neighbourFor(bridge, a)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("delete the neighbour %s: %w", a.addr.Addr(), err)
-	}
-	return nil
+// neighbourFor is the host's own knowledge of the container's MAC. The protocol
+// tells that it is ours to take away.
+func neighbourFor(bridge int, a alias) message {
+	m := make(message, neighbours.header)
+	m[0] = unix.AF_INET
+	native.PutUint32(m[4:], uint32(bridge))
+	native.PutUint16(m[8:], unix.NUD_PERMANENT)
+	m = appendAttr(m, unix.NDA_DST, a.addr.Addr().AsSlice())
+	m = appendAttr(m, unix.NDA_LLADDR, a.mac)
+	return appendAttr(m, ndaProtocol, []byte{ourProtocol})
 }
 
 func delLink(h *netlink.Handle, l netlink.Link) error {

@@ -344,8 +344,29 @@ func (h *Host) removeKnown(ctx context.Context, s *hostState, name string) error
 	if len(on) > 0 {
 		return fmt.Errorf("remove %s: attached to it: %s", name, strings.Join(on, ", "))
 	}
+	if err := removeHalfMade(); err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
 	if err := h.lower(ctx, name, st); err != nil {
 		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
+}
+
+// removeHalfMade deletes the links that an attach died over. The caller holds
+// the exclusive lock, under which no attach is on its way.
+func removeHalfMade() error {
+	links, err := readLinks()
+	if err != nil {
+		return err
+	}
+	for _, l := range links {
+		if !halfMade(l) {
+			continue
+		}
+		if err := netlink.LinkDel(l); err != nil && !absent(err) {
+			return fmt.Errorf("delete %s, which is half made: %w", l.Attrs().Name, err)
+		}
 	}
 	return nil
 }

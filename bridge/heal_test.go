@@ -196,6 +196,45 @@ func TestBridgeIsGivenMore(t *testing.T) {
 	checkSame(t, "eth0", more, h.picture("eth0"))
 }
 
+// What others gave the bridge and what cannot be brought back with it, such as a
+// route by a link that is gone, is told, and keeps nobody's network away.
+func TestWhatDoesNotFitAnyMoreIsTold(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{})
+	h := hosts[0]
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Fatal(err)
+	}
+	home := h.picture("azure0")
+	h.ip("link add d0 type veth peer d1", "link set d0 up", "link set d1 up", "addr add 192.168.9.1/24 dev d0",
+		"route add 192.0.2.0/24 nexthop via "+h.Gateway.String()+" dev azure0 nexthop via 192.168.9.2 dev d0")
+	h.reconcile()
+	h.ip("link del d0", "link del azure0")
+	err := h.Do(func() error { _, err := h.Reconcile(t.Context()); return err })
+	if err == nil || !strings.Contains(err.Error(), "route 192.0.2.0/24") {
+		t.Errorf("reconcile: %v", err)
+	}
+	checkSame(t, "azure0", home, h.picture("azure0"))
+	if mended := h.reconcile(); len(mended) != 0 {
+		t.Errorf("mended again: %q", mended)
+	}
+}
+
+// An address that a container has does not stay on the NIC, were it the only one there.
+func TestTheHostYieldsAContainersAddress(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.mustEnsure()
+	c := h.container(0)
+	h.mustAttach(c.endpoint(Policy{SNAT: true}))
+	h.ip("addr add " + c.addr.String() + "/32 dev eth0")
+	if mended := strings.Join(h.reconcile(), "\n"); !strings.Contains(mended, "eth0 held "+c.addr.String()) {
+		t.Errorf("mended %q", mended)
+	}
+	if got := h.run("ip", "-o", "addr", "show", "dev", "eth0"); got != "" {
+		t.Errorf("eth0 has %s", got)
+	}
+}
+
 // cloud-init puts secondary addresses on the NIC: they follow the host to the
 // bridge until they are reclaimed, and then stay away.
 func TestReclaim(t *testing.T) {

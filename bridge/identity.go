@@ -118,6 +118,24 @@ func (id identity) without(addr netip.Addr) identity {
 	return id
 }
 
+// apart is each part of id by itself.
+func (id identity) apart() []identity {
+	var out []identity
+	for _, m := range id.Addresses {
+		out = append(out, identity{Addresses: []message{m}})
+	}
+	for _, m := range id.Routes {
+		out = append(out, identity{Routes: []message{m}})
+	}
+	for _, m := range id.Rules {
+		out = append(out, identity{Rules: []message{m}})
+	}
+	for _, m := range id.Neighbours {
+		out = append(out, identity{Neighbours: []message{m}})
+	}
+	return out
+}
+
 // texts names the parts of id that a person would miss.
 func (id identity) texts() []string {
 	var out []string

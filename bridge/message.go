@@ -94,6 +94,52 @@ func (n noun) send(proto int, m message, flags int, success ...syscall.Errno) er
 	return nil
 }
 
+// together sends requests that the kernel handles one after the other in one call:
+// nothing comes between them, not even the sender's end. It returns the error of
+// each.
+func together(requests ...*nl.NetlinkRequest) ([]error, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var all []byte
+	nth := map[uint32]int{}
+	for i, r := range requests {
+		nth[r.Seq] = i
+		all = append(all, r.Serialize()...)
+	}
+	if err := unix.Sendto(fd, all, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
+	}
+	errs := make([]error, len(requests))
+	buf := make([]byte, 1<<16)
+	for left := len(requests); left > 0; {
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		answers, err := syscall.ParseNetlinkMessage(buf[:n])
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range answers {
+			i, mine := nth[a.Header.Seq]
+			if !mine || a.Header.Type != unix.NLMSG_ERROR || len(a.Data) < 4 {
+				continue
+			}
+			left--
+			if errno := -int32(native.Uint32(a.Data)); errno != 0 {
+				errs[i] = syscall.Errno(errno)
+			}
+		}
+	}
+	return errs, nil
+}
+
 // attrs calls yield for each attribute of m.
 func (n noun) attrs(m message) func(yield func(attr uint16, value []byte) bool) {
 	return func(yield func(uint16, []byte) bool) {

@@ -24,6 +24,10 @@ const (
 	routeKeptFlags = unix.RTNH_F_ONLINK | unix.RTNH_F_PERVASIVE
 )
 
+// ourProtocol marks the rules, routes and neighbours that we made: they are no
+// part of the host's identity.
+const ourProtocol = 168
+
 // normalAddress: struct ifaddrmsg is family, prefix length, flags, scope, index.
 // Without IFA_CACHEINFO an address is for ever: a lease's lifetime must not end
 // on a link where no DHCP client renews it.
@@ -85,7 +89,7 @@ func addressOf(m message) netip.Prefix {
 // one destination the kernel tells them as one of two hops; each hop is a route
 // and is taken as such.
 func normalRoute(m message, of link) []message {
-	if len(m) < routes.header || !isIP(m[0]) || m[7] != unix.RTN_UNICAST || m[5] == egressProtocol ||
+	if len(m) < routes.header || !isIP(m[0]) || m[7] != unix.RTN_UNICAST || m[5] == ourProtocol ||
 		native.Uint32(m[8:])&unix.RTM_F_CLONED != 0 || tableOf(m) == unix.RT_TABLE_LOCAL {
 		return nil
 	}

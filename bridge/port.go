@@ -66,9 +66,9 @@ type portSync struct {
 	nl     *netlink.Handle
 	flags  map[int]map[uint16]byte // by port
 	fdb    map[string]bool         // static entries: see fdbKey
-	neigh  map[netip.Addr]netlink.Neigh
-	held   map[netip.Addr]bool // attached
-	dry    bool                // what is not as it should be is an error, and stays
+	neigh  map[netip.Addr]message  // permanent ones of the bridge
+	held   map[netip.Addr]bool     // attached
+	dry    bool                    // what is not as it should be is an error, and stays
 	mended []string
 }
 
@@ -87,14 +87,14 @@ func (s *portSync) read() error {
 			s.fdb[fdbKey(n.LinkIndex, n.HardwareAddr)] = true
 		}
 	}
-	list, err := whole(func() ([]netlink.Neigh, error) { return s.nl.NeighList(s.index, unix.AF_INET) })
+	list, err := neighbours.dump(unix.AF_INET)
 	if err != nil {
 		return fmt.Errorf("read neighbours: %w", err)
 	}
-	s.neigh = map[netip.Addr]netlink.Neigh{}
-	for _, n := range list {
-		if ip, ok := netip.AddrFromSlice(n.IP.To4()); ok && n.State&netlink.NUD_PERMANENT != 0 {
-			s.neigh[ip] = n
+	s.neigh = map[netip.Addr]message{}
+	for _, m := range list {
+		if native.Uint32(m[4:]) == uint32(s.index) && native.Uint16(m[8:]) == unix.NUD_PERMANENT {
+			s.neigh[ipOf(neighbours.attr(m, unix.NDA_DST))] = m
 		}
 	}
 	return nil
@@ -136,7 +136,9 @@ func (s *portSync) mend(l netlink.Link, a alias) error {
 	}
 	fix(joined && s.fdb[fdbKey(at.Index, a.mac)], "forwarding entry", func() error { return s.nl.NeighSet(forwarding(at.Index, a.mac)) })
 	n, known := s.neigh[a.addr.Addr()]
-	fix(known && bytes.Equal(n.HardwareAddr, a.mac), "neighbour", func() error { return s.nl.NeighSet(neighbourFor(s.index, a)) })
+	fix(known && bytes.Equal(neighbours.attr(n, unix.NDA_LLADDR), a.mac), "neighbour", func() error {
+		return neighbours.put(neighbourFor(s.index, a), unix.NLM_F_REPLACE)
+	})
 	return errors.Join(errs...)
 }
 
@@ -185,15 +187,16 @@ func (h *Host) enter(id int) (*netlink.Handle, error) {
 	return nil, fmt.Errorf("the container's namespace is not among those kept under %s: restart the container", h.cfg.Run)
 }
 
-// forget deletes the neighbours that attaches made and nobody has any more: the
-// MAC that is derived from the address tells them.
+// forget deletes the neighbours that attaches made and nobody has any more.
 func (s *portSync) forget() error {
 	var errs []error
 	for ip, n := range s.neigh {
-		if s.held[ip] || !bytes.Equal(n.HardwareAddr, MACFor(ip)) {
+		protocol := neighbours.attr(n, ndaProtocol)
+		ours := len(protocol) == 1 && protocol[0] == ourProtocol || bytes.Equal(neighbours.attr(n, unix.NDA_LLADDR), MACFor(ip))
+		if s.held[ip] || !ours {
 			continue
 		}
-		errs = append(errs, s.fix("neighbour "+ip.String()+": nobody's, deleted", func() error { return s.nl.NeighDel(&n) }))
+		errs = append(errs, s.fix("neighbour "+ip.String()+": nobody's, deleted", func() error { return neighbours.remove(n) }))
 	}
 	return errors.Join(errs...)
 }

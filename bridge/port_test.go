@@ -102,6 +102,7 @@ func TestPortsAreMended(t *testing.T) {
 		"ip neigh del ADDR dev azure0",
 		"ip neigh replace ADDR lladdr 02:00:00:00:00:01 dev azure0",
 		"ip neigh add 10.240.77.77 lladdr 02:42:0a:f0:4d:4d dev azure0",
+		"ip neigh add 10.240.77.78 lladdr 02:00:00:00:00:02 dev azure0 protocol 168",
 		"ip link add azv0123456789a type veth peer azc0123456789a",
 		"nft flush ruleset",
 		"nft delete element bridge azure_vnet src_ip6 { LINK . MAC }",

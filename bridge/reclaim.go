@@ -42,8 +42,8 @@ func (h *Host) Reclaim(ctx context.Context, mac string, addrs []netip.Addr) (rem
 	if l := t.named(name); st != nil && l != nil {
 		on = append(on, link{l.Attrs().Index, name})
 	}
-	for _, l := range on {
-		gone, err := h.takeOff(l, addrs)
+	for i, l := range on {
+		gone, err := h.takeOff(l, addrs, i == len(on)-1)
 		if err != nil {
 			return removed, fmt.Errorf("reclaim: %w", err)
 		}
@@ -75,9 +75,10 @@ func (st *bridgeState) forget(addrs []netip.Addr) {
 	}
 }
 
-// takeOff takes addrs off l and returns those it had. With the first address of
-// a subnet the kernel would drop the others, unless told to promote them.
-func (h *Host) takeOff(l link, addrs []netip.Addr) (gone []netip.Addr, err error) {
+// takeOff takes addrs off l and returns those it had. home says that the host
+// lives on l, whose last address is then its own. With the first address of a
+// subnet the kernel would drop the others, unless told to promote them.
+func (h *Host) takeOff(l link, addrs []netip.Addr, home bool) (gone []netip.Addr, err error) {
 	has, err := capture(l, false)
 	if err != nil {
 		return nil, err
@@ -89,7 +90,7 @@ func (h *Host) takeOff(l link, addrs []netip.Addr) (gone []netip.Addr, err error
 		}
 		if slices.ContainsFunc(has.Routes, func(r message) bool {
 			return r[1] == 0 && tableOf(r) == unix.RT_TABLE_MAIN && has.source(r) == a
-		}) || len(has.Addresses) == 1 {
+		}) || home && len(has.Addresses) == 1 {
 			return gone, fmt.Errorf("%s is the host's own address on %s and stays there", a, l.name)
 		}
 		if _, err := h.setSysctl("ipv4/conf/"+l.name+"/promote_secondaries", "1"); err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -58,7 +59,7 @@ func (m *move) yield(ctx context.Context) error {
 		if l.index == 0 || len(lent) == 0 {
 			continue
 		}
-		gone, err := m.h.takeOff(l, lent)
+		gone, err := m.h.takeOff(l, lent, (l == m.bridge) == m.whole)
 		for _, a := range gone {
 			m.held = m.held.without(a)
 			m.mend("%s held %s, which is an endpoint's", l.name, a)
@@ -73,10 +74,22 @@ func (m *move) yield(ctx context.Context) error {
 
 // save writes the journal.
 func (m *move) save(ctx context.Context) error {
-	return m.h.updateState(ctx, "move "+m.name, func(s *hostState) error {
+	return m.record(ctx, "move "+m.name, func(s *hostState) error {
 		s.Bridges[m.name] = m.st
 		return nil
 	})
+}
+
+// record changes the journal. On the way home from a failed walk nothing waits
+// for it: what is on disk says that the host moves, which leads home too.
+func (m *move) record(ctx context.Context, who string, change func(*hostState) error) error {
+	if !m.undoing {
+		return m.h.updateState(ctx, who, change)
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	_ = m.h.updateState(ctx, who, change)
+	return nil
 }
 
 func (m *move) rules(ctx context.Context) error {
@@ -186,7 +199,7 @@ func (m *move) sysctls() error {
 // addresses gives the bridge what it lacks of the host's addresses, and the
 // neighbours that the NIC knows, lest the first packets wait for ARP.
 func (m *move) addresses(ctx context.Context) error {
-	lacks, err := m.lacks()
+	lacks, joined, err := m.lacks()
 	if err != nil {
 		return err
 	}
@@ -195,22 +208,37 @@ func (m *move) addresses(ctx context.Context) error {
 	if err := lacks.putAddresses(m.bridge, true); err != nil {
 		return err
 	}
+	joined.Routes, joined.Rules = nil, nil
+	m.rejoin(joined, func(one identity) error { return one.putAddresses(m.bridge, true) })
 	if m.whole {
 		return nil
 	}
 	return seed(m.nic, m.bridge)
 }
 
-// lacks is what of the host's identity the bridge does not have.
-func (m *move) lacks() (identity, error) {
+// lacks is what of the host's identity the bridge does not have, and, when it
+// is made again, what others had given it.
+func (m *move) lacks() (moved, joined identity, err error) {
 	has, err := capture(m.bridge, true)
 	if err != nil {
-		return identity{}, err
+		return identity{}, identity{}, err
 	}
-	if !m.whole { // a rebuild brings back also what others had given the bridge
-		return m.st.Moved.merge(m.st.Joined).less(has), nil
+	if !m.whole {
+		joined = m.st.Joined.less(has)
 	}
-	return m.st.Moved.less(has), nil
+	return m.st.Moved.less(has), joined, nil
+}
+
+// rejoin puts what others had given the bridge, each part alone: one that does
+// not fit any more, such as a route by a link that is gone, is told and no more.
+func (m *move) rejoin(joined identity, put func(identity) error) {
+	for _, one := range joined.apart() {
+		if err := put(one); err != nil {
+			m.ailing = errors.Join(m.ailing, err)
+			continue
+		}
+		m.miss(one)
+	}
 }
 
 // port puts the NIC into the bridge. The static entry keeps the fabric's MAC,
@@ -221,7 +249,11 @@ func (m *move) port(ctx context.Context) error {
 		return fmt.Errorf("read %s: %w", m.nic.name, err)
 	}
 	if nic.Attrs().MasterIndex != m.bridge.index {
-		if err := netlink.LinkSetMasterByIndex(nic, m.bridge.index); err != nil {
+		lacks, _, err := m.lacks()
+		if err == nil {
+			err = cross(m.nic, m.bridge.index, lacks.Routes, m.bridge)
+		}
+		if err != nil {
 			return fmt.Errorf("put %s into %s: %w", m.nic.name, m.name, err)
 		}
 		m.mend("%s was not in %s", m.nic.name, m.name)
@@ -261,13 +293,18 @@ func (m *move) keepUnknown(nic netlink.Link) error {
 }
 
 func (m *move) routes(ctx context.Context) error {
-	lacks, err := m.lacks()
+	lacks, joined, err := m.lacks()
 	if err != nil {
 		return err
 	}
 	lacks.Addresses, lacks.Neighbours = nil, nil
 	m.miss(lacks)
-	return lacks.putRoutes(m.bridge)
+	if err := lacks.putRoutes(m.bridge); err != nil {
+		return err
+	}
+	joined.Addresses, joined.Neighbours = nil, nil
+	m.rejoin(joined, func(one identity) error { return one.putRoutes(m.bridge) })
+	return nil
 }
 
 func (m *move) miss(lacks identity) {
@@ -284,7 +321,7 @@ func (m *move) clear(ctx context.Context) error {
 }
 
 func (m *move) verifyUp(ctx context.Context) error {
-	lacks, err := m.lacks()
+	lacks, _, err := m.lacks()
 	if err != nil {
 		return err
 	}

@@ -61,6 +61,32 @@ func ensureFabric(nic, bridge link) (changed bool, err error) {
 	return true, nil
 }
 
+// cross makes nic a port of the bridge with that index, 0 for none, and leads the
+// host's routes over to, at one stroke: in between, answers would come in by one
+// link and the host look for them on the other. A route that to has is put anew,
+// before its equals of the other link. One that cannot be put is left to the step
+// that puts all of them and tells.
+func cross(nic link, master int, over []message, to link) error {
+	port := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(nic.index)
+	port.AddData(msg)
+	port.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(master))))
+	all := []*nl.NetlinkRequest{port}
+	for _, m := range over {
+		m = routeOn(m, to)
+		old := nl.NewNetlinkRequest(routes.del, unix.NLM_F_ACK)
+		route := nl.NewNetlinkRequest(routes.add, unix.NLM_F_CREATE|unix.NLM_F_ACK)
+		old.RawData, route.RawData = m, m
+		all = append(all, old, route)
+	}
+	errs, err := together(all...)
+	if err != nil {
+		return err
+	}
+	return errs[0]
+}
+
 const neighbourLives = unix.NUD_REACHABLE | unix.NUD_STALE | unix.NUD_DELAY | unix.NUD_PROBE
 
 // seed tells to the neighbours that from has resolved, so that nothing waits
