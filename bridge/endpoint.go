@@ -49,7 +49,7 @@ func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 	who := "attach " + e.Owner
 	out, err := h.attachUnder(ctx, h.lockShared, who, e, a, h.claim)
 	if errors.Is(err, errSlow) {
-		out, err = h.attachUnder(ctx, h.lockExclusive, who, e, a, h.claimSlow)
+		out, err = h.attachUnder(ctx, h.lockExclusive, who, e, a, h.claimAlone)
 	}
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %s to %s: %w", e.Owner, e.Bridge, err)
@@ -199,8 +199,24 @@ func (h *Host) claim(ctx context.Context, at *attaching) error {
 	return at.claimPorts(ctx, nil)
 }
 
-// claimSlow claims alone on the host: it looks whose the address is, writes the
-// policy down and makes the table whole.
+// claimAlone claims alone on the host. Of many that came here for the same reason
+// the first has done what all lacked.
+func (h *Host) claimAlone(ctx context.Context, at *attaching) error {
+	err := h.claim(ctx, at)
+	if !errors.Is(err, errSlow) {
+		return err
+	}
+	for _, undo := range slices.Backward(at.undo) {
+		if err := undo(); err != nil {
+			return err
+		}
+	}
+	at.undo = nil
+	return h.claimSlow(ctx, at)
+}
+
+// claimSlow looks whose the address is, writes the policy down and makes the
+// table whole.
 func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	links, err := readLinks()
 	if err != nil {

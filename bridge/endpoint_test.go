@@ -411,6 +411,11 @@ func TestAttachAtOnce(t *testing.T) {
 	_, hosts := newHosts(t, vnetsim.VMConfig{})
 	h := hosts[0]
 	h.mustEnsure()
+	for _, p := range []Policy{{SNAT: true}, {}} { // whose chains stay when their endpoints are gone
+		if err := h.Do(func() error { return h.Learn(t.Context(), p) }); err != nil {
+			t.Fatal(err)
+		}
+	}
 	none := h.kernelState()
 	const n = 40
 	wish := func(i, owner int) Endpoint {

@@ -328,6 +328,21 @@ func TestWatch(t *testing.T) {
 		{"ip link del azure0", true},
 		{"nft flush ruleset", true},
 	}
+	c := h.container(0)
+	for await() {
+	}
+	h.mustAttach(c.endpoint(Policy{}))
+	for await() { // the policy is new to the table
+	}
+	if err := h.detach(c.endpoint(Policy{}).Owner); err != nil {
+		t.Fatal(err)
+	}
+	for await() {
+	}
+	h.mustAttach(c.endpoint(Policy{}))
+	if await() {
+		t.Error("a container that starts: told")
+	}
 	for _, tt := range tests {
 		for !tt.want && await() { // late echoes of what was done before
 		}

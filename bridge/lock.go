@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+
+	"azurevnet/internal/statefile"
 )
 
 // lockWait bounds the wait for the bridge's lock, below any deadline of a call
@@ -31,24 +33,41 @@ func (h *Host) lockExclusive(ctx context.Context, who string) (unlock func(), er
 	return h.lock(ctx, who, (*flock.Flock).TryLockContext)
 }
 
-// lock waits by polling, for flock(2) itself has no deadline. The kernel lets
-// go of the lock with its holder's last descriptor, so a dead holder keeps nobody.
+// lock waits for the others that came before: whoever waits for bridge.lock holds
+// bridge.queue meanwhile, so that one who wants it alone is not passed for ever
+// by those who share it. The kernel lets go of a lock with its holder's last
+// descriptor, so a dead holder keeps nobody.
 func (h *Host) lock(ctx context.Context, who string, try func(*flock.Flock, context.Context, time.Duration) (bool, error)) (func(), error) {
-	if err := os.MkdirAll(h.path(), 0o755); err != nil {
-		return nil, fmt.Errorf("lock the bridge: %w", err)
-	}
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
-	l := flock.New(h.path("bridge.lock"), flock.SetPermissions(0o600))
-	if _, err := try(l, ctx, lockPoll); err != nil {
-		l.Close()
-		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-			holder, _ := os.ReadFile(l.Path())
-			return nil, fmt.Errorf("lock the bridge for %q: %q holds %s: %w", who, strings.TrimSpace(string(holder)), l.Path(), err)
-		}
-		return nil, fmt.Errorf("lock the bridge for %q: %w", who, err)
+	path := h.path("bridge.lock")
+	leave, err := statefile.Lock(ctx, h.path("bridge.queue"), who)
+	if err == nil {
+		defer leave()
 	}
-	// Only words for people: of several shared holders the last one is named.
-	_ = os.WriteFile(l.Path(), []byte(who+"\n"), 0o600)
-	return func() { l.Close() }, nil
+	for err == nil {
+		l := flock.New(path, flock.SetPermissions(0o600))
+		if _, err = try(l, ctx, lockPoll); err == nil && lies(l) {
+			// Only words for people: of several shared holders the last one is named.
+			_ = os.WriteFile(path, []byte(who+"\n"), 0o600)
+			return func() { l.Close() }, nil
+		}
+		l.Close()
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		holder, _ := os.ReadFile(path)
+		return nil, fmt.Errorf("lock the bridge for %q: %q holds %s: %w", who, strings.TrimSpace(string(holder)), path, ctx.Err())
+	}
+	return nil, fmt.Errorf("lock the bridge for %q: %w", who, err)
+}
+
+// lies says that the locked file is the one that others will open, and not one
+// that an uninstall deleted meanwhile.
+func lies(l *flock.Flock) bool {
+	mine, err := l.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(l.Path())
+	return err == nil && os.SameFile(mine, there)
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -62,8 +63,8 @@ func (p Policy) id() string {
 }
 
 // Learn writes down the policy of a network whose endpoints may stand already:
-// should host.json have been lost, links tell its id and no more. A policy that
-// is known costs a read.
+// should host.json have been lost, links tell its id and no more. The table then
+// has what its endpoints need. A policy that is known costs a read.
 func (h *Host) Learn(ctx context.Context, p Policy) error {
 	s, err := h.state()
 	if err != nil {
@@ -72,10 +73,28 @@ func (h *Host) Learn(ctx context.Context, p Policy) error {
 	if _, known := s.Policies[p.id()]; known {
 		return nil
 	}
-	return h.updateState(ctx, "learn a policy", func(s *hostState) error {
+	unlock, err := h.lockExclusive(ctx, "learn a policy")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = h.updateState(ctx, "learn a policy", func(s *hostState) error {
 		s.Policies[p.id()] = p
 		return nil
 	})
+	if err != nil {
+		return fmt.Errorf("learn a policy: %w", err)
+	}
+	links, err := readLinks()
+	if err != nil {
+		return err
+	}
+	for _, b := range links.bridges() {
+		if _, err := h.syncTable(b); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // internalID is the id of every internal network's policy.

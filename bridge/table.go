@@ -217,13 +217,19 @@ func deleteTable(table *nftables.Table) error {
 	return nil
 }
 
-// networks is the policies in use on bridge, by id.
+// networks is the policies that endpoints of bridge have, and those that are
+// known: the next endpoint of one then finds its chain. An internal network's
+// rests on sets that are there with its endpoints.
 func (in *tableInput) networks(bridge string) []string {
 	ids := map[string]bool{}
+	for id, p := range in.policies {
+		ids[id] = !p.Internal
+	}
 	for _, a := range in.endpoints {
 		if a.bridge == bridge {
 			ids[a.policy] = true
 		}
 	}
+	maps.DeleteFunc(ids, func(_ string, wanted bool) bool { return !wanted })
 	return slices.Sorted(maps.Keys(ids))
 }

@@ -21,10 +21,12 @@ const watchPause = 200 * time.Millisecond
 // Watch calls changed whenever something that Reconcile looks after may have
 // changed: our links, their addresses and routes, our nft tables. Events of
 // 200 ms are one call, and events that the kernel could not deliver are one too.
+// An endpoint that comes to stand within that time is no event, nor are elements
+// of the tables, which come and go with endpoints.
 // It works on the calling goroutine alone, so that it stays in the caller's
 // namespace, and returns ctx's error when ctx ends.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, ours: map[int32]bool{}}
+	w := &watcher{host: h, ours: map[int32]bool{}, unready: map[int32]bool{}}
 	if err := w.open(); err != nil {
 		w.close()
 		return fmt.Errorf("watch the host's network: %w", err)
@@ -33,6 +35,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	stop := context.AfterFunc(ctx, func() { w.wake.Write([]byte{0}) })
 	defer stop()
 	var due time.Time
+	told := false
 	for ctx.Err() == nil {
 		wait := -1
 		if !due.IsZero() {
@@ -48,11 +51,17 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 		if err != nil {
 			return fmt.Errorf("watch the host's network: %w", err)
 		}
-		if seen && due.IsZero() {
+		told = told || seen
+		if (told || len(w.unready) > 0) && due.IsZero() {
 			due = time.Now().Add(watchPause)
 		}
-		if !due.IsZero() && !time.Now().Before(due) {
-			due = time.Time{}
+		if due.IsZero() || time.Now().Before(due) {
+			continue
+		}
+		due = time.Time{}
+		if told || len(w.unready) > 0 {
+			told = false
+			clear(w.unready)
 			changed()
 		}
 	}
@@ -64,6 +73,7 @@ type watcher struct {
 	fds         []unix.PollFd // the pipe's end, then a socket for links and one for nft
 	woken, wake *os.File
 	ours        map[int32]bool // indexes of our bridges and NICs
+	unready     map[int32]bool // indexes of endpoints' links that do not stand yet, or no more
 	buf         [1 << 16]byte
 }
 
@@ -187,8 +197,16 @@ func (w *watcher) ofLink(m syscall.NetlinkMessage) bool {
 		was := w.ours[index]
 		if m.Header.Type == unix.RTM_DELLINK && m.Data[0] == unix.AF_UNSPEC {
 			delete(w.ours, index)
+			delete(w.unready, index)
+			return was || strings.HasPrefix(name, hostPrefix)
 		}
-		return was || strings.HasPrefix(name, hostPrefix)
+		if strings.HasPrefix(name, hostPrefix) && m.Data[0] == unix.AF_UNSPEC {
+			_, whole := parseAlias(alias)
+			if w.unready[index] = true; whole && w.ours[int32(master)] && native.Uint32(m.Data[8:])&unix.IFF_UP != 0 {
+				delete(w.unready, index)
+			}
+		}
+		return was
 	case unix.RTM_DELRULE:
 		return len(m.Data) >= rules.header && isEgress(m.Data)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
@@ -202,7 +220,8 @@ func (w *watcher) ofLink(m syscall.NetlinkMessage) bool {
 // ofTable tells whether an nft event is of a table of ours. Every object but a
 // transaction's end has its table's name as attribute 1.
 func ofTable(m syscall.NetlinkMessage) bool {
-	if m.Header.Type&0xff == unix.NFT_MSG_NEWGEN {
+	switch m.Header.Type & 0xff {
+	case unix.NFT_MSG_NEWGEN, unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
 		return false
 	}
 	return strings.HasPrefix(unix.ByteSliceToString(noun{header: nl.SizeofNfgenmsg}.attr(m.Data, 1)), tableName)
