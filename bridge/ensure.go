@@ -25,9 +25,13 @@ const undoWait = 15 * time.Second
 
 // Ensure makes the bridge that spec wishes, adopts what stands of it, or
 // finishes what a crash left; where it stands it costs a few reads and no lock.
+// On a host that nobody reconciles it does so once a minute.
 // The host's addresses, routes and all else that made the NIC its own move to
 // the bridge, and connections live on. On failure the host is back on its NIC.
 func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
+	if !h.reconciled() {
+		_, _ = h.Reconcile(ctx) // what ails keeps no container away that can do without
+	}
 	if b, ok := h.stands(spec); ok {
 		return b, nil
 	}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"azurevnet/internal/vnetsim"
 
@@ -142,12 +143,22 @@ func TestEnsureWaitsForNobodyAndIsNotBlind(t *testing.T) {
 		t.Errorf("a standing bridge: %v", err)
 	}
 	unlock()
-	for _, harm := range []string{
+	harms := []string{
 		"ip link set eth0 nomaster", "ip addr flush dev azure0", "ip route del default", "ip link set azure0 mtu 1300",
 		"ip link set azure0 down", "ip link del azure0", "nft flush ruleset",
-	} {
-		words := strings.Fields(harm)
-		h.run(words[0], words[1:]...)
+	}
+	// Where nobody reconciles, a minute later.
+	late := []string{
+		"iptables-nft -F FORWARD", "iptables-nft -t nat -F POSTROUTING", "bridge fdb del 12:34:56:78:9a:bc dev eth0 master",
+		"echo 0 >/proc/sys/net/ipv4/ip_forward",
+	}
+	for i, harm := range append(harms, late...) {
+		h.run("sh", "-c", harm)
+		if i >= len(harms) {
+			if err := os.Chtimes(h.path("reconciled"), time.Now(), time.Now().Add(-lookEvery)); err != nil {
+				t.Fatal(err)
+			}
+		}
 		if _, err := h.ensure(h.spec()); err != nil {
 			t.Fatal(err)
 		}
