@@ -51,6 +51,9 @@ func TestReconcileHeals(t *testing.T) {
 				h.run("bridge", "fdb", "del", "12:34:56:78:9a:bc", "dev", "eth0", "master")
 			}
 			h.ip(tt.harm...)
+			if len(h.broken()) == 0 {
+				t.Error("Broken names nothing")
+			}
 			if mended := strings.Join(h.reconcile(), "\n"); !strings.Contains(mended, tt.tells) {
 				t.Errorf("mended %q, and not %q", mended, tt.tells)
 			}
@@ -60,6 +63,9 @@ func TestReconcileHeals(t *testing.T) {
 			}
 			if mended := h.reconcile(); len(mended) != 0 {
 				t.Errorf("mended again: %q", mended)
+			}
+			if wrong := h.broken(); len(wrong) != 0 {
+				t.Errorf("Broken names %q, and all stands", wrong)
 			}
 		})
 	}

@@ -84,6 +84,22 @@ func backends(bridges []Bridge, nics []string) ([]backend, error) {
 // ensureRules makes the host's iptables rules what bridges ask for, in every
 // back-end in use, and names what it mended. Rules that stand cost no exec.
 func (h *Host) ensureRules(bridges []Bridge) (mended []string, err error) {
+	all, err := h.backends(bridges)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range all {
+		done, err := b.sync()
+		mended = append(mended, done...)
+		if err != nil {
+			return mended, fmt.Errorf("iptables-%s rules: %w", b.name, err)
+		}
+	}
+	return mended, nil
+}
+
+// backends are those in use on this host.
+func (h *Host) backends(bridges []Bridge) ([]backend, error) {
 	nics, err := h.bare()
 	if err != nil {
 		return nil, fmt.Errorf("iptables rules: %w", err)
@@ -95,14 +111,7 @@ func (h *Host) ensureRules(bridges []Bridge) (mended []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("iptables rules: %w", err)
 	}
-	for _, b := range all {
-		done, err := b.sync()
-		mended = append(mended, done...)
-		if err != nil {
-			return mended, fmt.Errorf("iptables-%s rules: %w", b.name, err)
-		}
-	}
-	return mended, nil
+	return all, nil
 }
 
 // bare names the VM's NICs, as far as known, that are in no bridge.
@@ -132,13 +141,12 @@ func (h *Host) dropRules() error {
 	return err
 }
 
-// sync adds what lacks and deletes what is too much. Adding is before deleting.
-func (b backend) sync() (mended []string, err error) {
-	var add, del []hostRule
+// wrong is what lacks and what is too much.
+func (b backend) wrong() (add, del []hostRule, err error) {
 	for _, at := range []hostRule{{table: "filter", chain: "FORWARD"}, {table: "nat", chain: "POSTROUTING"}} {
 		has, err := b.found(at.table, at.chain)
 		if err != nil {
-			return nil, fmt.Errorf("read %s %s: %w", at.table, at.chain, err)
+			return nil, nil, fmt.Errorf("read %s %s: %w", at.table, at.chain, err)
 		}
 		for _, r := range b.rules {
 			if r.table != at.table {
@@ -155,8 +163,14 @@ func (b backend) sync() (mended []string, err error) {
 			}
 		}
 	}
-	if len(add)+len(del) == 0 {
-		return nil, nil
+	return add, del, nil
+}
+
+// sync adds what lacks and deletes what is too much. Adding is before deleting.
+func (b backend) sync() (mended []string, err error) {
+	add, del, err := b.wrong()
+	if err != nil || len(add)+len(del) == 0 {
+		return nil, err
 	}
 	run, err := b.command()
 	if err != nil {

@@ -73,6 +73,16 @@ func (h *host) reconcile() []string {
 	return mended
 }
 
+func (h *host) broken() []string {
+	h.t.Helper()
+	var wrong []string
+	err := h.Do(func() (err error) { wrong, err = h.Broken(h.t.Context()); return err })
+	if err != nil {
+		h.t.Fatalf("broken: %v", err)
+	}
+	return wrong
+}
+
 // ip runs lines of the ip tool.
 func (h *host) ip(lines ...string) {
 	h.t.Helper()

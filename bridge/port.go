@@ -20,7 +20,10 @@ import (
 // flags, forwarding entry and neighbour; and clears away what has no alias. It
 // names what it mended. The caller holds the exclusive lock: a link without an
 // alias may otherwise be an attach in flight.
-func (h *Host) syncPorts(b Bridge) (mended []string, err error) {
+func (h *Host) syncPorts(b Bridge) (mended []string, err error) { return h.lookAtPorts(b, false) }
+
+// lookAtPorts is syncPorts or, dry, an error for each thing that it would mend.
+func (h *Host) lookAtPorts(b Bridge, dry bool) (mended []string, err error) {
 	links, err := readLinks()
 	if err != nil {
 		return nil, err
@@ -29,7 +32,7 @@ func (h *Host) syncPorts(b Bridge) (mended []string, err error) {
 	if br == nil {
 		return nil, fmt.Errorf("ports of %s: the bridge does not stand", b.Name)
 	}
-	s := &portSync{h: h, b: b, index: br.Attrs().Index, held: map[netip.Addr]bool{}}
+	s := &portSync{h: h, b: b, index: br.Attrs().Index, held: map[netip.Addr]bool{}, dry: dry}
 	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}

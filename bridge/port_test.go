@@ -109,6 +109,9 @@ func TestPortsAreMended(t *testing.T) {
 	} {
 		cmd := strings.NewReplacer("LINK", a.Link, "MAC", a.MAC.String(), "ADDR", c.addr.String()).Replace(broken)
 		h.run("sh", "-c", cmd)
+		if len(h.broken()) == 0 {
+			t.Errorf("%s: not named", broken)
+		}
 		if mended := h.reconcile(); len(mended) == 0 {
 			t.Errorf("%s: not noticed", broken)
 		}

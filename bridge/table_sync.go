@@ -233,6 +233,19 @@ func valueOf(s *nftables.Set, e nftables.SetElement) string {
 	return verdict
 }
 
+// same tells whether both tables are, down to the elements.
+func (t *tableState) same(want *tableState) bool {
+	if !t.sameRules(want) {
+		return false
+	}
+	for i, s := range want.sets {
+		if !maps.Equal(s.elems, t.sets[i].elems) {
+			return false
+		}
+	}
+	return true
+}
+
 // sameRules tells whether both tables have the same chains, rules and sets, and
 // then puts t's in want's order.
 func (t *tableState) sameRules(want *tableState) bool {

@@ -178,13 +178,7 @@ func (m *move) mendBridge(l netlink.Link, want Bridge) error {
 // A redirect would only tell containers the gateway they have; the kernel sends
 // them if either "all" or the link says so.
 func (m *move) sysctls() error {
-	for _, s := range []struct{ name, value string }{
-		{"ipv6/conf/" + m.name + "/accept_ra", "0"},
-		{"ipv6/conf/" + m.name + "/addr_gen_mode", "1"},
-		{"ipv4/conf/" + m.name + "/send_redirects", "0"},
-		{"ipv4/conf/all/send_redirects", "0"},
-		{"ipv4/ip_forward", "1"},
-	} {
+	for _, s := range sysctlsOf(m.name) {
 		changed, err := m.h.setSysctl(s.name, s.value)
 		if err != nil && !(isNotExist(err) && strings.HasPrefix(s.name, "ipv6/")) { // a kernel without IPv6
 			return fmt.Errorf("set %s to %s: %w", s.name, s.value, err)
@@ -194,6 +188,18 @@ func (m *move) sysctls() error {
 		}
 	}
 	return nil
+}
+
+type sysctl struct{ name, value string }
+
+func sysctlsOf(bridge string) []sysctl {
+	return []sysctl{
+		{"ipv6/conf/" + bridge + "/accept_ra", "0"},
+		{"ipv6/conf/" + bridge + "/addr_gen_mode", "1"},
+		{"ipv4/conf/" + bridge + "/send_redirects", "0"},
+		{"ipv4/conf/all/send_redirects", "0"},
+		{"ipv4/ip_forward", "1"},
+	}
 }
 
 // addresses gives the bridge what it lacks of the host's addresses, and the

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -41,15 +42,8 @@ func createBridge(b Bridge) error {
 // ensureFabric pins the fabric's MAC to the NIC in the bridge's forwarding
 // table. A dynamic entry may stand in the way, so it is replaced.
 func ensureFabric(nic, bridge link) (changed bool, err error) {
-	all, err := neighbours.dump(unix.AF_BRIDGE)
-	if err != nil {
-		return false, fmt.Errorf("read the forwarding entries of %s: %w", bridge.name, err)
-	}
-	for _, m := range all {
-		if native.Uint32(m[4:]) == uint32(nic.index) && native.Uint16(m[8:])&unix.NUD_NOARP != 0 && wordOf(neighbours.attr(m, unix.NDA_MASTER)) == bridge.index &&
-			bytes.Equal(neighbours.attr(m, unix.NDA_LLADDR), fabricMAC) && neighbours.attr(m, unix.NDA_VLAN) == nil {
-			return false, nil
-		}
+	if pinned, err := fabricPinned(nic, bridge); pinned || err != nil {
+		return false, err
 	}
 	err = netlink.NeighSet(&netlink.Neigh{
 		Family: unix.AF_BRIDGE, LinkIndex: nic.index, HardwareAddr: fabricMAC,
@@ -85,6 +79,17 @@ func cross(nic link, master int, over []message, to link) error {
 		return err
 	}
 	return errs[0]
+}
+
+func fabricPinned(nic, bridge link) (bool, error) {
+	all, err := neighbours.dump(unix.AF_BRIDGE)
+	if err != nil {
+		return false, fmt.Errorf("read the forwarding entries of %s: %w", bridge.name, err)
+	}
+	return slices.ContainsFunc(all, func(m message) bool {
+		return native.Uint32(m[4:]) == uint32(nic.index) && native.Uint16(m[8:])&unix.NUD_NOARP != 0 && wordOf(neighbours.attr(m, unix.NDA_MASTER)) == bridge.index &&
+			bytes.Equal(neighbours.attr(m, unix.NDA_LLADDR), fabricMAC) && neighbours.attr(m, unix.NDA_VLAN) == nil
+	}), nil
 }
 
 const neighbourLives = unix.NUD_REACHABLE | unix.NUD_STALE | unix.NUD_DELAY | unix.NUD_PROBE
