@@ -13,23 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Attachment finds what owner has attached, with less to read than Attachments.
-func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
-	host, peer := linkNames(owner)
-	l, err := netlink.LinkByName(host)
-	if absent(err) {
-		return Attachment{}, false, nil
-	}
-	if err != nil {
-		return Attachment{}, false, fmt.Errorf("look for %s: %w", host, err)
-	}
-	a, ok := endpointOf(l)
-	if !ok || a.owner != owner && a.owner != hashed(owner) {
-		return Attachment{}, false, nil
-	}
-	return attachmentOf(host, peer, l.Attrs().NetNsID >= 0, a), true, nil
-}
-
 // Check tells what of owner's attachment is not as Attach left it, in the host's
 // namespace, and changes nothing: link, port, forwarding entry, neighbour and
 // table. It returns nil if all stands.
