@@ -87,7 +87,7 @@ fresh: ## make demo and make test on a bare Debian that has only Go, git and mak
 	scripts/fresh.sh
 
 .PHONY: bench
-bench: needs ## benchmarks of pool, bridge, state files, and CNI calls beside the reference plugins
+bench: needs ## what calls, state and the wire cost, beside the reference plugins and host to host
 	$(GO) test -run '^$$' -bench . -benchmem ./pool ./bridge ./internal/statefile
 	$(GO) run ./bench
 
