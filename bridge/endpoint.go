@@ -198,8 +198,12 @@ func (h *Host) claim(ctx context.Context, at *attaching) error {
 }
 
 // claimAlone claims alone on the host. Of many that came here for the same reason
-// the first has done what all lacked.
+// the first has done what all lacked; whether it served published ports as well
+// shows later than that.
 func (h *Host) claimAlone(ctx context.Context, at *attaching) error {
+	if len(at.e.Ports) > 0 {
+		return h.claimSlow(ctx, at)
+	}
 	err := h.claim(ctx, at)
 	if !errors.Is(err, errSlow) {
 		return err

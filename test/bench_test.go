@@ -1,0 +1,30 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// TestBenchmarksRun: each does, once; what they say is for people.
+func TestBenchmarksRun(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make namespaces: sudo make test")
+	}
+	for _, words := range []string{
+		"test -run ^$ -bench . -benchtime 1x ./pool ./bridge ./internal/statefile",
+		"run ./bench -rounds 1 -standing 3",
+		"run ./bench -rounds 1",
+	} {
+		cmd := exec.CommandContext(t.Context(), "go", strings.Fields(words)...)
+		cmd.Dir = top
+		out, err := cmd.CombinedOutput()
+		if err != nil || strings.Contains(string(out), "FAIL") {
+			t.Errorf("go %s: %v\n%s", words, err, out)
+		}
+	}
+}
