@@ -18,7 +18,9 @@
 # directories are those that containerd or CRI-O are configured with, k3s' and RKE2's
 # too; else /opt/cni/bin and /etc/cni/net.d. It may be run again, to repair and to
 # upgrade. What can fail is done beside the places, then all is renamed at once.
+# What others write over its files is theirs: it is kept, and uninstall leaves it.
 set -euf
+umask 022
 
 releases=${RELEASES:-https://github.com/azure-vnet/azure-vnet/releases}
 plugin=azure-vnet:latest
@@ -27,25 +29,28 @@ conflist=10-azure.conflist
 state=/var/lib/azure-vnet
 timer=azure-vnet-reconcile
 wants=/etc/systemd/system/timers.target.wants
+tab=$(printf '\t')
 
 say() { echo "install-cni-plugin.sh: $*"; }
 die() { echo "install-cni-plugin.sh: $*" >&2; exit 1; }
 
 root=
 scratch=
-staged=  # lines <place>, in the order in which they get there
-made=    # directories that were made, deepest last
-running= # yes: this is the system that runs
+list=     # what was installed: lines <sha256>  <place>
+staged=   # lines <place>, in the order in which they get there
+renaming= # yes: some of them are there
+made=     # directories that were made, deepest last
+leaving=  # yes: the conflists are aside, for uninstall
+running=  # yes: this is the system that runs
 
 # --- where things are -------------------------------------------------------------
 
 # setting prints the first value of a key in sections of TOML files, ours to read in
-# part only: a string, or the first of a list that may go over lines.
-setting() { # <section ends with> <key> <file>…
-	section=$1 key=$2
-	shift 2
-	for file in "$@"; do
-		[ ! -f "$file" ] || awk -v section="$section" -v key="$key" -v quoted="\"[^\"]+\"|'[^']+'" '
+# part only: a string, or the first of a list that may go over lines. The files'
+# names are on stdin.
+setting() { # <section ends with> <key>
+	while IFS= read -r file; do
+		[ ! -f "$file" ] || awk -v section="$1" -v key="$2" -v quoted="\"[^\"]+\"|'[^']+'" '
 			/^[ \t]*#/ { next }
 			/^[ \t]*\[.*\][ \t]*$/ { inside = ($0 ~ section); next }
 			!inside { next }
@@ -57,30 +62,26 @@ setting() { # <section ends with> <key> <file>…
 	done | tail -n 1 # a later file overrides
 }
 
-# matching prints the files of a pattern, for set -f.
-matching() { set +f; for file in $1; do [ ! -f "$file" ] || printf '%s\n' "$file"; done; set -f; }
+# matching prints the files of a pattern, for set -f. A blank in it parts nothing.
+matching() { (set +f; IFS=; for file in $1; do [ ! -f "$file" ] || printf '%s\n' "$file"; done); }
 
-# runtimes prints a line "<bin> <net.d>" for each runtime that is there.
+# runtimes prints a line of <bin>, a tab and <net.d> for each runtime that is there.
 runtimes() {
 	for dir in /etc/containerd /var/lib/rancher/k3s/agent/etc/containerd /var/lib/rancher/rke2/agent/etc/containerd; do
 		[ -d "$root$dir" ] || continue
-		files="$root$dir/config.toml $(matching "$root$dir/conf.d/*.toml")"
-		# shellcheck disable=SC2086 # a list of words
-		bin=$(setting 'cni[]]' 'bin_dirs?' $files)
-		# shellcheck disable=SC2086
-		conf=$(setting 'cni[]]' conf_dir $files)
+		files=$(printf '%s\n' "$root$dir/config.toml" && matching "$root$dir/conf.d/*.toml")
+		bin=$(printf '%s\n' "$files" | setting 'cni[]]' 'bin_dirs?')
+		conf=$(printf '%s\n' "$files" | setting 'cni[]]' conf_dir)
 		case $dir in
 		*/k3s/*) k3s ;;
 		esac
-		echo "${bin:-/opt/cni/bin} ${conf:-/etc/cni/net.d}"
+		printf '%s\t%s\n' "${bin:-/opt/cni/bin}" "${conf:-/etc/cni/net.d}"
 	done
 	if [ -d "$root/etc/crio" ]; then
-		files="$root/etc/crio/crio.conf $(matching "$root/etc/crio/crio.conf.d/*")"
-		# shellcheck disable=SC2086
-		bin=$(setting 'crio[.]network[]]' 'plugin_dirs?' $files)
-		# shellcheck disable=SC2086
-		conf=$(setting 'crio[.]network[]]' network_dir $files)
-		echo "${bin:-/opt/cni/bin} ${conf:-/etc/cni/net.d}"
+		files=$(printf '%s\n' "$root/etc/crio/crio.conf" && matching "$root/etc/crio/crio.conf.d/*")
+		bin=$(printf '%s\n' "$files" | setting 'crio[.]network[]]' 'plugin_dirs?')
+		conf=$(printf '%s\n' "$files" | setting 'crio[.]network[]]' network_dir)
+		printf '%s\t%s\n' "${bin:-/opt/cni/bin}" "${conf:-/etc/cni/net.d}"
 	fi
 }
 
@@ -164,7 +165,6 @@ get() { # <what>
 	for file in $programs $conflist; do
 		[ -f "$new/$file" ] || die "the package has no $file"
 	done
-	[ -z "$running" ] || version=$("$new/azure-vnet" version) || die "the package's azure-vnet does not run here: is it for another architecture?"
 }
 
 copy() { # <directory>
@@ -177,33 +177,44 @@ copy() { # <directory>
 
 # stage writes stdin to a place of its own beside where it will be.
 stage() { # <mode> <path>
-	make_dir "$(dirname "$root$2")"
-	case "
-$staged" in
-	*"
-$2
-"*) ;; # two runtimes have one directory
-	*) staged="$staged$2
-" ;;
-	esac
+	make_dir "$(dirname "$2")"
+	[ ! -d "$root$2" ] || die "$2 is a directory, and has to be a file; nothing was changed"
+	if ! is_staged "$2"; then # else two runtimes have one directory
+		staged="$staged$2
+"
+	fi
 	if ! cat >"$root$2.azure-vnet-new" || ! chmod "$1" "$root$2.azure-vnet-new"; then
 		die "$2 cannot be written; nothing was changed"
 	fi
 }
 
+is_staged() { printf %s "$staged" | grep -qxF "$1"; }
+
 make_dir() { # <path>
-	[ ! -d "$1" ] || return 0
+	[ ! -d "$root$1" ] || return 0
 	make_dir "$(dirname "$1")"
-	mkdir "$1" || die "$1 cannot be made; nothing was changed"
+	mkdir "$root$1" || die "$1 cannot be made; nothing was changed"
 	made="$made$1
 "
 }
 
 # ours tells whether a file is as this script installed it. changed: it was
-# installed by it, and somebody has edited it since.
-recorded() { sed -n "s|^\([0-9a-f]*\)  $1\$|\1|p" "$root$state/cni.installed" 2>/dev/null; }
-changed() { [ -n "$(recorded "$1")" ] && [ "$(sum "$1")" != "$(recorded "$1")" ]; }
+# installed by it, and is another now.
+ours() { [ -f "$root$1" ] && recorded "$1" | grep -qx "$(sum "$1")"; }
+changed() { [ -f "$root$1" ] && [ -n "$(recorded "$1")" ] && ! ours "$1"; }
+recorded() { [ ! -f "$list" ] || while read -r sum path; do [ "$path" != "$1" ] || echo "$sum"; done <"$list"; }
 sum() { sha256sum <"$root$1" | cut -d ' ' -f 1; }
+
+# others tells whether somebody else put a file there: nobody edits a program, but
+# a package of programs replaces it.
+others() {
+	[ -f "$root$1" ] && ! ours "$1" || return 1
+	case $1 in
+	*/azure-vnet | */azure-vnet-ipam | */portmap | */loopback) ;;
+	"$state"/*) return 1 ;;
+	*) [ -z "$(recorded "$1")" ] ;;
+	esac
+}
 
 # speaks tells whether a plugin that is there knows what our conflist may ask of it.
 speaks() { [ -x "$1" ] && echo '{"cniVersion":"1.1.0"}' | CNI_COMMAND=VERSION "$1" 2>/dev/null | grep -q '"1\.1\.0"'; }
@@ -213,11 +224,14 @@ put_package() { # <bin> <net.d>
 	for file in $programs; do
 		case $file in
 		portmap | loopback) # also others'
-			[ -n "$(recorded "$1/$file")" ] || ! speaks "$root$1/$file" || continue ;;
+			ours "$1/$file" || ! speaks "$root$1/$file" || continue ;;
 		esac
 		stage 755 "$1/$file" <"$new/$file"
 	done
-	if [ -f "$root$2/$conflist" ] && changed "$2/$conflist"; then
+	# There, for programs may not run in a temporary directory.
+	[ -z "$running" ] || version=$("$1/azure-vnet.azure-vnet-new" version) ||
+		die "the package's azure-vnet does not run in $1: is it for another architecture, or is that mounted noexec? Nothing was changed"
+	if changed "$2/$conflist"; then
 		say "$2/$conflist was edited, and stays as it is"
 	else
 		stage 644 "$2/$conflist" <"$new/$conflist"
@@ -250,7 +264,7 @@ put_host_files() {
 
 		[Service]
 		Type=oneshot
-		ExecStart=$1/azure-vnet reconcile
+		ExecStart="$1/azure-vnet" reconcile
 	UNIT
 	stage 644 /etc/systemd/system/$timer.timer <<-UNIT
 		[Unit]
@@ -264,60 +278,76 @@ put_host_files() {
 		[Install]
 		WantedBy=timers.target
 	UNIT
-	make_dir "$root$wants"
+	make_dir "$wants"
 }
 
 # record stages what uninstall will need: a sum for each file, and the directories
-# that were made.
+# that were made. A file that is ours has the sum of before too, for a crash may
+# come before the new one is in its place.
 record() {
 	{
-		echo "$staged" | while read -r path; do
-			[ -z "$path" ] || echo "$(sha256sum <"$root$path.azure-vnet-new" | cut -d ' ' -f 1)  $path"
+		printf %s "$staged" | while IFS= read -r path; do
+			echo "$(sum "$path.azure-vnet-new")  $path"
+			! ours "$path" || echo "$(sum "$path")  $path"
 		done
 		# What is not staged now, as in a directory of before, is still ours.
-		[ ! -f "$root$state/cni.installed" ] || while read -r sum path; do
-			case "
-$staged" in
-			*"
-$path
-"*) ;;
-			*) echo "$sum  $path" ;;
-			esac
-		done <"$root$state/cni.installed"
-	} >"$scratch/installed"
-	make_dir "$root$state"
-	{ cat "$root$state/cni.made" 2>/dev/null || true; printf %s "$made" | sed "s|^$root||"; } >"$scratch/made"
+		[ ! -f "$list" ] || while read -r sum path; do
+			is_staged "$path" || others "$path" || echo "$sum  $path"
+		done <"$list"
+	} | awk '!seen[$0]++' >"$scratch/installed"
+	make_dir $state
+	{ cat "$root$state/cni.made" 2>/dev/null || true; printf %s "$made"; } >"$scratch/made"
+	# First: what a crash leaves, uninstall and the next run know of.
+	staged="$state/cni.made
+$state/cni.installed
+$staged"
 	stage 644 $state/cni.made <"$scratch/made"
 	stage 644 $state/cni.installed <"$scratch/installed"
 }
 
-# commit renames all that is staged. What others had there is kept beside.
+# commit renames all that is staged, or nothing: a signal waits, and undo puts the
+# old files back. What others had there is kept beside.
 commit() {
-	printf %s "$staged" | while read -r path; do
-		case $path in
-		"$state"/*) ;;
-		*) [ ! -f "$root$path" ] || [ -n "$(recorded "$path")" ] || [ "$(sum "$path")" = "$(sum "$path.azure-vnet-new")" ] || cp -p "$root$path" "$root$path.before-azure-vnet" ;;
-		esac
-	done || die "what is there cannot be kept aside; nothing was changed"
-	# The record first: what a crash leaves here, uninstall and the next run know of.
-	mv "$root$state/cni.made.azure-vnet-new" "$root$state/cni.made"
-	mv "$root$state/cni.installed.azure-vnet-new" "$root$state/cni.installed"
-	printf %s "$staged" | while read -r path; do
-		case $path in
-		"$state"/*) ;;
-		*) mv "$root$path.azure-vnet-new" "$root$path" ;;
-		esac
-	done
-	staged=''
-	made=''
+	trap '' INT TERM HUP
+	printf %s "$staged" >"$scratch/staged"
+	while IFS= read -r path; do
+		at=$root$path
+		rm -f "$at.azure-vnet-old"
+		[ ! -f "$at" ] || cp -pP "$at" "$at.azure-vnet-old" || die "$path cannot be kept aside; nothing was changed"
+		! others "$path" || [ "$(sum "$path")" = "$(sum "$path.azure-vnet-new")" ] || echo "$path"
+	done <"$scratch/staged" >"$scratch/others"
+	renaming=yes
+	while IFS= read -r path; do
+		at=$root$path
+		! grep -qxF "$path" "$scratch/others" || mv -f "$at.azure-vnet-old" "$at.before-azure-vnet" || die "$path cannot be kept aside; nothing was changed"
+		mv -f "$at.azure-vnet-new" "$at" || die "$path cannot be replaced; nothing was changed"
+	done <"$scratch/staged"
+	renaming=
+	while IFS= read -r path; do rm -f "$root$path.azure-vnet-old"; done <"$scratch/staged"
+	staged=
+	made=
 }
 
-# undo takes back what is staged.
+# undo takes back what is half done.
 undo() {
 	status=$?
 	trap '' INT TERM HUP
-	printf %s "$staged" | while read -r path; do rm -f "$root$path.azure-vnet-new"; done
-	printf %s "$made" | reversed | while read -r dir; do rmdir "$dir" 2>/dev/null || true; done
+	set +e
+	printf %s "$staged" | while IFS= read -r path; do
+		at=$root$path
+		if [ -n "$renaming" ]; then
+			if [ -f "$at.azure-vnet-old" ]; then
+				mv -f "$at.azure-vnet-old" "$at"
+			elif grep -qxF "$path" "$scratch/others"; then
+				mv -f "$at.before-azure-vnet" "$at"
+			else
+				rm -f "$at"
+			fi
+		fi
+		rm -f "$at.azure-vnet-new" "$at.azure-vnet-old"
+	done
+	printf %s "$made" | reversed | while IFS= read -r dir; do rmdir "$root$dir" 2>/dev/null; done
+	[ -z "$leaving" ] || stay
 	[ -z "$scratch" ] || rm -rf "$scratch"
 	exit "$status"
 }
@@ -327,29 +357,30 @@ reversed() { sed '1!G;h;$!d'; }
 start_timer() {
 	[ ! -d "$root/etc/systemd" ] || ln -sf ../$timer.timer "$root$wants/$timer.timer" # as systemctl enable does
 	if [ -n "$running" ] && [ -d /run/systemd/system ]; then
-		systemctl daemon-reload
-		systemctl restart $timer.timer
+		{ systemctl daemon-reload && systemctl restart $timer.timer; } ||
+			die "azure-vnet is installed, but its timer does not start: systemctl status $timer.timer says why"
 	fi
 }
 
 install() { # <what>
 	unmanaged
-	dirs=$(runtimes | sed 's|/* | |; s|/*$||' | sort -u)
-	dirs=${dirs:-/opt/cni/bin /etc/cni/net.d}
+	dirs=$(runtimes | sed "s|/*$tab|$tab|; s|/*\$||" | sort -u)
+	dirs=${dirs:-/opt/cni/bin$tab/etc/cni/net.d}
 	if [ -n "$running" ] && [ ! -e /proc/sys/net/bridge/bridge-nf-call-iptables ]; then
 		modprobe br_netfilter 2>/dev/null || die "the kernel has no module br_netfilter, without which services do not reach pods: install it; nothing was changed"
 	fi
 	get "$1"
-	echo "$dirs" >"$scratch/dirs"
-	while read -r bin conf; do
+	printf '%s\n' "$dirs" >"$scratch/dirs"
+	aside '' .leaving # of an uninstall that was killed
+	while IFS=$tab read -r bin conf; do
 		alone "$conf"
 		put_package "$bin" "$conf"
 	done <"$scratch/dirs"
-	put_host_files "${dirs%% *}"
+	put_host_files "${dirs%%"$tab"*}"
 	record
 	commit
 	start_timer
-	while read -r bin conf; do
+	while IFS=$tab read -r bin conf; do
 		say "azure-vnet${version:+ $version} is in $bin and $conf"
 	done <"$scratch/dirs"
 }
@@ -357,46 +388,72 @@ install() { # <what>
 # --- and away again ---------------------------------------------------------------
 
 uninstall() {
-	list=$root$state/cni.installed
 	[ -f "$list" ] || { say "nothing is installed"; return 0; }
-	program=$(sed -n 's|^[0-9a-f]*  \(.*/azure-vnet\)$|\1|p' "$list" | head -n 1)
+	program=$(installed azure-vnet | while IFS= read -r path; do
+		! ours "$path" || [ ! -x "$root$path" ] || { printf '%s\n' "$path"; break; }
+	done)
 	if [ -n "$running" ]; then
-		leave_nic "$program"
+		leave_nic
 	fi
+	trap '' INT TERM HUP # what is begun is finished
 	rm -f "$root$wants/$timer.timer"
-	sed 's/^[0-9a-f]*  //' "$list" | while read -r path; do
+	installed '[^/]*' | while IFS= read -r path; do
 		case $path in
 		*/90-azure-vnet.cfg) [ -z "${with_plugin:-}" ] || continue ;;
+		*/$conflist) [ -n "$program" ] || ! changed "$path" || theirs "$path" || continue ;; # for another azure-vnet
 		esac
+		! others "$path" || theirs "$path" || continue
 		rm -f "$root$path" "$root$path.leaving"
-		[ ! -f "$root$path.before-azure-vnet" ] || mv "$root$path.before-azure-vnet" "$root$path"
+		[ ! -f "$root$path.before-azure-vnet" ] || mv -f "$root$path.before-azure-vnet" "$root$path"
 	done
 	reversed <"$root$state/cni.made" >"$scratch/made"
 	rm -f "$list" "$root$state/cni.made"
-	while read -r dir; do rmdir "$root$dir" 2>/dev/null || true; done <"$scratch/made"
+	while IFS= read -r dir; do rmdir "$root$dir" 2>/dev/null || true; done <"$scratch/made"
 	[ -z "$running" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload || true
 	say "azure-vnet is removed"
 }
 
+# installed prints the places of what was installed by a name, each once.
+installed() { # <regular expression>
+	[ ! -f "$list" ] || sed -n "s|^[0-9a-f]*  \(/.*/$1\)\$|\1|p" "$list" | awk '!seen[$0]++'
+}
+
+# theirs leaves a file to those who put it in place of ours; what was there before
+# ours, it would have replaced too.
+theirs() {
+	say "$1 is not what was installed, and stays"
+	rm -f "$root$1.before-azure-vnet"
+	return 1
+}
+
 # leave_nic gives the NIC its addresses back, unless the managed plugin works with
 # them. No pod comes meanwhile: the conflists are aside.
-leave_nic() { # <azure-vnet>
-	[ ! -d /run/systemd/system ] || systemctl stop $timer.timer || true
+leave_nic() {
+	[ -n "$program" ] || die "azure-vnet, which gives the NIC its addresses back, is at no place where it was installed, or another is there: install it again, then uninstall it; nothing was removed"
+	leaving=yes
+	[ ! -d /run/systemd/system ] || systemctl stop $timer.timer $timer.service || true
 	aside .leaving ''
 	if [ "$(docker plugin inspect -f '{{.Enabled}}' $plugin 2>/dev/null)" = true ]; then
 		with_plugin=yes
 		say "the Docker plugin $plugin is enabled: the network that it uses stays"
-	elif ! "$1" uninstall; then
-		aside '' .leaving
-		[ ! -d /run/systemd/system ] || systemctl start $timer.timer || true
-		die "the NIC's addresses are not back, and nothing was removed: drain the node, or remove the containers that are named, and run this again"
+	else
+		"$program" uninstall || die "the NIC's addresses are not back, and nothing was removed: drain the node, or remove the containers that are named, and run this again"
 	fi
+	trap '' INT TERM HUP
+	leaving=
+	docker image prune -af --filter label=azure-vnet.role=holder >/dev/null 2>&1 || true # docker-run.sh's
 	rm -f /var/log/azure-vnet.log /var/log/azure-vnet.log.1
 }
 
+# stay is for an uninstall that comes to nothing.
+stay() {
+	aside '' .leaving
+	[ ! -d /run/systemd/system ] || systemctl start $timer.timer || true
+}
+
 aside() { # <to suffix> <from suffix>
-	sed -n "s|^[0-9a-f]*  \(.*/$conflist\)\$|\1|p" "$list" | while read -r path; do
-		[ ! -f "$path$2" ] || mv "$path$2" "$path$1"
+	installed $conflist | while IFS= read -r path; do
+		[ ! -f "$root$path$2" ] || mv -f "$root$path$2" "$root$path$1"
 	done
 }
 
@@ -422,9 +479,10 @@ done
 [ "$(id -u)" = 0 ] || die "root is needed: use sudo"
 [ "$root" != / ] || root=
 [ -n "$root" ] || running=yes
+list=$root$state/cni.installed
 trap undo EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-trap 'exit 129' HUP
+trap "trap '' INT TERM HUP; exit 130" INT
+trap "trap '' INT TERM HUP; exit 143" TERM
+trap "trap '' INT TERM HUP; exit 129" HUP
 scratch=$(mktemp -d)
 if [ $word = install ]; then install "$what"; else uninstall; fi

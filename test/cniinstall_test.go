@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -179,8 +180,6 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
   ]
   conf_dir = '/srv/two/net.d'
 `
-	old := "#!/bin/sh\necho '{\"supportedVersions\":[\"0.4.0\"]}'\n"
-	able := "#!/bin/sh\necho '{\"supportedVersions\":[\"1.0.0\",\"1.1.0\"]}'\n"
 	k3s := "/var/lib/rancher/k3s"
 	pkg := standIns.write(t, t.TempDir())
 	for i, c := range []struct {
@@ -194,6 +193,7 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
 		{"containerd without a word of CNI", rootFS{"/etc/containerd/config.toml": "version = 2\n"}, nil, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
 		{"containerd with directories of its own", rootFS{"/etc/containerd/config.toml": containerd}, nil, []string{"/srv/cni/bin"}, []string{"/srv/cni/net.d"}},
 		{"containerd 2", rootFS{"/etc/containerd/config.toml": containerd2}, nil, []string{"/srv/two/bin"}, []string{"/srv/two/net.d"}},
+		{"containerd with a blank in its directories", rootFS{"/etc/containerd/config.toml": strings.ReplaceAll(containerd, "/srv", "/srv/a b")}, nil, []string{"/srv/a b/cni/bin"}, []string{"/srv/a b/cni/net.d"}},
 		{"CRI-O, a later file last", rootFS{
 			"/etc/crio/crio.conf":               "[crio.network]\nnetwork_dir = \"/a\"\nplugin_dirs = [\n\t\"/usr/lib/cni\",\n\t\"/b\",\n]\n",
 			"/etc/crio/crio.conf.d/10-net.toml": "[crio.network]\nnetwork_dir = \"/etc/crio-cni\"\n",
@@ -213,7 +213,7 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
 			shell := []string{"dash", "busybox sh", "bash"}[i%3]
 			c.host["/etc/cloud/cloud.cfg.d"] = "/"
 			c.host["/etc/systemd/system"] = "/"
-			root := c.host.write(t, t.TempDir())
+			root := c.host.write(t, filepath.Join(t.TempDir(), "an image"))
 			before := readTree(t, root)
 			for range 1 + len(c.want) { // a repeat changes nothing, and what was others' still is
 				if out, err := installer(t, shell, "--root", root, pkg); err != nil {
@@ -231,7 +231,7 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
 				maps.Copy(want, c.want)
 				got := readTree(t, root)
 				service := "/etc/systemd/system/azure-vnet-reconcile.service"
-				if !strings.Contains(got[service], "\nExecStart="+c.bin[0]+"/azure-vnet reconcile\n") {
+				if !strings.Contains(got[service], "\nExecStart=\""+c.bin[0]+"/azure-vnet\" reconcile\n") {
 					t.Errorf("the service is %q", got[service])
 				}
 				for _, path := range []string{
@@ -284,6 +284,125 @@ func TestInstallerKeepsAnEditedConflist(t *testing.T) {
 	}
 	if diff := cmp.Diff(rootFS{}, readTree(t, root)); diff != "" {
 		t.Errorf("uninstalled:\n%s", diff)
+	}
+}
+
+// another's plugins: one that may stay in the place of ours, and one that may not.
+const (
+	able = "#!/bin/sh\necho '{\"supportedVersions\":[\"1.0.0\",\"1.1.0\"]}'\n"
+	old  = "#!/bin/sh\necho '{\"supportedVersions\":[\"0.4.0\"]}'\n"
+)
+
+func TestInstallerLeavesToOthersWhatTheyPutOverItsFiles(t *testing.T) {
+	const bin, conflist = "/opt/cni/bin/", "/etc/cni/net.d/10-azure.conflist"
+	pkg := standIns.write(t, t.TempDir())
+	over := rootFS{bin + "portmap": able, bin + "loopback": old, bin + "azure-vnet-ipam": "another's"}
+	for _, c := range []struct {
+		name    string
+		over    rootFS
+		again   bool // it is installed once more, over theirs
+		between rootFS
+	}{
+		{"uninstalled", over, false, nil},
+		{"installed again", over, true, rootFS{
+			bin + "portmap": able, bin + "loopback": standIns["loopback"], bin + "azure-vnet-ipam": standIns["azure-vnet-ipam"],
+			bin + "loopback.before-azure-vnet": old, bin + "azure-vnet-ipam.before-azure-vnet": "another's",
+		}},
+		{"all of it is another azure-vnet's", rootFS{bin + "azure-vnet": "another's", conflist: "another's"}, false, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := rootFS{bin + "loopback": "older"}.write(t, t.TempDir())
+			run := func(arg ...string) {
+				t.Helper()
+				if out, err := installer(t, "sh", append(arg, "--root", root)...); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+			}
+			run(pkg)
+			c.over.write(t, root)
+			if c.again {
+				run(pkg)
+				got := readTree(t, root)
+				for path, want := range c.between {
+					if got[path] != want {
+						t.Errorf("installed again, %s is %q, want %q", path, got[path], want)
+					}
+				}
+			}
+			run("--uninstall")
+			want := maps.Clone(c.over)
+			if _, theirs := want[bin+"loopback"]; !theirs {
+				want[bin+"loopback"] = "older"
+			}
+			got := readTree(t, root)
+			maps.DeleteFunc(got, func(_, content string) bool { return content == "/" })
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("uninstalled:\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestInstallerChangesAllOrNothing makes each call of a command fail, or be
+// interrupted, while one version is replaced by another and a plugin by ours.
+func TestInstallerChangesAllOrNothing(t *testing.T) {
+	first, second := maps.Clone(standIns), maps.Clone(standIns)
+	for name := range first {
+		first[name] += "first"
+	}
+	image := rootFS{"/opt/cni/bin/loopback": old, "/etc/cloud/cloud.cfg.d": "/", "/etc/systemd/system": "/"}.write(t, filepath.Join(t.TempDir(), "root"))
+	if out, err := installer(t, "sh", "--root", image, first.write(t, t.TempDir())); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	rootFS{"/opt/cni/bin/portmap": old, "/opt/cni/bin/azure-vnet": "another's"}.write(t, image)
+	if err := os.Remove(filepath.Join(image, "etc/modules-load.d/azure-vnet.conf")); err != nil {
+		t.Fatal(err)
+	}
+	before, pkg := readTree(t, image), second.write(t, t.TempDir())
+	for _, c := range []struct {
+		command string // of the script
+		meddle  string // instead of it, or before it
+		arg     []string
+		stride  int // of the calls
+	}{
+		{"cp", "exit 1", []string{pkg}, 1},
+		{"mv", "exit 1", []string{pkg}, 1},
+		{"mv", "kill -INT $PPID", []string{pkg}, 4},
+		{"chmod", "kill -TERM $PPID", []string{pkg}, 4},
+		{"rm", "kill -INT $PPID", []string{"--uninstall"}, 4},
+		{"mv", "kill -INT $PPID", []string{"--uninstall"}, 1},
+	} {
+		dir := rootFS{
+			c.command: "#!/bin/sh\nn=$(($(cat " + "${0%/*}/calls) + 1))\necho $n >${0%/*}/calls\n[ $n != $AT ] || " + c.meddle + "\nPATH=${PATH#*:}\nexec " + c.command + " \"$@\"\n",
+		}.write(t, t.TempDir())
+		var after rootFS
+		steps := 0
+		for at := 0; at <= steps; at += c.stride { // at 0 nothing happens
+			name := fmt.Sprintf("%s at call %d of %s, %s", c.meddle, at, c.command, c.arg[0])
+			root, calls := filepath.Join(t.TempDir(), "root"), filepath.Join(dir, "calls")
+			mustOutput(t, "cp", "-a", image, root)
+			if err := os.WriteFile(calls, []byte("0"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			shell := []string{"dash", "bash", "busybox sh"}[at%3]
+			out, err := installer(t, fmt.Sprintf("env AT=%d PATH=%s:/usr/sbin:/usr/bin:/sbin:/bin %s", at, dir, shell), append(c.arg, "--root", root)...)
+			got := readTree(t, root)
+			if at == 0 {
+				count, _ := os.ReadFile(calls)
+				if steps, _ = strconv.Atoi(strings.TrimSpace(string(count))); err != nil || steps == 0 {
+					t.Fatalf("%s is called %d times: %v: %s", c.command, steps, err, out)
+				}
+				after = got
+				continue
+			}
+			want := after
+			if err != nil {
+				want = before
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("%s, by %s: it ends with %v, and the files are neither the old nor the new: %s\n%s", name, shell, err, diff, out)
+			}
+		}
 	}
 }
 
