@@ -19,7 +19,8 @@
 #
 #   DOCKER_RUN_ARGS='-e KEY=value -v /a:/b'   further options of docker run, parted by blanks
 #
-# Exit status, and nothing is left behind but for 0:
+# Exit status, and nothing is left behind but for 0, and for a holder whose
+# address CNI did not take back: docker-del.sh removes it.
 #   0 it runs          3 the name is taken             6 the command does not start, or ended at once
 #   1 the engine failed    4 there is no such image    7 no engine answers, or neither plugin nor CNI
 #   2 wrong usage      5 no network or no address      128+n ended by signal n, such as 130 by Ctrl-C
@@ -30,12 +31,13 @@ network=azure
 holder_image=azure-vnet-holder:latest
 installed=/var/lib/azure-vnet/cni.installed # what install-cni-plugin.sh put where
 
-say() { echo "docker-run.sh: $*" >&2; }
+say() { echo "docker-run.sh: $*" >&2 || true; } # a terminal that hung up must not stop cleanup
 die() { status=$1; shift; say "$*"; exit "$status"; }
 
 # whole runs a command that no signal of the terminal can cut in two: what it
 # began, the engine would go on with, and nobody would know of it. Use it in
-# $(…), whose shell then ignores the signals too.
+# $(…), whose shell then ignores the signals too. A session of its own, for the
+# engine's client and azure-vnet would catch a signal that they are born to ignore.
 whole() {
 	trap '' INT TERM HUP
 	setsid "$@"
@@ -45,33 +47,47 @@ run=      # labels what this run makes; empty: nothing yet
 pulling=  # process that pulls
 attached= # holder that CNI was run on
 netns=
+tarball=  # of the holder's image, while that is made
 
 cleanup() {
 	status=$?
 	trap '' INT TERM HUP
 	trap - EXIT
-	[ -z "$pulling" ] || kill "$pulling" 2>/dev/null || true
+	set +e
+	[ -z "$pulling" ] || kill "$pulling" 2>/dev/null
+	[ -z "$tarball" ] || rm -f "$tarball"
 	[ "$status" != 0 ] || exit 0
 	if [ -n "$run" ]; then
 		# The container before the network it uses, the network before its holder.
 		remove container
-		[ -z "$attached" ] || "$cni" detach "$conflist" "$attached" "$netns" >&2 || say "DEL failed: run docker-del.sh $name $namespace"
-		remove holder
-		for id in $(docker network ls -q --filter "label=azure-vnet.run=$run"); do
-			setsid docker network rm "$id" >/dev/null 2>&1 || true # another run uses it by now
+		if [ -z "$attached" ] || whole "$cni" detach "$conflist" "$attached" "$netns" >&2; then
+			remove holder
+		else
+			say "the address is still lent, and $name.holder stays for it: docker-del.sh $name $namespace"
+		fi
+		for id in $(whole docker network ls -q --filter "label=azure-vnet.run=$run"); do
+			whole docker network rm "$id" >/dev/null 2>&1 # another run uses it by now
 		done
+		# Unless another holder uses it: one that does not start must not meet the next run.
+		[ -z "${cni:-}" ] || whole docker image prune -af --filter label=azure-vnet.role=holder >/dev/null 2>&1
 	fi
 	exit "$status"
 }
 
 remove() { # <role>
-	for id in $(docker ps -aq --no-trunc --filter "label=azure-vnet.run=$run" --filter "label=azure-vnet.role=$1"); do
-		setsid docker rm -fv "$id" >/dev/null || say "remove it by hand: docker rm -f $id"
+	ids=$(whole docker ps -aq --no-trunc --filter "label=azure-vnet.run=$run" --filter "label=azure-vnet.role=$1") ||
+		say "the engine does not tell what is left: docker-del.sh $name $namespace"
+	for id in $ids; do
+		whole docker rm -fv "$id" >/dev/null || say "remove it by hand: docker rm -f $id"
 	done
 }
 
-# taken says whether a container has that very name.
-taken() { [ -n "$(docker ps -aq --filter "name=^/$(echo "$1" | sed 's/\./\\./g')\$")" ]; }
+# free ends the script where a container has that very name.
+free() { # <container>
+	[ -n "$(docker ps -aq --filter "name=^/$(echo "$1" | sed 's/\./\\./g')\$")" ] || return 0
+	remedy=$(docker container inspect -f '{{with .Config.Labels}}{{with index . "azure-vnet.namespace"}}docker-del.sh {{index $.Config.Labels "azure-vnet.name"}} {{.}}{{end}}{{end}}' "$1" || true)
+	die 3 "the name $1 is taken: ${remedy:-docker rm $1}"
+}
 
 pull() {
 	docker image inspect "$image" >/dev/null 2>&1 && return
@@ -117,8 +133,8 @@ start() {
 # find_cni finds the CNI package, where its installer or a hand put it.
 find_cni() {
 	[ "$(id -u)" = 0 ] || die 7 "the plugin $plugin is not enabled, and running CNI needs root: use sudo"
-	cni=$(sed -n 's|^[0-9a-f]*  \(/.*/azure-vnet\)$|\1|p' $installed 2>/dev/null | head -n 1)
-	conflist=$(sed -n 's|^[0-9a-f]*  \(/.*/10-azure.conflist\)$|\1|p' $installed 2>/dev/null | head -n 1)
+	cni=$(recorded -x azure-vnet)
+	conflist=$(recorded -f 10-azure.conflist)
 	cni=${cni:-/opt/cni/bin/azure-vnet}
 	conflist=${conflist:-/etc/cni/net.d/10-azure.conflist}
 	if [ ! -x "$cni" ] || [ ! -f "$conflist" ]; then
@@ -126,24 +142,51 @@ find_cni() {
 	fi
 }
 
+# recorded prints the first place of a file that was installed and is there
+# still: an upgrade of an old k3s takes a directory away.
+recorded() { # -x | -f <file>
+	sed -n "s|^[0-9a-f]*  \(/.*/$2\)\$|\1|p" $installed 2>/dev/null | while IFS= read -r path; do
+		! test "$1" "$path" || { echo "$path"; break; }
+	done
+}
+
 # hold starts the container that keeps the network, of an image that is the CNI
 # binary and nothing else: a registry may be out of reach.
 hold() {
-	docker image inspect $holder_image >/dev/null 2>&1 ||
-		tar -C "$(dirname "$cni")" -cf - azure-vnet | whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' - $holder_image >/dev/null ||
-		die 1 "the image of the holder cannot be made"
-	# shellcheck disable=SC2086 # a list of words
-	holder=$(whole docker run -d --name "$name.holder" --hostname "$name" --network none --label azure-vnet.role=holder $labels $holder_image 2>&1) ||
+	free "$name.holder"
+	until
+		docker image inspect $holder_image >/dev/null 2>&1 || make_holder_image
+		# shellcheck disable=SC2086 # a list of words
+		holder=$(whole docker run -d --pull never --name "$name.holder" --hostname "$name" --network none --label azure-vnet.role=holder $labels $holder_image 2>&1)
+	do
+		case $holder in
+		*"o such image"*) continue ;; # it was the last holder's, which was removed meanwhile
+		*"is already in use by container"*) free "$name.holder" ;; # another run was faster
+		esac
 		die 1 "the holder of the network does not start: $holder"
+	done
 	holder=$(echo "$holder" | tail -n 1)
-	netns=/proc/$(docker inspect -f '{{.State.Pid}}' "$holder")/ns/net
+	pid=$(docker inspect -f '{{.State.Pid}}' "$holder")
+	[ "$pid" != 0 ] || die 1 "the holder of the network ended at once: $(docker logs "$holder" 2>&1 | tail -n 3)"
+	netns=/proc/$pid/ns/net
+}
+
+# make_holder_image imports a file that is whole: of a pipe that breaks, the
+# engine would make an image that starts nothing, for this run and all others.
+make_holder_image() {
+	tarball=$(whole mktemp)
+	tar -C "$(dirname "$cni")" -cf "$tarball" azure-vnet || die 1 "the image of the holder cannot be made in $tarball"
+	out=$(whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' --change 'LABEL azure-vnet.role=holder' "$tarball" $holder_image 2>&1) ||
+		die 1 "the image of the holder cannot be made: $out"
+	rm -f "$tarball"
+	tarball=
 }
 
 # failed ends with the status that a failed docker run means.
 failed() { # <status> <text>
 	case $1:$2 in
 	126:* | 127:*) die 6 "the command does not start: $2" ;;
-	*"is already in use by container"*) die 3 "the name $name is taken: docker-del.sh $name $namespace, or docker rm" ;;
+	*"is already in use by container"*) free "$name" ;;
 	*IpamDriver* | *NetworkDriver*) die 5 "$2" ;;
 	esac
 	die 1 "$2"
@@ -158,12 +201,13 @@ for word in "$name" "$namespace"; do
 	esac
 done
 command -v docker >/dev/null || die 7 "there is no docker command"
-trap 'exit 130' INT
-trap 'exit 143' TERM
-trap 'exit 129' HUP
+# A second signal finds the first one's work protected from its start.
+trap "trap '' INT TERM HUP; exit 130" INT
+trap "trap '' INT TERM HUP; exit 143" TERM
+trap "trap '' INT TERM HUP; exit 129" HUP
 trap cleanup EXIT
 docker version >/dev/null 2>&1 || die 7 "no engine answers docker version: is it running, and are you root?"
-! taken "$name" || die 3 "the name $name is taken: docker-del.sh $name $namespace, or docker rm"
+free "$name"
 managed || find_cni
 pull
 
@@ -173,7 +217,7 @@ labels="--label azure-vnet.run=$run --label azure-vnet.name=$name --label azure-
 if [ -z "${cni:-}" ]; then
 	ensure_network
 	out=$(start --network $network --network-alias "$name.$namespace" ${DOCKER_RUN_ARGS:-} "$image" "$@") || failed $? "$out"
-	address=$(docker inspect -f "{{with index .NetworkSettings.Networks \"$network\"}}{{.IPAddress}}{{end}}" "$name")
+	address=$(docker inspect -f "{{with index .NetworkSettings.Networks \"$network\"}}{{.IPAddress}}{{end}}" "$name") || address= # --rm, and it ended
 else
 	hold
 	attached=$holder
@@ -185,4 +229,5 @@ if [ "$(docker inspect -f '{{.State.Running}} {{.State.Restarting}}' "$name" 2>/
 	docker logs --tail 10 "$name" >&2 2>&1 || true # --rm took them
 	die 6 "the command ended at once$(docker inspect -f ', with status {{.State.ExitCode}}' "$name" 2>/dev/null)"
 fi
+[ -n "$address" ] || die 5 "the container is not on the network $network: is there a --network in DOCKER_RUN_ARGS?"
 echo "$address"

@@ -19,14 +19,26 @@ made() {
 		--filter "label=azure-vnet.name=$name" --filter "label=azure-vnet.namespace=$namespace"
 }
 
-# detach gives the address back; the holder's namespace is there or not.
+# recorded prints the first place of a file that was installed and is there
+# still: an upgrade of an old k3s takes a directory away.
+recorded() { # -x | -f <file>
+	sed -n "s|^[0-9a-f]*  \(/.*/$2\)\$|\1|p" $installed 2>/dev/null | while IFS= read -r path; do
+		! test "$1" "$path" || { echo "$path"; break; }
+	done
+}
+
+# detach gives the address back; the holder's namespace is there or not. Without
+# the CNI package no address is lent: its uninstaller refuses before.
 detach() { # <holder>
-	cni=$(sed -n 's|^[0-9a-f]*  \(/.*/azure-vnet\)$|\1|p' $installed 2>/dev/null | head -n 1)
-	conflist=$(sed -n 's|^[0-9a-f]*  \(/.*/10-azure.conflist\)$|\1|p' $installed 2>/dev/null | head -n 1)
+	cni=$(recorded -x azure-vnet)
+	conflist=$(recorded -f 10-azure.conflist)
+	cni=${cni:-/opt/cni/bin/azure-vnet}
+	[ -f $installed ] || [ -e "$cni" ] || return 0
+	[ -x "$cni" ] || die 1 "azure-vnet, which gives the address back, is at no place where it was installed: install-cni-plugin.sh puts it there again"
 	pid=$(docker inspect -f '{{.State.Pid}}' "$1")
 	netns=
 	[ "$pid" = 0 ] || netns=/proc/$pid/ns/net
-	"${cni:-/opt/cni/bin/azure-vnet}" detach "${conflist:-/etc/cni/net.d/10-azure.conflist}" "$1" "$netns" >&2
+	"$cni" detach "${conflist:-/etc/cni/net.d/10-azure.conflist}" "$1" "$netns" >&2
 }
 
 [ $# -eq 2 ] || die 2 "usage: docker-del.sh <container-name> <container-namespace>"
@@ -43,3 +55,5 @@ for id in $holders; do
 	detach "$id" || die 1 "the address of $name is still lent: run it again"
 	docker rm -fv "$id" >/dev/null || die 1 "the holder of $name is still there"
 done
+# The image goes with the last of them.
+[ -z "$holders" ] || docker image prune -af --filter label=azure-vnet.role=holder >/dev/null 2>&1 || true

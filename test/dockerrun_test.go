@@ -6,11 +6,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -74,56 +75,88 @@ func (h host) left() string {
 	h.t.Helper()
 	s := h.state()
 	return strings.Join([]string{
-		h.docker("ps", "-aq"), h.docker("network", "ls", "-q", "--filter", "driver="+plugin),
+		h.docker("ps", "-aq"), h.docker("network", "ls", "-q", "--filter", "driver="+plugin), h.docker("images", "-aq"),
 		strings.Join(s.Leases, " "), strings.Join(s.Attachments, " "),
 	}, "|")
 }
 
-// interrupted runs docker-run.sh and presses Ctrl-C at its n-th call of docker:
-// the signal goes to all that a terminal would send it to.
-func (h host) interrupted(n int, arg ...string) (ended, string) {
+// meddled runs docker-run.sh by a shell, and evaluates a line of sh before each
+// command that the script calls. There, $n is the number of the call, $command
+// its name, "$@" its arguments, and $group the process that runs the script,
+// which leads the group that a terminal would send Ctrl-C to.
+func (h host) meddled(shell, line string, env []string, arg ...string) (ended, string) {
 	h.t.Helper()
 	h.must("sh", "-c", `mkdir -p /run/shim
 echo 0 >/run/calls
 cat >/run/shim/docker <<'END'
 #!/bin/sh
-n=$(($(cat /run/calls) + 1))
-echo $n >/run/calls
-[ $n != $CTRL_C_AT ] || kill -INT -$(cat /run/group)
-exec `+client+` "$@"
+command=${0##*/} group=$(/bin/cat /run/group)
+if [ -z "$COUNTED" ]; then # else setsid, which calls it, is
+	n=$(($(/bin/cat /run/calls) + 1))
+	echo $n >/run/calls
+	eval "$MEDDLE"
+fi
+[ $command != setsid ] || export COUNTED=yes
+PATH=${PATH#*:}
+[ $command != docker ] || exec `+client+` "$@"
+exec $command "$@"
 END
 printf '#!/bin/sh\necho $$ >/run/group\nexec "$@"\n' >/run/shim/leader
-chmod +x /run/shim/docker /run/shim/leader`)
+chmod +x /run/shim/docker /run/shim/leader
+for command in setsid tar sleep; do ln -sf docker /run/shim/$command; done`)
 	defer h.must("rm", "-r", "/run/shim")
 	// A test that runs in the background may have had SIGINT ignored for it.
-	return h.script([]string{"CTRL_C_AT=" + strconv.Itoa(n), "setsid", "env", "--default-signal=INT", "/run/shim/leader"}, "docker-run.sh", arg...)
+	words := append(env, "COUNTED=", "MEDDLE="+line, "/usr/bin/setsid", "env", "--default-signal=INT", "/run/shim/leader")
+	return h.script(append(words, strings.Fields(shell)...), "docker-run.sh", arg...)
 }
+
+// stopped stops docker-run.sh at each step, or at each of a stride, in some way
+// that ends it with a status, and nothing may be left behind. A container that
+// comes up nevertheless is the end of the steps, and is removed.
+func (h host) stopped(shell, how string, status, first, stride int) {
+	h.t.Helper()
+	before := h.left()
+	for n := first; ; n += stride {
+		got, said := h.meddled(shell, fmt.Sprintf("[ $n != %d ] || %s", n, how), nil, "web", "shop", "busybox", "sleep", "1000")
+		if got.Status == 0 {
+			if n < 12 {
+				h.t.Errorf("%s: it ended well at step %d", shell, n)
+			}
+			h.delete("web", "shop")
+			h.t.Logf("%s, %s: came up at step %d", shell, how, n)
+			return
+		}
+		if diff := cmp.Diff(ended{"", status}, got); diff != "" {
+			h.t.Errorf("%s: %s at step %d: %s%s", shell, how, n, diff, said)
+		}
+		if diff := cmp.Diff(before, h.left()); diff != "" {
+			h.t.Fatalf("%s: %s at step %d leaves behind:\n%s%s", shell, how, n, diff, said)
+		}
+	}
+}
+
+const (
+	once    = "kill -INT -$group"                                                                                           // Ctrl-C
+	forever = "/usr/bin/setsid sh -c \"while kill -INT -$group; do busybox sleep 0.02; done\" >/dev/null 2>&1 </dev/null &" // somebody impatient
+	killed  = "kill -TERM $group"
+	hungUp  = "kill -HUP -$group"
+)
 
 func TestDockerRunWithThePlugin(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin("COOL_DOWN=0s")
 
-	t.Run("Ctrl-C at any step leaves nothing behind", func(t *testing.T) {
+	t.Run("stopped at any step, it leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
-		before := h.left()
-		for n := 1; ; n++ {
-			got, said := h.interrupted(n, "web", "shop", "busybox", "sleep", "1000")
-			if got.Status == 0 {
-				if n < 8 {
-					t.Errorf("it ended well at step %d", n)
-				}
-				break
-			}
-			if diff := cmp.Diff(ended{"", 130}, got); diff != "" {
-				t.Errorf("step %d: %s%s", n, diff, said)
-			}
-			if diff := cmp.Diff(before, h.left()); diff != "" {
-				t.Fatalf("step %d leaves behind:\n%s%s", n, diff, said)
-			}
+		for _, stop := range []func(){ // each begins without the network
+			func() { h.stopped("sh", forever, 130, 1, 1) },
+			func() { h.stopped("bash", once, 130, 2, 5) },
+			func() { h.stopped("busybox sh", killed, 143, 4, 5) },
+		} {
+			stop()
+			h.docker("network", "rm", "azure")
 		}
-		h.script(nil, "scripts/docker-del.sh", "web", "shop")
-		h.docker("network", "rm", "azure")
 	})
 	t.Run("the address is had, printed alone, and reached", func(t *testing.T) {
 		h := h.in(t)
@@ -153,7 +186,7 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		before := h.left()
 		run := "docker-run.sh"
 		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
-		h.fails(3, "web is taken", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(3, "web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
 		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
 		h.fails(2, "usage", nil, run, "new", "shop")
 		h.fails(2, "begins with", nil, run, "new", "../shop", "busybox")
@@ -166,6 +199,7 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		before = h.left()
 		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
 		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
+		h.fails(6, "ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
 		h.fails(1, "unknown flag", []string{"DOCKER_RUN_ARGS=--no-such-flag"}, run, "job", "shop", "busybox", "sleep", "9")
 		if diff := cmp.Diff(before, h.left()); diff != "" {
 			t.Errorf("something is left behind:\n%s", diff)
@@ -213,30 +247,59 @@ func TestDockerRunByCNI(t *testing.T) {
 		t.Errorf("the installer says %q", out)
 	}
 	h.install([]string{site}, "v1.0.0")
-	nothing := "|||"
+	nothing := h.left()
 	tidy := func(t *testing.T) {
 		t.Helper()
 		eventually(t, "nothing is left", 5*time.Second, func() bool { return h.in(t).left() == nothing })
 	}
 
-	t.Run("Ctrl-C at any step leaves nothing behind", func(t *testing.T) {
+	t.Run("stopped at any step, it leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
-		for n := 1; ; n++ {
-			got, said := h.interrupted(n, "web", "shop", "busybox", "sleep", "1000")
-			if got.Status == 0 {
-				if n < 8 {
-					t.Errorf("it ended well at step %d", n)
-				}
-				break
-			}
-			if diff := cmp.Diff(ended{"", 130}, got); diff != "" {
-				t.Errorf("step %d: %s%s", n, diff, said)
-			}
-			if diff := cmp.Diff(nothing, h.left()); diff != "" {
-				t.Fatalf("step %d leaves behind:\n%s%s", n, diff, said)
-			}
+		h.stopped("sh", forever, 130, 1, 1)
+		h.stopped("bash", once, 130, 1, 6)
+		h.stopped("busybox sh", killed, 143, 3, 6)
+		h.stopped("sh", hungUp, 129, 5, 6)
+	})
+	t.Run("a registry that never answers is waited for no longer than the user does", func(t *testing.T) {
+		h := h.in(t)
+		var silent net.Listener // the kernel accepts for it
+		if err := h.Do(func() (err error) { silent, err = net.Listen("tcp", "127.0.0.1:5999"); return err }); err != nil {
+			t.Fatal(err)
 		}
+		defer silent.Close()
+		image := fmt.Sprintf("127.0.0.1:5999/never-%d", os.Getpid())
+		for shell, how := range map[string]string{"sh": once, "bash": forever, "busybox sh": killed} {
+			status := map[string]int{once: 130, forever: 130, killed: 143}[how]
+			begin := time.Now()
+			got, said := h.meddled(shell, `[ "$1" != pull ] || { (busybox sleep 0.3; `+how+`) & }`, nil, "web", "shop", image)
+			if diff := cmp.Diff(ended{"", status}, got); diff != "" || time.Since(begin) > 10*time.Second {
+				t.Errorf("%s: after %v: %s%s", shell, time.Since(begin), diff, said)
+			}
+			eventually(t, "nothing pulls", 5*time.Second, func() bool { return h.must("sh", "-c", "busybox pgrep -f 'docker pull "+image+"' || true") == "" })
+		}
+		tidy(t)
+	})
+	t.Run("what DEL does not take back is kept for docker-del.sh", func(t *testing.T) {
+		h := h.in(t)
+		got, said := h.meddled("sh", `case "$*" in *role=container*) mv /opt/cni/bin/portmap /run/portmap; `+forever+` esac`, nil, "web", "shop", "busybox", "sleep", "1000")
+		if got.Status != 130 || !strings.Contains(said, "docker-del.sh web shop") {
+			t.Errorf("%+v\n%s", got, said)
+		}
+		h.fails(1, "still lent", nil, "scripts/docker-del.sh", "web", "shop")
+		h.fails(3, "docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.must("mv", "/run/portmap", "/opt/cni/bin/portmap")
 		h.delete("web", "shop")
+		tidy(t)
+	})
+	t.Run("an image of the holder that is broken is no later run's", func(t *testing.T) {
+		h := h.in(t)
+		got, said := h.meddled("sh", `[ $command != tar ] || exit 1`, nil, "web", "shop", "busybox", "sleep", "1000")
+		if got.Status != 1 || !strings.Contains(said, "image of the holder") {
+			t.Errorf("%+v\n%s", got, said)
+		}
+		tidy(t)
+		h.must("sh", "-c", "tar -cf - -T /dev/null | "+client+" import --change 'ENTRYPOINT [\"/none\"]' --change 'LABEL azure-vnet.role=holder' - azure-vnet-holder:latest")
+		h.fails(1, "does not start", nil, run, "web", "shop", "busybox", "sleep", "1000")
 		tidy(t)
 	})
 	t.Run("the network is there before the first instruction, and after docker restart", func(t *testing.T) {
@@ -264,10 +327,11 @@ func TestDockerRunByCNI(t *testing.T) {
 	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
 		before := h.left()
-		h.fails(3, "web is taken", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(3, "web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
 		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
 		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
 		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
+		h.fails(6, "ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
 		h.runs(nil, "other", "shop", "busybox", "sleep", "1000")
 		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
 		h.delete("other", "shop")
@@ -275,11 +339,20 @@ func TestDockerRunByCNI(t *testing.T) {
 			t.Errorf("something is left behind:\n%s", diff)
 		}
 	})
+	t.Run("a directory that an upgrade took away is passed over", func(t *testing.T) {
+		h := h.in(t)
+		sum := strings.Repeat("0", 64)
+		h.must("sed", "-i", "1i "+sum+"  /gone/azure-vnet\\n"+sum+"  /gone/10-azure.conflist", "/var/lib/azure-vnet/cni.installed")
+		h.runs(nil, "other", "shop", "busybox", "sleep", "1000")
+		h.docker("rm", "-f", "other")
+		h.fails(3, "docker-del.sh other shop", nil, run, "other", "shop", "busybox", "sleep", "1000")
+		h.delete("other", "shop")
+	})
 	t.Run("the timer's command mends", func(t *testing.T) {
 		h := h.in(t)
 		addr := h.must(client, "exec", "web", "sh", "-c", "ip -4 -o addr show eth0 | sed 's/.*inet //; s|/.*||'")
 		h.must("nft", "delete", "table", "bridge", "azure_vnet")
-		h.must("sh", "-c", "$(sed -n 's/^ExecStart=//p' /etc/systemd/system/azure-vnet-reconcile.service)")
+		h.must("sh", "-c", `eval "$(sed -n 's/^ExecStart=//p' /etc/systemd/system/azure-vnet-reconcile.service)"`)
 		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr); err != nil {
 			t.Errorf("%s is not reached: %v", addr, err)
 		}
