@@ -3,14 +3,21 @@
 package test
 
 import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"debug/elf"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,56 +26,95 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// release is a directory with the archives of the CNI package for this
-// architecture, made twice, byte for byte the same.
+// release is a directory with the archives of the CNI package, and their sums.
 var release = sync.OnceValues(func() (string, error) {
-	dir, err := filepath.Abs(filepath.Join(top, "build", "release"))
+	dir := filepath.Join(top, "build", "release")
+	out, err := exec.Command(filepath.Join(top, "scripts", "dist.sh"), "archives", "v1.0.0", dir).CombinedOutput()
 	if err != nil {
-		return "", err
-	}
-	var before []byte
-	for range 2 {
-		out, err := exec.Command(filepath.Join(top, "scripts", "dist.sh"), "archives", "v1.0.0", dir, runtime.GOARCH).CombinedOutput()
-		if err != nil {
-			return "", fmt.Errorf("make dist: %w\n%s", err, out)
-		}
-		sums, err := os.ReadFile(filepath.Join(dir, "SHA256SUMS"))
-		if err != nil {
-			return "", err
-		}
-		if before != nil && string(before) != string(sums) {
-			return "", fmt.Errorf("made twice, the archives differ:\n%s%s", before, sums)
-		}
-		before = sums
+		return "", fmt.Errorf("make dist: %w\n%s", err, out)
 	}
 	return dir, nil
 })
 
 func archive() string { return "azure-vnet-cni-linux-" + runtime.GOARCH + "-v1.0.0.tgz" }
 
-func TestDistHasThePackageAtTheTopAndIsReproducible(t *testing.T) {
+func TestDistIsReproducibleForEveryArchitecture(t *testing.T) {
 	dir, err := release()
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("tar", "--numeric-owner", "--utc", "-tvzf", filepath.Join(dir, archive())).Output()
+	// A checkout elsewhere, of a user with other habits.
+	checkout := filepath.Join(t.TempDir(), "a checkout")
+	mustOutput(t, "sh", "-euc", `mkdir "$2" && cd "$1" && tar --exclude=./build --exclude=./dist --exclude=./.git -cf - . | tar -xf - -C "$2"
+cd "$2" && umask 077 && TZ=Asia/Tokyo LC_ALL=C.UTF-8 make dist VERSION=v1.0.0`, "sh", top, checkout)
+	machines := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
+	want := rootFS{}
+	for arch, machine := range machines {
+		name := "azure-vnet-cni-linux-" + arch + "-v1.0.0.tgz"
+		first, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		second, err := os.ReadFile(filepath.Join(checkout, "dist", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(first, second) {
+			t.Errorf("%s is not the same from another checkout", name)
+		}
+		want["/"+name] = string(first)
+		want["/SHA256SUMS"] += fmt.Sprintf("%x  %s\n", sha256.Sum256(first), name)
+		checkArchive(t, name, first, machine)
+	}
+	want["/SHA256SUMS"] = strings.Join(slices.Sorted(strings.Lines(want["/SHA256SUMS"])), "")
+	got := readTree(t, filepath.Join(checkout, "dist"))
+	got["/SHA256SUMS"] = strings.Join(slices.Sorted(strings.Lines(got["/SHA256SUMS"])), "")
+	if !maps.Equal(got, want) {
+		t.Errorf("dist/ has %v with the sums\n%swant %v with\n%s", slices.Sorted(maps.Keys(got)), got["/SHA256SUMS"], slices.Sorted(maps.Keys(want)), want["/SHA256SUMS"])
+	}
+}
+
+// checkArchive says that the package lies at the top, and runs without a library.
+func checkArchive(t *testing.T, name string, archive []byte, machine elf.Machine) {
+	t.Helper()
+	unzipped, err := gzip.NewReader(bytes.NewReader(archive))
 	if err != nil {
 		t.Fatal(err)
 	}
 	var got []string
-	for line := range strings.Lines(string(out)) {
-		f := strings.Fields(line)
-		got = append(got, strings.Join([]string{f[0], f[1], f[3], f[5]}, " "))
+	for all := tar.NewReader(unzipped); ; {
+		f, err := all.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, fmt.Sprintf("%v %d/%d %d %s", f.FileInfo().Mode(), f.Uid, f.Gid, f.ModTime.Unix(), f.Name))
+		content, err := io.ReadAll(all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Ext(f.Name) == ".conflist" {
+			continue
+		}
+		program, err := elf.NewFile(bytes.NewReader(content))
+		if err != nil {
+			t.Fatalf("%s in %s: %v", f.Name, name, err)
+		}
+		if libraries, err := program.ImportedLibraries(); program.Machine != machine || program.Type != elf.ET_EXEC || len(libraries) > 0 {
+			t.Errorf("%s in %s is %v for %v with libraries %v: %v", f.Name, name, program.Type, program.Machine, libraries, err)
+		}
 	}
 	want := []string{
-		"-rw-r--r-- 0/0 1970-01-01 10-azure.conflist",
-		"-rwxr-xr-x 0/0 1970-01-01 azure-vnet",
-		"-rwxr-xr-x 0/0 1970-01-01 azure-vnet-ipam",
-		"-rwxr-xr-x 0/0 1970-01-01 loopback",
-		"-rwxr-xr-x 0/0 1970-01-01 portmap",
+		"-rw-r--r-- 0/0 0 10-azure.conflist",
+		"-rwxr-xr-x 0/0 0 azure-vnet",
+		"-rwxr-xr-x 0/0 0 azure-vnet-ipam",
+		"-rwxr-xr-x 0/0 0 loopback",
+		"-rwxr-xr-x 0/0 0 portmap",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("the archive:\n%s", diff)
+		t.Errorf("%s:\n%s", name, diff)
 	}
 }
 
