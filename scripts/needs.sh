@@ -34,6 +34,7 @@ need dpkg-deb dpkg
 need curl curl
 need dash dash
 need shellcheck shellcheck
+need systemd-analyze systemd # to verify units; it starts nothing here
 need update-ca-certificates ca-certificates
 [ -n "$missing" ] || exit 0
 

@@ -1,0 +1,130 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// withSystemctl makes the VM look as if systemd ran there. Before a call of
+// systemctl is written down, a line of sh is evaluated, with $1 its first word.
+func (h host) withSystemctl(meddle string) {
+	h.t.Helper()
+	h.must("sh", "-c", `mkdir -p /run/systemd/system /run/shim && printf '%s\n' '#!/bin/sh' "$0" 'echo "$*" >>/run/systemctl' >/run/shim/systemctl &&
+		chmod +x /run/shim/systemctl && : >/run/systemctl`, meddle)
+}
+
+// told is what systemctl was called with since it was asked last.
+func (h host) told() []string {
+	h.t.Helper()
+	return strings.Split(h.must("sh", "-c", "cat /run/systemctl && : >/run/systemctl"), "\n")
+}
+
+func TestInstallerOnARunningSystem(t *testing.T) {
+	dir, err := release()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
+	h := vms[0]
+	h.ownOpt()
+	h.must("sh", "-c", "rm -rf /etc/cloud /var/lib/azure-vnet /etc/systemd/system/azure-vnet* && mkdir -p /etc/systemd/system && mount -t tmpfs -o noexec tmpfs /tmp")
+	const everything = "find /opt /etc/cni /etc/modules-load.d /etc/systemd/system /var/lib/azure-vnet 2>/dev/null | sort; ip -br addr show eth0"
+	before := h.must("sh", "-c", everything)
+	h.withSystemctl("")
+	script, archive := "scripts/install-cni-plugin.sh", filepath.Join(dir, archive())
+	start := []string{"daemon-reload", "restart azure-vnet-reconcile.timer"}
+	stop := "stop azure-vnet-reconcile.timer azure-vnet-reconcile.service"
+
+	for range 2 { // and an upgrade
+		h.install([]string{"TMPDIR=/tmp"}, archive) // where nothing runs
+		if diff := cmp.Diff(start, h.told()); diff != "" {
+			t.Errorf("installed, systemctl is called with\n%s", diff)
+		}
+	}
+	installed := h.must("sh", "-c", everything)
+
+	t.Run("systemd finds no fault in the units", func(t *testing.T) {
+		h := h.in(t)
+		out := h.must("sh", "-c", "cd /etc/systemd/system && systemd-analyze verify azure-vnet-reconcile.timer azure-vnet-reconcile.service 2>&1")
+		if out != "" {
+			t.Errorf("systemd-analyze verify says\n%s", out)
+		}
+		if got := h.must("readlink", "-f", "/etc/systemd/system/timers.target.wants/azure-vnet-reconcile.timer"); got != "/etc/systemd/system/azure-vnet-reconcile.timer" {
+			t.Errorf("the timer that starts with the boot is %s", got)
+		}
+	})
+	t.Run("a timer that does not start is told", func(t *testing.T) {
+		h := h.in(t)
+		h.withSystemctl("[ $1 != restart ] || exit 1")
+		h.fails(1, "its timer does not start", nil, script, archive)
+		h.withSystemctl("")
+	})
+	t.Run("an uninstall that comes to nothing leaves a node that works", func(t *testing.T) {
+		h := h.in(t)
+		for meddle, status := range map[string]int{"kill -INT $PPID": 130, "kill -TERM $PPID": 143, "kill -HUP $PPID": 129} {
+			h.withSystemctl("[ $1 != stop ] || " + meddle)
+			got, said := h.script(nil, script, "--uninstall")
+			if got.Status != status {
+				t.Errorf("%s: %+v: %s", meddle, got, said)
+			}
+			if diff := cmp.Diff([]string{stop, "start azure-vnet-reconcile.timer"}, h.told()); diff != "" {
+				t.Errorf("%s: systemctl is called with\n%s", meddle, diff)
+			}
+			if diff := cmp.Diff(installed, h.must("sh", "-c", everything)); diff != "" {
+				t.Errorf("%s:\n%s", meddle, diff)
+			}
+		}
+		h.withSystemctl("")
+		h.must("mv", "/opt/cni/bin/azure-vnet", "/run/")
+		h.fails(1, "install it again", nil, script, "--uninstall")
+		h.must("mv", "/run/azure-vnet", "/opt/cni/bin/")
+		if diff := cmp.Diff(installed, h.must("sh", "-c", everything)); diff != "" {
+			t.Error(diff)
+		}
+	})
+	t.Run("interrupted while the NIC is given back, it goes on or is as it was", func(t *testing.T) {
+		h := h.in(t)
+		h.must("ip", "netns", "add", "pod")
+		run := func() {
+			h.must("sh", "-euc", `for word in attach detach; do /opt/cni/bin/azure-vnet $word /etc/cni/net.d/10-azure.conflist pod /run/netns/pod; done`)
+		}
+		for _, after := range []string{"0", "0.01", "0.03", "0.06", "0.1"} {
+			run()
+			// It asks for the managed plugin before it gives the NIC back.
+			h.must("sh", "-c", `printf '#!/bin/sh\n[ $1 != plugin ] || (busybox sleep %s; kill -INT 0) >/dev/null 2>&1 &\nexit 1\n' $0 >/run/shim/docker && chmod +x /run/shim/docker`, after)
+			got, said := h.script([]string{"/usr/bin/setsid", "env", "--default-signal=INT"}, script, "--uninstall")
+			h.must("rm", "/run/shim/docker")
+			switch got.Status {
+			case 0:
+				if diff := cmp.Diff(before, h.must("sh", "-c", everything)); diff != "" {
+					t.Errorf("after %s s it is uninstalled, but for\n%s", after, diff)
+				}
+				h.install(nil, archive)
+			case 130:
+				h.must("test", "-f", "/etc/cni/net.d/10-azure.conflist")
+			default:
+				t.Errorf("after %s s: %+v\n%s", after, got, said)
+			}
+			t.Logf("after %s s: status %d", after, got.Status)
+		}
+		run()
+	})
+	t.Run("uninstalled, the timer is stopped and gone", func(t *testing.T) {
+		h := h.in(t)
+		h.told()
+		h.install(nil, "--uninstall")
+		if diff := cmp.Diff([]string{stop, "daemon-reload"}, h.told()); diff != "" {
+			t.Errorf("systemctl is called with\n%s", diff)
+		}
+		if diff := cmp.Diff(before, h.must("sh", "-c", everything)); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
