@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -248,6 +249,7 @@ func TestDockerRunByCNI(t *testing.T) {
 	}
 	h.install([]string{site}, "v1.0.0")
 	nothing := h.left()
+	broken := "tar -cf - -T /dev/null | " + client + ` import --change 'ENTRYPOINT ["/none"]' --change 'LABEL azure-vnet.role=holder' - azure-vnet-holder:latest`
 	tidy := func(t *testing.T) {
 		t.Helper()
 		eventually(t, "nothing is left", 5*time.Second, func() bool { return h.in(t).left() == nothing })
@@ -298,8 +300,30 @@ func TestDockerRunByCNI(t *testing.T) {
 			t.Errorf("%+v\n%s", got, said)
 		}
 		tidy(t)
-		h.must("sh", "-c", "tar -cf - -T /dev/null | "+client+" import --change 'ENTRYPOINT [\"/none\"]' --change 'LABEL azure-vnet.role=holder' - azure-vnet-holder:latest")
+		h.must("sh", "-c", broken)
 		h.fails(1, "does not start", nil, run, "web", "shop", "busybox", "sleep", "1000")
+		tidy(t)
+		// Another's end may remove the image just before the holder starts.
+		got, said = h.meddled("sh", `case "$*" in *"--pull never"*) [ -e /run/removed ] || `+client+` image rm azure-vnet-holder >/run/removed ;; esac`, nil, "web", "shop", "busybox", "sleep", "1000")
+		if removed := h.must("cat", "/run/removed"); got.Status != 0 || !strings.Contains(removed, "Untagged") {
+			t.Errorf("%s: %+v\n%s", removed, got, said)
+		}
+		h.delete("web", "shop")
+		tidy(t)
+	})
+	t.Run("two that begin at once share the image, and remove it at last", func(t *testing.T) {
+		h := h.in(t)
+		var both sync.WaitGroup
+		for _, name := range []string{"one", "two"} {
+			both.Go(func() {
+				if got, said := h.script(nil, run, name, "shop", "busybox", "sleep", "1000"); got.Status != 0 {
+					t.Errorf("%s: %+v\n%s", name, got, said)
+				}
+			})
+		}
+		both.Wait()
+		h.delete("one", "shop")
+		h.delete("two", "shop")
 		tidy(t)
 	})
 	t.Run("the network is there before the first instruction, and after docker restart", func(t *testing.T) {
@@ -373,7 +397,11 @@ func TestDockerRunByCNI(t *testing.T) {
 	})
 	t.Run("uninstalled, the host is as it was", func(t *testing.T) {
 		h := h.in(t)
+		h.must("sh", "-c", broken)
 		h.install(nil, "--uninstall")
+		if image := h.docker("images", "-q", "azure-vnet-holder"); image != "" {
+			t.Errorf("uninstall left the image %s", image)
+		}
 		after := h.must("sh", "-c", "ip -br addr show eth0; ip route; ls -d /etc/cni /etc/cloud/cloud.cfg.d/* /var/lib/azure-vnet 2>&1 || true")
 		if diff := cmp.Diff(host, after); diff != "" {
 			t.Error(diff)
