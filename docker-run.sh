@@ -176,7 +176,7 @@ hold() {
 make_holder_image() {
 	tarball=$(whole mktemp)
 	tar -C "$(dirname "$cni")" -cf "$tarball" azure-vnet || die 1 "the image of the holder cannot be made in $tarball"
-	out=$(whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' --change 'LABEL azure-vnet.role=holder' "$tarball" $holder_image 2>&1) ||
+	out=$(whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' --change 'LABEL azure-vnet.role=holder' - $holder_image <"$tarball" 2>&1) ||
 		die 1 "the image of the holder cannot be made: $out"
 	rm -f "$tarball"
 	tarball=
