@@ -39,6 +39,7 @@ var release = sync.OnceValues(func() (string, error) {
 func archive() string { return "azure-vnet-cni-linux-" + runtime.GOARCH + "-v1.0.0.tgz" }
 
 func TestDistIsReproducibleForEveryArchitecture(t *testing.T) {
+	t.Parallel()
 	dir, err := release()
 	if err != nil {
 		t.Fatal(err)
@@ -208,6 +209,7 @@ func installer(t *testing.T, shell string, arg ...string) (string, error) {
 }
 
 func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
+	t.Parallel()
 	const containerd = `version = 2
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "pause"
@@ -392,6 +394,7 @@ func TestInstallerLeavesToOthersWhatTheyPutOverItsFiles(t *testing.T) {
 // TestInstallerChangesAllOrNothing makes each call of a command fail, or be
 // interrupted, while one version is replaced by another and a plugin by ours.
 func TestInstallerChangesAllOrNothing(t *testing.T) {
+	t.Parallel()
 	first, second := maps.Clone(standIns), maps.Clone(standIns)
 	for name := range first {
 		first[name] += "first"

@@ -27,6 +27,7 @@ func (h host) told() []string {
 }
 
 func TestInstallerOnARunningSystem(t *testing.T) {
+	t.Parallel()
 	dir, err := release()
 	if err != nil {
 		t.Fatal(err)

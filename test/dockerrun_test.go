@@ -144,6 +144,7 @@ const (
 )
 
 func TestDockerRunWithThePlugin(t *testing.T) {
+	t.Parallel() // it mostly waits
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin("COOL_DOWN=0s")
@@ -233,6 +234,7 @@ func (h host) delete(name, namespace string) {
 }
 
 func TestDockerRunByCNI(t *testing.T) {
+	t.Parallel() // it mostly waits
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withEngine()
