@@ -429,15 +429,16 @@ theirs() {
 # leave_nic gives the NIC its addresses back, unless the managed plugin works with
 # them. No pod comes meanwhile: the conflists are aside.
 leave_nic() {
-	[ -n "$program" ] || die "azure-vnet, which gives the NIC its addresses back, is at no place where it was installed, or another is there: install it again, then uninstall it; nothing was removed"
 	leaving=yes
 	[ ! -d /run/systemd/system ] || systemctl stop $timer.timer $timer.service || true
 	aside .leaving ''
 	if [ "$(docker plugin inspect -f '{{.Enabled}}' $plugin 2>/dev/null)" = true ]; then
 		with_plugin=yes
 		say "the Docker plugin $plugin is enabled: the network that it uses stays"
-	else
+	elif [ -n "$program" ]; then
 		"$program" uninstall || die "the NIC's addresses are not back, and nothing was removed: drain the node, or remove the containers that are named, and run this again"
+	elif [ -d /run/azure-vnet ] || [ -d /sys/class/net/azure0 ]; then
+		die "azure-vnet, which gives the NIC its addresses back, is at no place where it was installed, or another is there: install it again, then uninstall it; nothing was removed"
 	fi
 	trap '' INT TERM HUP
 	leaving=

@@ -125,7 +125,7 @@ func TestScriptsAreSoundForEveryShell(t *testing.T) {
 		t.Fatal(err)
 	}
 	scripts = append(scripts, filepath.Join(top, "docker-run.sh"))
-	for _, check := range [][]string{{"shellcheck", "-s", "sh"}, {"dash", "-n"}, {"busybox", "sh", "-n"}} {
+	for _, check := range [][]string{{"shellcheck", "-s", "sh"}, {"dash", "-n"}, {"busybox", "sh", "-n"}, {"bash", "-n"}} {
 		for _, script := range scripts {
 			if out, err := exec.Command(check[0], append(check[1:], script)...).CombinedOutput(); err != nil {
 				t.Errorf("%s %s: %v\n%s", strings.Join(check, " "), filepath.Base(script), err, out)

@@ -83,9 +83,9 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 			}
 		}
 		h.withSystemctl("")
-		h.must("mv", "/opt/cni/bin/azure-vnet", "/run/")
+		h.must("sh", "-c", "mv /opt/cni/bin/azure-vnet /run/program && mkdir /run/azure-vnet")
 		h.fails(1, "install it again", nil, script, "--uninstall")
-		h.must("mv", "/run/azure-vnet", "/opt/cni/bin/")
+		h.must("sh", "-c", "mv /run/program /opt/cni/bin/azure-vnet && rmdir /run/azure-vnet")
 		if diff := cmp.Diff(installed, h.must("sh", "-c", everything)); diff != "" {
 			t.Error(diff)
 		}
@@ -119,13 +119,20 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 	})
 	t.Run("uninstalled, the timer is stopped and gone", func(t *testing.T) {
 		h := h.in(t)
-		h.told()
-		h.install(nil, "--uninstall")
-		if diff := cmp.Diff([]string{stop, "daemon-reload"}, h.told()); diff != "" {
-			t.Errorf("systemctl is called with\n%s", diff)
-		}
-		if diff := cmp.Diff(before, h.must("sh", "-c", everything)); diff != "" {
-			t.Error(diff)
+		// An uninstall that was killed had given the NIC back and removed the program.
+		for _, program := range []string{"is there", "is gone"} {
+			h.install(nil, archive)
+			if program == "is gone" {
+				h.must("rm", "/opt/cni/bin/azure-vnet")
+			}
+			h.told()
+			h.install(nil, "--uninstall")
+			if diff := cmp.Diff([]string{stop, "daemon-reload"}, h.told()); diff != "" {
+				t.Errorf("the program %s: systemctl is called with\n%s", program, diff)
+			}
+			if diff := cmp.Diff(before, h.must("sh", "-c", everything)); diff != "" {
+				t.Errorf("the program %s:\n%s", program, diff)
+			}
 		}
 	})
 }
