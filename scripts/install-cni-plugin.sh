@@ -400,9 +400,12 @@ uninstall() {
 	installed '[^/]*' | while IFS= read -r path; do
 		case $path in
 		*/90-azure-vnet.cfg) [ -z "${with_plugin:-}" ] || continue ;;
-		*/$conflist) [ -n "$program" ] || ! changed "$path" || theirs "$path" || continue ;; # for another azure-vnet
 		esac
-		! others "$path" || theirs "$path" || continue
+		if others "$path" || of_another "$path"; then
+			say "$path is not what was installed, and stays"
+			rm -f "$root$path.before-azure-vnet" # they would have replaced that too
+			continue
+		fi
 		rm -f "$root$path" "$root$path.leaving"
 		[ ! -f "$root$path.before-azure-vnet" ] || mv -f "$root$path.before-azure-vnet" "$root$path"
 	done
@@ -418,13 +421,9 @@ installed() { # <regular expression>
 	[ ! -f "$list" ] || sed -n "s|^[0-9a-f]*  \(/.*/$1\)\$|\1|p" "$list" | awk '!seen[$0]++'
 }
 
-# theirs leaves a file to those who put it in place of ours; what was there before
-# ours, it would have replaced too.
-theirs() {
-	say "$1 is not what was installed, and stays"
-	rm -f "$root$1.before-azure-vnet"
-	return 1
-}
+# of_another tells whether a conflist goes with an azure-vnet that replaced ours,
+# and not with ours, edited.
+of_another() { [ -z "${program:-}" ] && [ "${1##*/}" = $conflist ] && changed "$1"; }
 
 # leave_nic gives the NIC its addresses back, unless the managed plugin works with
 # them. No pod comes meanwhile: the conflists are aside.
@@ -452,9 +451,10 @@ stay() {
 	[ ! -d /run/systemd/system ] || systemctl start $timer.timer || true
 }
 
+# aside renames the conflists, but for one that is of another azure-vnet.
 aside() { # <to suffix> <from suffix>
 	installed $conflist | while IFS= read -r path; do
-		[ ! -f "$root$path$2" ] || mv -f "$root$path$2" "$root$path$1"
+		[ ! -f "$root$path$2" ] || of_another "$path" || mv -f "$root$path$2" "$root$path$1"
 	done
 }
 

@@ -119,20 +119,29 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 	})
 	t.Run("uninstalled, the timer is stopped and gone", func(t *testing.T) {
 		h := h.in(t)
-		// An uninstall that was killed had given the NIC back and removed the program.
-		for _, program := range []string{"is there", "is gone"} {
+		for name, between := range map[string]string{
+			"nothing happened": "",
+			// By an uninstall that was killed.
+			"the NIC is given back, and the program is gone": "rm /opt/cni/bin/azure-vnet",
+		} {
 			h.install(nil, archive)
-			if program == "is gone" {
-				h.must("rm", "/opt/cni/bin/azure-vnet")
-			}
+			h.must("sh", "-c", between)
 			h.told()
 			h.install(nil, "--uninstall")
 			if diff := cmp.Diff([]string{stop, "daemon-reload"}, h.told()); diff != "" {
-				t.Errorf("the program %s: systemctl is called with\n%s", program, diff)
+				t.Errorf("%s: systemctl is called with\n%s", name, diff)
 			}
 			if diff := cmp.Diff(before, h.must("sh", "-c", everything)); diff != "" {
-				t.Errorf("the program %s:\n%s", program, diff)
+				t.Errorf("%s:\n%s", name, diff)
 			}
 		}
+	})
+	t.Run("another azure-vnet that took its place stays", func(t *testing.T) {
+		h := h.in(t)
+		h.install(nil, archive)
+		h.must("sh", "-c", "echo another >/opt/cni/bin/azure-vnet && echo another >/etc/cni/net.d/10-azure.conflist")
+		h.install(nil, "--uninstall")
+		h.must("sh", "-c", `[ "$(cat /opt/cni/bin/azure-vnet /etc/cni/net.d/10-azure.conflist)" = "another
+another" ]`)
 	})
 }

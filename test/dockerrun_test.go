@@ -34,10 +34,10 @@ func (h host) script(env []string, name string, arg ...string) (ended, string) {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), 90*time.Second)
 	defer cancel()
-	h.must("mkdir", "-p", "/run/alone")
+	h.must("mkdir", "-p", "/run/alone", "/run/tmp")
 	h.must("cp", filepath.Join(top, name), "/run/alone/")
 	// The engine's own client first: a newer one is not always understood.
-	words := append([]string{"PATH=/run/shim:/usr/bin:/usr/sbin:/bin:/sbin"}, env...)
+	words := append([]string{"PATH=/run/shim:/usr/bin:/usr/sbin:/bin:/sbin", "TMPDIR=/run/tmp"}, env...)
 	words = append(words, "/run/alone/"+filepath.Base(name))
 	cmd := h.Command(ctx, "env", append(words, arg...)...)
 	var out, said bytes.Buffer
@@ -77,7 +77,7 @@ func (h host) left() string {
 	s := h.state()
 	return strings.Join([]string{
 		h.docker("ps", "-aq"), h.docker("network", "ls", "-q", "--filter", "driver="+plugin), h.docker("images", "-aq"),
-		strings.Join(s.Leases, " "), strings.Join(s.Attachments, " "),
+		strings.Join(s.Leases, " "), strings.Join(s.Attachments, " "), h.must("sh", "-c", "mkdir -p /run/tmp && ls /run/tmp"),
 	}, "|")
 }
 
