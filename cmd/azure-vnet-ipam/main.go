@@ -45,7 +45,7 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if len(held) > 0 {
 		return nil, types.NewError(cni.CodeAttached, fmt.Sprintf("interface %s of container %s holds %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, held[0].Addr), "")
 	}
-	lease, err := l.Lend(ctx, "", true)
+	lease, err := l.Lend(ctx, true)
 	if err != nil {
 		return nil, err
 	}

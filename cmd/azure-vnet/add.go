@@ -75,7 +75,7 @@ func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 
 // connect makes the container's interface and says what came of it.
 func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*current.Result, error) {
-	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Name: c.Conf.Bridge, MTU: c.Conf.MTU})
+	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Name: c.Conf.Bridge, MTU: c.Conf.MTU, NICs: g.nics})
 	if err != nil {
 		return nil, err
 	}

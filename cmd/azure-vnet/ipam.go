@@ -13,14 +13,15 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 
-	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/pool"
 )
 
 // given is what IPAM gave for a container, and how it is given back.
 type given struct {
-	nic     string // its MAC
-	primary bool   // the VM's primary NIC
+	nic     string   // its MAC
+	primary bool     // the VM's primary NIC
+	nics    []string // the MACs of all NICs of the VM, as far as known
 	addr    netip.Prefix
 	gateway netip.Addr
 	routes  []*types.Route
@@ -37,43 +38,46 @@ func obtain(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
 	if own(c) {
 		return lend(ctx, c, l)
 	}
-	return delegate(ctx, c, l.Host)
+	return delegate(ctx, c, l)
 }
 
-// lend lends an address of the NIC that is named, or of the first that has the subnet.
+// lend lends an address in this process.
 func lend(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
-	mac := ""
-	if c.Conf.Master != "" {
-		var err error
-		if _, mac, err = l.Host.NIC(ctx, c.Conf.Master); err != nil {
-			return nil, types.NewError(types.ErrInvalidNetworkConfig, "master: "+err.Error(), "")
-		}
-	}
-	lease, err := l.Lend(ctx, mac, false)
+	lease, err := l.Lend(ctx, false)
 	if err != nil {
 		return nil, err
 	}
-	release := func(ctx context.Context) error {
-		_, err := l.Release(ctx, lease.Owner, lease.Addr)
-		return err
+	r := cni.Result(lease)
+	g := &given{
+		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
+		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
+		release: func(ctx context.Context) error {
+			_, err := l.Release(ctx, lease.Owner, lease.Addr)
+			return err
+		},
 	}
-	nic, _, err := l.Subnet(ctx, lease.MAC, lease.Prefix)
+	nics, err := l.Known(ctx)
 	if err != nil {
 		undo, cancel := cni.Undo(ctx)
 		defer cancel()
-		return nil, errors.Join(err, release(undo))
+		return nil, errors.Join(err, g.release(undo))
 	}
-	r := cni.Result(lease)
-	return &given{
-		nic: nic.MAC, primary: nic.Primary, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(),
-		routes: r.Routes, confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) }, release: release,
-	}, nil
+	g.tell(nics)
+	return g, nil
+}
+
+// tell notes the VM's NICs.
+func (g *given) tell(nics []pool.NIC) {
+	for _, nic := range nics {
+		g.primary = g.primary || nic.Primary && nic.MAC == g.nic
+		g.nics = append(g.nics, nic.MAC)
+	}
 }
 
 // delegate has another IPAM plugin give an address. It reads our configuration
 // as it came, with all that the runtime added.
-func delegate(ctx context.Context, c *cni.Call, host *bridge.Host) (*given, error) {
-	nic, primary, err := master(ctx, c, host)
+func delegate(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+	nic, primary, err := master(ctx, c, l.Host)
 	if err != nil {
 		return nil, err
 	}
@@ -84,6 +88,9 @@ func delegate(ctx context.Context, c *cni.Call, host *bridge.Host) (*given, erro
 	g := &given{
 		nic: nic, primary: primary, confirm: func(context.Context) error { return nil },
 		release: func(ctx context.Context) error { return delegated(ctx, c, invoke.DelegateDel) },
+	}
+	if nics, err := l.Known(ctx); err == nil { // or nobody has asked: another gives the addresses
+		g.tell(nics)
 	}
 	if err := g.read(raw); err != nil {
 		undo, cancel := cni.Undo(ctx)

@@ -56,11 +56,27 @@ func (l *Lender) Held(ctx context.Context, want func(owner string) bool) ([]pool
 	return slices.DeleteFunc(all, func(held pool.Lease) bool { return !want(held.Owner) }), err
 }
 
-// Lend lends the call's owner an address from the NIC with that MAC; empty: any.
-// Where none is free, what leaked and what the host should not hold is freed
-// first: on a host without our daemon, who needs an address is who heals.
-func (l *Lender) Lend(ctx context.Context, mac string, linkless bool) (pool.Lease, error) {
+// master is the MAC of the NIC that the configuration names; empty: any.
+func (l *Lender) master(ctx context.Context) (mac string, err error) {
+	if l.call.Conf.Master == "" {
+		return "", nil
+	}
+	if _, mac, err = l.Host.NIC(ctx, l.call.Conf.Master); err != nil {
+		return "", wrong(types.ErrInvalidNetworkConfig, "master: %v", err)
+	}
+	return mac, nil
+}
+
+// Lend lends the call's owner an address of the NIC that is named, or of the
+// first that has the subnet. Where none is free, what leaked and what the host
+// should not hold is freed first: on a host without our daemon, who needs an
+// address is who heals.
+func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	c := l.call
+	mac, err := l.master(ctx)
+	if err != nil {
+		return pool.Lease{}, err
+	}
 	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Linkless: linkless}
 	lease, err := l.Pool.Lease(ctx, r)
 	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {

@@ -1,0 +1,104 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// asSeen is the address by which the host of the internet sees a place; "" if
+// nothing comes back.
+func asSeen(from place) string {
+	got, _ := from.try("timeout", "2", "busybox", "wget", "-q", "-O", "-", "http://"+vnetsim.InternetAddr.String()+"/")
+	return got
+}
+
+func TestPodsUseTheNICTheyAreOf(t *testing.T) {
+	t.Parallel()
+	second := netip.MustParsePrefix("10.241.0.0/16")
+	vnet, vms := newVNet(t,
+		vnetsim.VMConfig{Secondaries: 4, NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 4}}},
+		vnetsim.VMConfig{}, vnetsim.VMConfig{NICs: []vnetsim.NICConfig{{Subnet: second}}})
+	n, plain, other := onNode(vms[0]), onHost(vms[1]), onHost(vms[2])
+	other.addr = other.on.NICs()[1].Primary
+	plain.on.serve()
+	other.on.serve()
+	eth1 := n.NICs()[1]
+
+	first := n.list("1.1.0", "azure", azure())
+	addr, _ := n.add(first, n.pod("p1"))
+	n.serve("p1")
+	p1 := inPod(n, "p1", addr)
+	t.Run("the second NIC has no bridge yet", func(t *testing.T) {
+		seen(t, p1, other.addr, p1.addr)
+		seen(t, p1, plain.addr, p1.addr)
+		if got := asSeen(p1); got != n.Public.String() {
+			t.Errorf("the internet sees %q, want %s", got, n.Public)
+		}
+	})
+	l2 := n.list("1.1.0", "second", azure(`"master":"eth1"`))
+	addr, _ = n.add(l2, n.pod("p2"))
+	n.serve("p2")
+	p2 := inPod(n, "p2", addr)
+	t.Run("both have one", func(t *testing.T) {
+		if !second.Contains(p2.addr) {
+			t.Errorf("p2 has %s", p2.addr)
+		}
+		seen(t, p2, other.addr, p2.addr)
+		seen(t, other, p2.addr, other.addr)
+		seen(t, p1, p2.addr, p1.addr)
+		seen(t, p2, p1.addr, p2.addr)
+		seen(t, p2, plain.addr, p2.addr)
+		if got := asSeen(p2); got != eth1.Primary.String() {
+			t.Errorf("the internet sees %q, want %s", got, eth1.Primary)
+		}
+		probed(t, vnet, p1.addr)
+		probed(t, vnet, p2.addr)
+	})
+	clean(t, vnet)
+	n.del(first, &libcni.RuntimeConf{ContainerID: "p1", IfName: "eth0"})
+	n.del(l2, &libcni.RuntimeConf{ContainerID: "p2", IfName: "eth0"})
+	n.bare()
+}
+
+func TestSNATAndDirectOfPods(t *testing.T) {
+	t.Parallel()
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+	n, plain := onNode(vms[0]), onHost(vms[1])
+	plain.on.serve()
+	for i, c := range []struct {
+		name, keys   string
+		there, world func(pod netip.Addr) string // as whom it is seen; "": an answer never comes
+	}{
+		{"as it is by default", "", netip.Addr.String, func(netip.Addr) string { return n.Public.String() }},
+		{"snat off", `"snat":"off"`, netip.Addr.String, func(netip.Addr) string { return "" }}, // Azure drops a secondary's
+		{"direct to one address", fmt.Sprintf(`"direct":"%s/32"`, plain.addr), netip.Addr.String, func(netip.Addr) string { return n.Public.String() }},
+		{"direct to none of these", `"direct":["192.0.2.0/24"]`, func(netip.Addr) string { return n.Primary.String() }, func(netip.Addr) string { return n.Public.String() }},
+		{"direct to the internet", fmt.Sprintf(`"direct":["%s/32","10.0.0.0/8"]`, vnetsim.InternetAddr), netip.Addr.String, func(netip.Addr) string { return "" }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := n.in(t)
+			keys := []string{}
+			if c.keys != "" {
+				keys = append(keys, c.keys)
+			}
+			l, rt := n.list("1.1.0", fmt.Sprintf("net%d", i), azure(keys...)), n.pod(fmt.Sprintf("p%d", i))
+			addr, _ := n.add(l, rt)
+			pod := inPod(n, rt.ContainerID, addr)
+			if got, err := pod.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", plain.addr))...); got != c.there(addr) {
+				t.Errorf("a VM sees %q, want %s: %v", got, c.there(addr), err)
+			}
+			if got := asSeen(pod); got != c.world(addr) {
+				t.Errorf("the internet sees %q, want %q", got, c.world(addr))
+			}
+			n.del(l, rt)
+		})
+	}
+	n.bare() // and the fabric is not clean: it drops what a secondary address sends to the internet
+}
