@@ -101,10 +101,25 @@ func reconcile(ctx context.Context, out io.Writer) error {
 		}
 		return away, err
 	})
+	err = errors.Join(err, bad)
 	for _, lease := range released {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)
 	}
-	return errors.Join(err, bad)
+	return errors.Join(err, hear(ctx, p))
+}
+
+// hear keeps what is known young, with more patience for a slow source than an
+// ADD has. A host where these sources never answered has others, if any: only
+// its networks' configurations name them.
+func hear(ctx context.Context, p *pool.Pool) error {
+	_, err := p.Known(ctx)
+	if errors.Is(err, pool.ErrSource) {
+		return nil
+	}
+	if err == nil {
+		_, err = p.NICs(ctx)
+	}
+	return err
 }
 
 // uninstall refuses while a container is attached.

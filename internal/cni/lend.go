@@ -148,38 +148,6 @@ func ipNet(p netip.Prefix) net.IPNet {
 	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// Ready is the answer to STATUS: an error if no container can be given an
-// address, and none will be by waiting for others to end. A full NIC is no
-// error: a node with many pods is not broken.
-func (l *Lender) Ready(ctx context.Context) error {
-	st, err := l.Status(ctx)
-	if err != nil {
-		return wrong(types.ErrPluginNotAvailable, "%v", err)
-	}
-	if len(st.NICs) == 0 {
-		_, err := l.NICs(ctx)
-		return wrong(types.ErrPluginNotAvailable, "%v", err)
-	}
-	for _, nic := range st.NICs {
-		for _, s := range nic.Subnets {
-			if s.Free+s.Held+s.Cooling > 0 {
-				return nil
-			}
-			if s.OnHost > 0 && l.call.Conf.Reclaim {
-				return nil
-			}
-		}
-	}
-	_, _, err = l.Subnet(ctx, "", netip.Prefix{})
-	for _, w := range st.Warnings {
-		err = errors.Join(err, errors.New(w))
-	}
-	if err == nil {
-		err = errors.New("the VM has no secondary ipconfig: add some with az network nic ip-config create")
-	}
-	return wrong(types.ErrPluginNotAvailable, "no address can be lent: %v", err)
-}
-
 // proven are the leases that the host's links prove.
 func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
 	attached, err := host.Attachments(ctx)

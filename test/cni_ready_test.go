@@ -1,0 +1,117 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// slowAgent is a host agent in the VM itself that answers what the true one
+// does, a while later. It returns its URL.
+func (h host) slowAgent(late time.Duration) string {
+	h.t.Helper()
+	path := "/machine/plugins?comp=nmagent&type=getinterfaceinfov1"
+	ask := http.Client{Transport: &http.Transport{DialContext: h.DialContext, DisableKeepAlives: true}}
+	var l net.Listener
+	err := h.Do(func() (err error) {
+		l, err = net.Listen("tcp4", "127.0.0.1:0")
+		return err
+	})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(late) // the fault that is simulated
+		answer, err := ask.Get("http://" + vnetsim.HostAgentAddr.String() + path)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer answer.Body.Close()
+		_, _ = io.Copy(w, answer.Body)
+	})}
+	go server.Serve(l)
+	h.t.Cleanup(func() { server.Close() })
+	return "http://" + l.Addr().String() + path
+}
+
+// At boot nothing is known, no ADD comes to a node that is not ready, and STATUS
+// alone can learn the addresses.
+func TestSTATUSWaitsForTheFirstAnswer(t *testing.T) {
+	t.Parallel() // it mostly waits
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 2})
+	t.Run("that another process asks for", func(t *testing.T) {
+		n := onNode(vms[0].in(t))
+		n.must("mkdir", "-p", "/run/azure-vnet")
+		asker := n.Command(context.Background(), "flock", "/run/azure-vnet/leases.json.ask", "sh", "-c", "echo asked; sleep 2")
+		out, err := asker.StdoutPipe()
+		if err == nil {
+			err = asker.Start()
+		}
+		if err == nil {
+			_, err = out.Read(make([]byte, 1))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.cni.GetStatusNetworkList(t.Context(), n.list("1.1.0", "azure", azure())); err != nil {
+			t.Errorf("STATUS says: %v", err)
+		}
+		_ = asker.Wait()
+	})
+	t.Run("of a slow source", func(t *testing.T) {
+		n := onNode(vms[1].in(t))
+		l := n.list("1.1.0", "azure", fmt.Sprintf(`{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","environment":"wireserver","queryUrl":%q}}`, n.slowAgent(1500*time.Millisecond)))
+		if err := n.cni.GetStatusNetworkList(t.Context(), l); err != nil {
+			t.Errorf("STATUS says: %v", err)
+		}
+		known := func() string { return n.must("cat", "/run/azure-vnet/leases.json") }
+		before := known()
+		eventually(t, "what is known is old, and reconcile asks for news", 15*time.Second, func() bool {
+			n.must(n.dir+"/azure-vnet", "reconcile")
+			return known() != before
+		})
+	})
+}
+
+// What STATUS promises, ADD keeps: both look at one NIC and one subnet.
+func TestSTATUSLooksAtTheNICThatADDTakes(t *testing.T) {
+	t.Parallel()
+	second := netip.MustParsePrefix("10.241.0.0/16")
+	vnet, vms := newVNet(t, vnetsim.VMConfig{NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 2}}})
+	n := onNode(vms[0])
+	for i, c := range []struct {
+		name, plugin, says string
+		ready              bool
+	}{
+		{"the primary has no addresses", azure(), "az network nic ip-config create", false},
+		{"the second has", azure(`"master":"eth1"`), "", true},
+		{"by its subnet", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","subnet":"10.241.0.0/16"}}`, "", true},
+		{"no NIC's subnet", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","subnet":"10.9.0.0/16"}}`, "10.9.0.0/16", false},
+		{"the subnet of another NIC", `{"type":"azure-vnet","master":"eth0","ipam":{"type":"azure-vnet-ipam","subnet":"10.241.0.0/16"}}`, "10.241.0.0/16", false},
+		{"no such NIC", azure(`"master":"eth7"`), "eth7", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := n.in(t)
+			l, rt := n.list("1.1.0", "azure", c.plugin), n.pod(fmt.Sprintf("p%d", i))
+			err := n.cni.GetStatusNetworkList(t.Context(), l)
+			if (err == nil) != c.ready || !c.ready && !says(err, 50, c.says) {
+				t.Errorf("STATUS says: %v", err)
+			}
+			if _, _, err := n.tryAdd(l, rt); (err == nil) != c.ready {
+				t.Errorf("ADD says: %v", err)
+			}
+			n.del(l, rt)
+		})
+	}
+	clean(t, vnet)
+}
