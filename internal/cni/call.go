@@ -23,6 +23,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 )
 
 // Plugin is what a plugin does for each verb. VERSION needs none.
@@ -87,6 +88,8 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	}()
 	if call.Verb == "" {
 		fmt.Fprintf(os.Stderr, "%s %s is a CNI plugin: a container runtime calls it.\n", p.Name, p.Version)
+	} else if err := call.listen(); err != nil {
+		return nil, err
 	}
 	// skel compares the container's namespace with ours when the work is done,
 	// and fails a DEL for ever whose namespace is gone in an odd way. The bridge
@@ -122,6 +125,33 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 		return nil, e
 	}
 	return document, nil
+}
+
+// listen reads the configuration before skel does, which may refuse the call
+// without a word of it: an error answers in its version too. VERSION has none,
+// and no verb is a person at a terminal.
+func (c *Call) listen() error {
+	if c.Verb == "VERSION" {
+		return nil
+	}
+	conf, err := io.ReadAll(os.Stdin)
+	if err != nil {
+		return types.NewError(types.ErrIOFailure, fmt.Sprintf("read the network configuration: %v", err), "")
+	}
+	c.Stdin, c.Conf = conf, readName(conf)
+	fd, err := unix.MemfdCreate("stdin", unix.MFD_CLOEXEC) // a pipe would want a reader, and skel may be none
+	if err != nil {
+		return fmt.Errorf("hand the network configuration on: %w", err)
+	}
+	copied := os.NewFile(uintptr(fd), "stdin")
+	if _, err = copied.Write(conf); err == nil {
+		_, err = copied.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return fmt.Errorf("hand the network configuration on: %w", err)
+	}
+	os.Stdin = copied
+	return nil
 }
 
 // read takes what skel has read, and reads the configuration.

@@ -82,6 +82,45 @@ func TestAPanicIsAnErrorDocument(t *testing.T) {
 	}
 }
 
+func TestAnErrorSaysItsVersion(t *testing.T) {
+	const conf = `{"cniVersion":"0.3.1","name":"n","logTarget":"stderr","logLevel":"error","ipam":{"type":"azure-vnet-ipam"}}`
+	for _, tt := range []struct {
+		name, verb, conf, env string
+		code                  uint
+		want                  string
+	}{
+		{"a bad container id", "ADD", conf, "CNI_CONTAINERID=a/b", 4, "0.3.1"},
+		{"no interface name", "DEL", conf, "CNI_IFNAME=", 4, "0.3.1"},
+		{"an unknown verb", "SING", conf, "", 4, "0.3.1"},
+		{"no name", "ADD", strings.Replace(conf, `"n"`, `""`, 1), "", 7, "0.3.1"},
+		{"a name of the wrong kind", "ADD", strings.Replace(conf, `"n"`, `7`, 1), "", 6, "0.3.1"},
+		{"CHECK is younger", "CHECK", conf, "", 1, "0.3.1"},
+		{"GC is younger", "GC", conf, "", 1, "0.3.1"},
+		{"STATUS is younger", "STATUS", conf, "", 1, "0.3.1"},
+		{"a configuration that names none", "ADD", `{"name":"n","logLevel":"error"}`, "CNI_CONTAINERID=a/b", 4, "0.1.0"},
+		{"a version to come", "ADD", `{"name":"n","cniVersion":"9.0.0"}`, "", 1, "1.1.0"},
+		{"no configuration", "ADD", "", "", 6, "1.1.0"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			as(t, tt.verb, tt.conf)
+			if key, value, ok := strings.Cut(tt.env, "="); ok {
+				t.Setenv(key, value)
+			}
+			var out bytes.Buffer
+			never := func(context.Context, *Call) error { return errors.New("it is called") }
+			code := Plugin{Name: "p", Add: func(ctx context.Context, c *Call) (*current.Result, error) { return nil, never(ctx, c) },
+				Del: never, Check: never, GC: never, Status: never}.serve(&out)
+			var doc struct {
+				CNIVersion string
+				Code       uint
+			}
+			if err := json.Unmarshal(out.Bytes(), &doc); err != nil || code != 1 || doc.Code != tt.code || doc.CNIVersion != tt.want {
+				t.Errorf("exit %d with %s; code %d is wanted, in version %s", code, out.Bytes(), tt.code, tt.want)
+			}
+		})
+	}
+}
+
 func TestTheLogIsBoundedAndWhole(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure-vnet.log")
 	line := []byte(strings.Repeat("x", 1023) + "\n")

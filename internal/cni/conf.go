@@ -25,6 +25,9 @@ const IPAMType = "azure-vnet-ipam"
 // azureStackFile is where the nodes of an Azure Stack have their addresses.
 const azureStackFile = "/etc/kubernetes/interfaces.json"
 
+// oldest is the version of a configuration that names none.
+const oldest = "0.1.0"
+
 // Conf is a network's configuration with what the runtime adds to it. Unknown
 // keys are passed over: runtimes add their own.
 type Conf struct {
@@ -109,14 +112,16 @@ type fileIPAM struct {
 	QueryInterval number
 }
 
-// readName reads no more than DEL needs.
+// readName reads no more than DEL and an error need.
 func readName(stdin []byte) Conf {
 	var f struct {
 		CNIVersion string
 		Name       string
 		IPAM       json.RawMessage
 	}
-	_ = json.Unmarshal(stdin, &f) // skel has read the name before
+	if json.Unmarshal(stdin, &f) == nil { // else skel says what is wrong
+		f.CNIVersion = cmp.Or(f.CNIVersion, oldest)
+	}
 	return Conf{CNIVersion: f.CNIVersion, Network: f.Name, IPAM: IPAM{Type: ipamType(f.IPAM)}}
 }
 
@@ -133,10 +138,7 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 	if err := json.Unmarshal(stdin, &f); err != nil {
 		return readName(stdin), wrong(types.ErrInvalidNetworkConfig, "the network configuration: %v", err)
 	}
-	c := Conf{CNIVersion: f.CNIVersion, Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
-	if c.CNIVersion == "" {
-		c.CNIVersion = "0.1.0"
-	}
+	c := Conf{CNIVersion: cmp.Or(f.CNIVersion, oldest), Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
 	f.IPAM.Type = ipamType(f.RawIPAM)
 	err := f.logs()
 	if err == nil && f.IPAM.Type == IPAMType { // another's is passed on unread
