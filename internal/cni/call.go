@@ -51,8 +51,10 @@ type Call struct {
 	notes []any // for the log: keys and values
 }
 
-// Deadline of a call, below CRI-O's patience of 60 s with time for the way back.
-const deadline = 40 * time.Second
+// Deadline of a call. CRI-O kills after 60 s, and the way back comes on top: a
+// bridge that would not stand has 15 s to go home (bridge.Ensure), and then link
+// and lease have undoTime, 10 s: 55 s at worst.
+const deadline = 30 * time.Second
 
 // Main serves the call that this process was started for, and ends the process.
 func Main(p Plugin) {
