@@ -75,6 +75,33 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 		n.del(l, &libcni.RuntimeConf{ContainerID: "keeper", IfName: "eth0"})
 		n.bare()
 	})
+	t.Run("flows end with an address whose link died with its namespace", func(t *testing.T) {
+		n := n.in(t)
+		for _, way := range []string{"DEL", "another ADD", "reconcile"} {
+			rt := n.pod("mute")
+			addr, _ := n.add(l, rt)
+			for _, flow := range []string{"-s " + addr.String() + " -d 8.8.8.8", "-s 8.8.8.8 -d 10.240.0.4 -r " + addr.String() + " -q 8.8.8.8"} {
+				n.must("sh", "-c", "conntrack -I -p udp --sport 5353 --dport 53 --reply-port-src 53 --reply-port-dst 5353 --timeout 100 "+flow)
+			}
+			n.must("ip", "netns", "del", "mute")
+			eventually(t, "the pod's link is gone with it", 5*time.Second, func() bool { return len(n.holds().Attachments) == 0 })
+			switch way {
+			case "DEL":
+				n.del(l, rt)
+			case "another ADD":
+				n.add(l, n.pod("mute"))
+				n.del(l, rt)
+				n.must("ip", "netns", "del", "mute")
+			default:
+				n.must("sed", "-i", `s/"since":[0-9]*/"since":-400000000000/`, "/run/azure-vnet/leases.json") // older than the grace
+				n.must(n.dir+"/azure-vnet", "reconcile")
+			}
+			if left := n.must("sh", "-c", "conntrack -L 2>/dev/null | grep -wF "+addr.String()+" || true"); left != "" {
+				t.Errorf("after %s there are\n%s", way, left)
+			}
+			n.bare()
+		}
+	})
 	t.Run("a failed ADD leaves nothing, and says why", func(t *testing.T) {
 		n := n.in(t)
 		n.must("ip", "netns", "add", "taken")

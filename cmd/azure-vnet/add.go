@@ -67,10 +67,7 @@ func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 	if err != nil || len(left) == 0 {
 		return err
 	}
-	if err := l.Host.Detach(ctx, c.Owner()); err != nil {
-		return err
-	}
-	return l.Free(ctx, c.Owner())
+	return takeAway(ctx, c, l, c.Owner())
 }
 
 // connect makes the container's interface and says what came of it.

@@ -52,6 +52,11 @@ func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owner string) err
 		if _, err := l.Host.Reconcile(ctx); err != nil {
 			c.Warn("look the host over: " + err.Error())
 		}
+		for _, lease := range held {
+			if err := l.Host.Forget(lease.Addr); err != nil {
+				return err
+			}
+		}
 	}
 	return l.Free(ctx, owner)
 }

@@ -104,6 +104,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	err = errors.Join(err, bad)
 	for _, lease := range released {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)
+		err = errors.Join(err, host.Forget(lease.Addr))
 	}
 	return errors.Join(err, hear(ctx, p))
 }

@@ -104,6 +104,7 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	leaked, err := l.Collect(ctx, l.Host.Away)
 	for _, lost := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
+		err = errors.Join(err, l.Host.Forget(lost.Addr))
 	}
 	if err != nil || !l.call.Conf.Reclaim {
 		return len(leaked) > 0, err
