@@ -62,6 +62,16 @@ func TestPodsUseTheNICTheyAreOf(t *testing.T) {
 		probed(t, vnet, p2.addr)
 	})
 	clean(t, vnet)
+	t.Run("a bridge that is another NIC's is a wrong configuration", func(t *testing.T) {
+		n := n.in(t)
+		rt := n.pod("p3")
+		for _, c := range []struct{ master, bridge string }{{"eth1", "azure0"}, {"eth0", "azure7"}} {
+			l := n.list("1.1.0", "third", azure(fmt.Sprintf(`"master":%q,"bridge":%q`, c.master, c.bridge)))
+			if _, _, err := n.tryAdd(l, rt); !says(err, 7, c.bridge) {
+				t.Errorf("%s as the bridge of %s: %v", c.bridge, c.master, err)
+			}
+		}
+	})
 	n.del(first, &libcni.RuntimeConf{ContainerID: "p1", IfName: "eth0"})
 	n.del(l2, &libcni.RuntimeConf{ContainerID: "p2", IfName: "eth0"})
 	n.bare()

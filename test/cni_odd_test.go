@@ -118,11 +118,11 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 			{"a name that is taken there", "/run/netns/taken", conf, 999, "eth0"},
 			{"mode transparent", "/run/netns/taken", stdin("0.3.0", "azure", azure(`"mode":"transparent"`), nil), 7, `"mode": "bridge"`},
 			{"no IPAM", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet"}`, nil), 7, "ipam.type"},
-			{"an IPAM that is not installed", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"nobody"}}`, nil), 999, "nobody"},
+			{"an IPAM that is not installed", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"nobody"}}`, nil), 7, "nobody"},
 			{"a NIC that is not there", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"master":"eth7"`), nil), 7, "eth7"},
 			{"another subnet", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","subnet":"10.9.0.0/16"}}`, nil), 7, "10.240.0.0/16"},
 			{"the node's own address", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","ipAddress":"`+held+`"}}`, nil), 7, "own address"},
-			{"another bridge", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"bridge":"azure7"`), nil), 999, "azure0"},
+			{"another bridge", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"bridge":"azure7"`), nil), 7, "azure0"},
 			{"a version to come", "/run/netns/taken", stdin("9.9.9", "azure", azure(), nil), 1, "incompatible"},
 		} {
 			out, err := n.call("ADD", "failed", bad.netns, bad.conf)

@@ -74,7 +74,7 @@ func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*current.Result, error) {
 	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Name: c.Conf.Bridge, MTU: c.Conf.MTU, NICs: g.nics})
 	if err != nil {
-		return nil, err
+		return nil, misnamed(ctx, c, host, g.nic, err)
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC,

@@ -96,6 +96,29 @@ func defaultLink() (string, error) {
 	return l.Attrs().Name, nil
 }
 
+// misnamed gives err, of a bridge that does not stand, the code of a wrong
+// configuration where its "bridge" can never be that of the NIC.
+func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
+	if c.Conf.Bridge == "" {
+		return err
+	}
+	all, bad := host.Bridges(ctx)
+	if bad != nil {
+		return err
+	}
+	ours := false
+	for _, b := range all {
+		named := b.Name == c.Conf.Bridge
+		if ours = ours || named; named != (b.MAC.String() == nic) {
+			return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
+		}
+	}
+	if _, bad := netlink.LinkByName(c.Conf.Bridge); bad == nil && !ours {
+		return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
+	}
+	return err
+}
+
 // inside opens a socket in the container's namespace.
 func inside(path string) (*netlink.Handle, error) {
 	ns, err := netns.GetFromPath(path)

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
@@ -81,6 +83,9 @@ func delegate(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := installed(c); err != nil {
+		return nil, err
+	}
 	raw, err := invoke.DelegateAdd(ctx, c.Conf.IPAM.Type, c.Stdin, nil)
 	if err != nil {
 		return nil, fmt.Errorf("IPAM plugin %s: %w", c.Conf.IPAM.Type, err)
@@ -133,8 +138,19 @@ func (g *given) read(raw types.Result) error {
 
 // delegated calls the IPAM plugin for a verb without a result.
 func delegated(ctx context.Context, c *cni.Call, call func(context.Context, string, []byte, invoke.Exec) error) error {
+	if err := installed(c); err != nil {
+		return err
+	}
 	if err := call(ctx, c.Conf.IPAM.Type, c.Stdin, nil); err != nil {
 		return fmt.Errorf("IPAM plugin %s: %w", c.Conf.IPAM.Type, err)
+	}
+	return nil
+}
+
+// installed refuses a configuration whose IPAM plugin is not there.
+func installed(c *cni.Call) error {
+	if _, err := invoke.FindInPath(c.Conf.IPAM.Type, filepath.SplitList(os.Getenv("CNI_PATH"))); err != nil {
+		return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err), "")
 	}
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"os/exec"
 	"regexp"
 	"strings"
 
@@ -35,7 +34,6 @@ var codes = []struct {
 	{pool.ErrGone, types.ErrTryAgainLater},
 	{pool.ErrNotOurs, types.ErrInvalidNetworkConfig},
 	{context.DeadlineExceeded, types.ErrTryAgainLater},
-	{exec.ErrNotFound, types.ErrInvalidNetworkConfig},
 }
 
 // toError gives an error its code, and words it for who reads it: a runtime
