@@ -32,7 +32,8 @@ var cniDir = sync.OnceValues(func() (string, error) {
 	const ref = "github.com/containernetworking/plugins/plugins/"
 	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", cniTemp+"/",
 		"azurevnet/cmd/azure-vnet", "azurevnet/cmd/azure-vnet-ipam",
-		ref+"main/bridge", ref+"main/ptp", ref+"main/loopback", ref+"ipam/host-local", ref+"meta/portmap", ref+"meta/bandwidth", ref+"meta/tuning")
+		"github.com/containernetworking/cni/cnitool",
+		ref+"main/bridge", ref+"main/ptp", ref+"main/macvlan", ref+"main/loopback", ref+"ipam/host-local", ref+"meta/portmap", ref+"meta/bandwidth", ref+"meta/tuning")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the CNI plugins: %w\n%s", err, out)
