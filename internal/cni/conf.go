@@ -73,16 +73,9 @@ type mapping struct {
 type file struct {
 	CNIVersion string
 	Name       string
-	Mode       string
-	Bridge     string
-	Master     string
-	MTU        number
-	SNAT       *onOff
-	Direct     list
 	Reclaim    onOff
 	LogLevel   string
 	LogTarget  string
-	DNS        types.DNS
 	IPAM       fileIPAM        `json:"-"` // read when it is ours
 	RawIPAM    json.RawMessage `json:"ipam"`
 
@@ -93,14 +86,29 @@ type file struct {
 		}
 	}
 	RuntimeConfig struct {
-		PortMappings []mapping
-		IPs          list
-		MAC          string
-		DNS          struct{ Servers, Searches, Options []string }
+		IPs list
+		MAC string
 	}
 	PrevResult json.RawMessage
 	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`
 	Attached   json.RawMessage `json:"cni.dev/attachments"`
+}
+
+// fileMain is the main plugin's part. Another's may have these keys with values
+// of its own.
+type fileMain struct {
+	Mode   string
+	Bridge string
+	Master string
+	MTU    number
+	SNAT   *onOff
+	Direct list
+	DNS    types.DNS
+
+	RuntimeConfig struct {
+		PortMappings []mapping
+		DNS          struct{ Servers, Searches, Options []string }
+	}
 }
 
 type fileIPAM struct {
@@ -145,7 +153,7 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 		err = json.Unmarshal(f.RawIPAM, &f.IPAM)
 	}
 	if err == nil && main {
-		err = c.readMain(&f)
+		err = c.readMain(stdin, f.IPAM.Type)
 	}
 	if err == nil {
 		c.IPAM, err = f.IPAM.read()
@@ -163,15 +171,19 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 }
 
 // readMain reads the main plugin's part.
-func (c *Conf) readMain(f *file) error {
+func (c *Conf) readMain(stdin []byte, ipam string) error {
+	var f fileMain
+	if err := json.Unmarshal(stdin, &f); err != nil {
+		return err
+	}
 	if f.Mode != "" && f.Mode != "bridge" {
 		return fmt.Errorf("mode %q is not served: the host's address moves to a bridge in the only mode that is; if that is wanted, write \"mode\": \"bridge\" or leave it out", f.Mode)
 	}
-	if f.IPAM.Type == "" {
+	if ipam == "" {
 		return fmt.Errorf(`ipam.type is missing: write "ipam": {"type": %q}`, IPAMType)
 	}
-	if strings.ContainsAny(f.IPAM.Type, `/\`) {
-		return fmt.Errorf("ipam.type %q is a path and not the name of a plugin", f.IPAM.Type)
+	if strings.ContainsAny(ipam, `/\`) {
+		return fmt.Errorf("ipam.type %q is a path and not the name of a plugin", ipam)
 	}
 	if f.MTU != 0 && (f.MTU < 68 || f.MTU > 65535) {
 		return fmt.Errorf("mtu is a number of bytes from 68 to 65535, and not %d", f.MTU)
