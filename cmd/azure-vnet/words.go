@@ -123,9 +123,14 @@ func hear(ctx context.Context, p *pool.Pool) error {
 	return err
 }
 
-// uninstall refuses while a container is attached.
+// uninstall refuses while a container is attached, or has an address that
+// another main plugin attached and no link of ours proves: lent again, two would
+// have it.
 func uninstall(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
+	if err := unheld(ctx); err != nil {
+		return err
+	}
 	homes, err := host.RemoveAll(ctx)
 	for _, nic := range homes {
 		fmt.Fprintf(out, "%s has its addresses back\n", nic)
@@ -134,6 +139,29 @@ func uninstall(ctx context.Context, out io.Writer) error {
 		err = os.RemoveAll(stateDir)
 	}
 	return err
+}
+
+// unheld refuses while addresses are lent that no link proves. The others are
+// their links', which RemoveAll looks at.
+func unheld(ctx context.Context) error {
+	p, err := pool.New(pool.Config{Dir: stateDir})
+	if err != nil {
+		return err
+	}
+	all, err := p.Leases(ctx)
+	if err != nil {
+		return err
+	}
+	var held []string
+	for _, lease := range all {
+		if lease.Linkless {
+			held = append(held, fmt.Sprintf("%s (%s)", lease.Owner, lease.Addr))
+		}
+	}
+	if len(held) > 0 {
+		return fmt.Errorf("addresses are held that no link of azure-vnet shows: %s: end these containers first, so that their runtime calls DEL, and remove these networks of Docker's", strings.Join(held, ", "))
+	}
+	return nil
 }
 
 // attach runs ADD for a container that no runtime of CNI's made.

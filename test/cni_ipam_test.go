@@ -1,0 +1,213 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// ipam runs azure-vnet-ipam as a main plugin does: with that plugin's environment
+// and configuration.
+func (n node) ipam(verb, id string, conf []byte) ([]byte, error) {
+	out, _, err := n.plugin(n.t.Context(), filepath.Join(n.dir, "azure-vnet-ipam"), conf, n.environ(verb, id, "/run/netns/"+id))
+	return out, err
+}
+
+// other is a main plugin's configuration over azure-vnet-ipam.
+func other(version, network string, more map[string]any) []byte {
+	return stdin(version, network, `{"type":"other","mode":"l2","master":"nobody0","mtu":"is not ours","ipam":{"type":"azure-vnet-ipam"}}`, more)
+}
+
+func TestIPAMForOtherMainPlugins(t *testing.T) {
+	t.Parallel()
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
+	n := onNode(vms[0])
+	add := func(t *testing.T, id, version, network string) map[string]any {
+		t.Helper()
+		out, err := n.ipam("ADD", id, other(version, network, nil))
+		var r map[string]any
+		if err == nil {
+			err = json.Unmarshal(out, &r)
+		}
+		if err != nil {
+			t.Fatalf("%s %v", out, err)
+		}
+		return map[string]any{"prevResult": r}
+	}
+	// leases are how many are held now.
+	leases := func() int { return len(n.holds().Leases) }
+	done := func(t *testing.T, out []byte, err error) {
+		t.Helper()
+		if err != nil || len(out) > 0 {
+			t.Errorf("%s %v", out, err)
+		}
+	}
+	t.Run("every verb in every version", func(t *testing.T) {
+		for _, v := range []string{"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+			prev := add(t, "c1", v, "net")
+			r := prev["prevResult"].(map[string]any)
+			text, _ := json.Marshal(r)
+			if r["cniVersion"] != v || !strings.Contains(string(text), `10.240.0.1"`) || !strings.Contains(string(text), `/16"`) || strings.Contains(string(text), "interface") {
+				t.Errorf("%s: %s", v, text)
+			}
+			if out, err := n.ipam("ADD", "c1", other(v, "net", nil)); !says(err, 100, "keeps it") || leases() != 1 {
+				t.Errorf("%s: added twice: %s %v", v, out, err)
+			}
+			out, err := n.ipam("CHECK", "c1", other(v, "net", prev))
+			if v >= "0.4.0" {
+				done(t, out, err)
+			} else if !says(err, 1, "CHECK") {
+				t.Errorf("%s: CHECK: %s %v", v, out, err)
+			}
+			for range 2 {
+				out, err := n.ipam("DEL", "c1", other(v, "net", nil))
+				done(t, out, err)
+			}
+			for _, verb := range []string{"STATUS", "GC"} {
+				out, err := n.ipam(verb, "", other(v, "net", map[string]any{"cni.dev/valid-attachments": nil}))
+				if v >= "1.1.0" {
+					done(t, out, err)
+				} else if !says(err, 1, verb) {
+					t.Errorf("%s: %s: %s %v", v, verb, out, err)
+				}
+			}
+			if leases() != 0 {
+				t.Errorf("%s: %+v is held", v, n.holds())
+			}
+		}
+		if out, err := n.ipam("VERSION", "", nil); err != nil || !strings.Contains(string(out), `"1.1.0"`) {
+			t.Errorf("VERSION: %s %v", out, err)
+		}
+	})
+	t.Run("CHECK compares what is held with what was told", func(t *testing.T) {
+		prev := add(t, "c1", "1.1.0", "net")
+		another := map[string]any{"prevResult": map[string]any{"cniVersion": "1.1.0", "ips": []any{map[string]any{"address": "10.240.9.9/16"}}}}
+		for _, bad := range []struct {
+			name, id string
+			more     map[string]any
+			code     uint
+		}{{"no result", "c1", nil, 7}, {"another address", "c1", another, 102}, {"another container", "c2", prev, 3},
+			{"a result of another version", "c1", map[string]any{"prevResult": map[string]any{"ips": "none"}}, 6}} {
+			if out, err := n.ipam("CHECK", bad.id, other("1.1.0", "net", bad.more)); !says(err, bad.code, "") {
+				t.Errorf("%s: %s %v", bad.name, out, err)
+			}
+		}
+		out, err := n.ipam("DEL", "c1", other("1.1.0", "net", prev))
+		done(t, out, err)
+	})
+	t.Run("GC", func(t *testing.T) {
+		l, pod := n.list("1.1.0", "net", azure()), n.pod("linked")
+		n.add(l, pod) // of the same network, and its link shows it
+		for _, id := range []string{"c1", "c2", "c3"} {
+			add(t, id, "1.1.0", "net")
+		}
+		add(t, "c1", "1.1.0", "another")
+		gc := func(more map[string]any) ([]byte, error) { return n.ipam("GC", "", other("1.1.0", "net", more)) }
+		if out, err := gc(nil); !says(err, 7, "valid-attachments is missing") || leases() != 5 {
+			t.Errorf("without a list: %s %v, and %+v is held", out, err, n.holds())
+		}
+		if out, err := gc(map[string]any{"cni.dev/valid-attachments": "all"}); !says(err, 7, "valid-attachments") || leases() != 5 {
+			t.Errorf("with what is no list: %s %v, and %+v is held", out, err, n.holds())
+		}
+		out, err := gc(map[string]any{"cni.dev/valid-attachments": []any{map[string]string{"containerID": "c1", "ifname": "eth0"}, map[string]string{"containerID": "c2", "ifname": "eth1"}}})
+		done(t, out, err)
+		if leases() != 3 { // c1, the linked one, the other network's
+			t.Errorf("with a list, %+v is held", n.holds())
+		}
+		out, err = gc(map[string]any{"cni.dev/valid-attachments": nil})
+		done(t, out, err)
+		if s := n.holds(); len(s.Leases) != 2 || len(s.Attachments) != 1 {
+			t.Errorf("with null, %+v is held", s)
+		}
+		n.del(l, pod)
+		out, err = n.ipam("DEL", "c1", other("1.1.0", "another", nil))
+		done(t, out, err)
+		n.bare()
+	})
+	t.Run("STATUS fails where ADD would", func(t *testing.T) {
+		conf := stdin("1.1.0", "net", `{"type":"other","ipam":{"type":"azure-vnet-ipam","subnet":"10.9.0.0/16"}}`, nil)
+		if out, err := n.ipam("STATUS", "", conf); !says(err, 50, "10.9.0.0/16") {
+			t.Errorf("STATUS: %s %v", out, err)
+		}
+		if out, err := n.ipam("ADD", "c1", conf); !says(err, 7, "10.9.0.0/16") {
+			t.Errorf("ADD: %s %v", out, err)
+		}
+		if out, err := onNode(vms[1].in(t)).ipam("STATUS", "", other("1.1.0", "net", nil)); !says(err, 50, "az network nic ip-config create") {
+			t.Errorf("STATUS without addresses: %s %v", out, err)
+		}
+	})
+	t.Run("bad input", func(t *testing.T) {
+		for _, bad := range []struct {
+			name, ipam string
+			code       uint
+			says       string
+		}{
+			{"a subnet that is none", `{"type":"azure-vnet-ipam","subnet":7}`, 7, "Subnet"},
+			{"an address of the host", fmt.Sprintf(`{"type":"azure-vnet-ipam","ipAddress":%q}`, n.Primary), 7, "own address"},
+			{"an address of IPv6", `{"type":"azure-vnet-ipam","ipAddress":"fd00::1"}`, 4, "IPv4"},
+			{"an environment of others", `{"type":"azure-vnet-ipam","environment":"aws"}`, 7, "fileIpam"},
+			{"an interval that is none", `{"type":"azure-vnet-ipam","queryInterval":"often"}`, 7, "number"},
+			{"a source that is not there", `{"type":"azure-vnet-ipam","environment":"/run/nobody.json"}`, 11, "/run/nobody.json"},
+		} {
+			out, err := n.ipam("ADD", "c1", stdin("1.0.0", "net", `{"type":"other","ipam":`+bad.ipam+`}`, nil))
+			var told struct{ CNIVersion string }
+			if !says(err, bad.code, bad.says) || json.Unmarshal(out, &told) != nil || told.CNIVersion != "1.0.0" {
+				t.Errorf("%s: %s %v", bad.name, out, err)
+			}
+		}
+		if leases() != 0 {
+			t.Errorf("%+v is held", n.holds())
+		}
+	})
+}
+
+// Two containers under macvlan talk to each other over Azure's addresses. Azure
+// itself drops their frames, which leave with MACs of their own.
+func TestIPAMUnderMacvlan(t *testing.T) {
+	t.Parallel()
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 3})
+	n := onNode(vms[0])
+	l := n.list("1.1.0", "mac", `{"type":"macvlan","master":"eth0","mode":"bridge","ipam":{"type":"azure-vnet-ipam"}}`)
+	one, two := n.pod("m1"), n.pod("m2")
+	a1, _ := n.add(l, one)
+	a2, _ := n.add(l, two)
+	if own := n.Secondaries(); a1 == a2 || !slices.Contains(own, a1) || !slices.Contains(own, a2) {
+		t.Errorf("%s and %s are had of %v", a1, a2, own)
+	}
+	if _, err := inPod(n, "m1", a1).try("ping", "-c", "1", "-W", "3", a2.String()); err != nil {
+		t.Errorf("the other is not reached: %v", err)
+	}
+	if err := n.cni.CheckNetworkList(t.Context(), l, one); err != nil {
+		t.Errorf("CHECK: %v", err)
+	}
+	if err := n.cni.GetStatusNetworkList(t.Context(), l); err != nil {
+		t.Errorf("STATUS: %v", err)
+	}
+	// No link of ours shows them, and lent again they would be had twice.
+	uninstall := filepath.Join(n.dir, "azure-vnet")
+	if out, err := n.try(uninstall, "uninstall"); err == nil || !strings.Contains(err.Error(), "cni/mac/m1/eth0 ("+a1.String()+")") || len(n.holds().Leases) != 2 {
+		t.Errorf("uninstall while they run: %s %v", out, err)
+	}
+	if err := n.cni.GCNetworkList(t.Context(), l, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "m1", IfName: "eth0"}}}); err != nil {
+		t.Errorf("GC: %v", err)
+	}
+	if s := n.holds(); !slices.Equal(s.Leases, []string{a1.String()}) {
+		t.Errorf("after GC %+v is held", s)
+	}
+	n.must("ip", "netns", "del", "m1")
+	n.del(l, one)
+	if s := n.holds(); len(s.Leases) > 0 {
+		t.Errorf("after DEL %+v is held", s)
+	}
+	n.must(uninstall, "uninstall")
+}
