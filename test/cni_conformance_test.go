@@ -4,13 +4,17 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/netip"
+	"maps"
+	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -24,8 +28,42 @@ type subject struct {
 	name     string
 	conf     string            // of the network, without name and version
 	deviates map[string]string // musts that it is known not to meet, and why
+	dir      string            // of its program; empty: with ours
 	n        node
-	t        *testing.T
+	t        testing.TB
+}
+
+// judge hears what is wrong with a subject. Of a must that it is known not to
+// meet, that is what is wanted.
+type judge struct {
+	*testing.T
+	known bool
+	heard []string
+}
+
+func (j *judge) Errorf(format string, args ...any) {
+	j.Helper()
+	if !j.known {
+		j.T.Errorf(format, args...)
+	}
+	j.heard = append(j.heard, fmt.Sprintf(format, args...))
+}
+
+func (j *judge) Error(args ...any) { j.Helper(); j.Errorf("%s", fmt.Sprint(args...)) }
+
+func (j *judge) Fatalf(format string, args ...any) {
+	j.Helper()
+	j.Errorf(format, args...)
+	runtime.Goexit()
+}
+
+func (j *judge) Fatal(args ...any) { j.Helper(); j.Fatalf("%s", fmt.Sprint(args...)) }
+
+// try tests a subject to the end, whatever it does: others follow.
+func (j *judge) try(test func(testing.TB, subject), s subject) {
+	var all sync.WaitGroup
+	all.Go(func() { test(j, s) }) // Fatalf ends this, and no more
+	all.Wait()
 }
 
 // answer is what a call came to.
@@ -55,7 +93,9 @@ func (s subject) raw(verb, id string, conf []byte, env ...string) (a answer) {
 	if verb == "VERSION" || verb == "GC" || verb == "STATUS" {
 		id, netns = "", ""
 	}
-	a.stdout, a.code, _ = s.n.plugin(s.t.Context(), filepath.Join(s.n.dir, plugin.Type), conf, s.n.environ(verb, id, netns, env...))
+	dir := cmp.Or(s.dir, s.n.dir)
+	env = append([]string{"CNI_PATH=" + dir + ":" + s.n.dir}, env...)
+	a.stdout, a.code, _ = s.n.plugin(s.t.Context(), filepath.Join(dir, plugin.Type), conf, s.n.environ(verb, id, netns, env...))
 	if a.code != 0 {
 		_ = json.Unmarshal(a.stdout, &a.failed) // what is no document has no code
 	}
@@ -63,7 +103,7 @@ func (s subject) raw(verb, id string, conf []byte, env ...string) (a answer) {
 }
 
 // documents counts the JSON documents in what a plugin wrote.
-func documents(t *testing.T, out []byte) (count int) {
+func documents(t testing.TB, out []byte) (count int) {
 	t.Helper()
 	for dec := json.NewDecoder(bytes.NewReader(out)); ; count++ {
 		var doc map[string]any
@@ -94,18 +134,25 @@ func (s subject) added(id, version string) (*current.Result, map[string]any) {
 	return &r, map[string]any{"prevResult": prev}
 }
 
-// addresses in a container, without their masks.
+// addresses in a container, with their masks.
 func (s subject) addresses(id string) string {
 	out, _ := s.n.try("ip", "-n", id, "-4", "-br", "addr", "show", "eth0")
 	return out
 }
 
+// lent are the addresses that azure-vnet-ipam or host-local hold for anyone.
+func (s subject) lent() []string {
+	s.t.Helper()
+	local := s.n.must("sh", "-c", "ls /run/cni-nets/conform 2>/dev/null | grep '^[0-9]' || true")
+	return append(s.n.holds().Leases, strings.Fields(local)...)
+}
+
 // musts are what the specification 1.1.0 demands of a main plugin.
 var musts = []struct {
 	name string
-	test func(t *testing.T, s subject)
+	test func(t testing.TB, s subject)
 }{
-	{"VERSION tells the versions, without a configuration", func(t *testing.T, s subject) {
+	{"VERSION tells the versions, without a configuration", func(t testing.TB, s subject) {
 		var v struct {
 			CNIVersion        string
 			SupportedVersions []string
@@ -115,7 +162,7 @@ var musts = []struct {
 			t.Errorf("%d %s", a.code, a.stdout)
 		}
 	}},
-	{"ADD makes what its result says", func(t *testing.T, s subject) {
+	{"ADD makes what its result says", func(t testing.TB, s subject) {
 		r, _ := s.added("c1", "1.1.0")
 		i := slices.IndexFunc(r.Interfaces, func(i *current.Interface) bool { return i.Name == "eth0" && i.Sandbox == "/run/netns/c1" })
 		if i < 0 || len(r.IPs) == 0 || r.IPs[0].Interface == nil || *r.IPs[0].Interface != i || r.CNIVersion != "1.1.0" {
@@ -134,7 +181,7 @@ var musts = []struct {
 			}
 		}
 	}},
-	{"ADD answers in the configuration's version", func(t *testing.T, s subject) {
+	{"ADD answers in the configuration's version", func(t testing.TB, s subject) {
 		for _, v := range []string{"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 			a := s.call("ADD", "c1", v, nil)
 			var r struct{ CNIVersion string }
@@ -146,7 +193,7 @@ var musts = []struct {
 			}
 		}
 	}},
-	{"ADD of an interface that is there is an error, and hurts nothing", func(t *testing.T, s subject) {
+	{"ADD of an interface that is there is an error, and hurts nothing", func(t testing.TB, s subject) {
 		s.added("c1", "1.1.0")
 		before := s.addresses("c1")
 		if a := s.call("ADD", "c1", "1.1.0", nil); a.code == 0 {
@@ -156,12 +203,53 @@ var musts = []struct {
 			t.Errorf("%q became %q", before, after)
 		}
 	}},
-	{"ADD into a namespace that is not there is an error", func(t *testing.T, s subject) {
+	{"ADD into a namespace that is not there is an error", func(t testing.TB, s subject) {
 		if a := s.call("ADD", "c1", "1.1.0", nil, "CNI_NETNS=/run/netns/none"); a.code == 0 || a.failed.Code == 0 {
 			t.Errorf("%d %s", a.code, a.stdout)
 		}
 	}},
-	{"DEL takes away what ADD made, and repeats", func(t *testing.T, s subject) {
+	{"ADD that fails leaves nothing", func(t testing.TB, s subject) {
+		s.added("c1", "1.1.0") // what the first ADD makes for all that follow
+		s.call("DEL", "c1", "1.1.0", nil)
+		s.n.must("ip", "-n", "c1", "link", "add", "eth0", "type", "veth", "peer", "name", "eth9")
+		links := func() string {
+			return s.n.must("sh", "-c", "ip -br link | cut -d' ' -f1 | sort; ip -n c1 -br addr | sort")
+		}
+		before := links()
+		if a := s.call("ADD", "c1", "1.1.0", nil); a.code == 0 {
+			t.Errorf("it succeeds: %s", a.stdout)
+		}
+		if after := links(); after != before {
+			t.Errorf("links were\n%s\nand are\n%s", before, after)
+		}
+		if held := s.lent(); len(held) > 0 {
+			t.Errorf("%s is held", held)
+		}
+	}},
+	{"a container has as many interfaces as it is given", func(t testing.TB, s subject) {
+		s.added("c1", "1.1.0")
+		first := s.addresses("c1")
+		a := s.call("ADD", "c1", "1.1.0", nil, "CNI_IFNAME=net1")
+		if a.code != 0 || s.addresses("c1") != first || !strings.Contains(s.n.must("ip", "-n", "c1", "-4", "-br", "addr", "show", "net1"), "10.") {
+			t.Errorf("the second: %s", a.stdout)
+		}
+		if held := s.lent(); len(held) != 2 {
+			t.Errorf("%s is held", held)
+		}
+		var prev map[string]any
+		_ = json.Unmarshal(a.stdout, &prev)
+		if a := s.call("CHECK", "c1", "1.1.0", map[string]any{"prevResult": prev}, "CNI_IFNAME=net1"); a.code != 0 {
+			t.Errorf("CHECK of the second: %s", a.stdout)
+		}
+		if a := s.call("DEL", "c1", "1.1.0", nil, "CNI_IFNAME=net1"); a.code != 0 || s.addresses("c1") != first {
+			t.Errorf("DEL of the second: %s, and the first has %q", a.stdout, s.addresses("c1"))
+		}
+		if held := s.lent(); len(held) != 1 {
+			t.Errorf("after DEL %s is held", held)
+		}
+		s.call("DEL", "c1", "1.1.0", nil)
+	}},
+	{"DEL takes away what ADD made, and repeats", func(t testing.TB, s subject) {
 		_, prev := s.added("c1", "1.1.0")
 		for range 2 {
 			if a := s.call("DEL", "c1", "1.1.0", prev); a.code != 0 {
@@ -173,7 +261,7 @@ var musts = []struct {
 		}
 		s.added("c1", "1.1.0") // it is free for another
 	}},
-	{"DEL does without a namespace and without prevResult", func(t *testing.T, s subject) {
+	{"DEL does without a namespace and without prevResult", func(t testing.TB, s subject) {
 		s.added("c1", "1.1.0")
 		s.n.must("ip", "netns", "del", "c1")
 		for _, netns := range []string{"", "/run/netns/c1"} {
@@ -182,46 +270,60 @@ var musts = []struct {
 			}
 		}
 	}},
-	{"DEL of what was never added succeeds", func(t *testing.T, s subject) {
+	{"DEL of what was never added succeeds", func(t testing.TB, s subject) {
 		if a := s.call("DEL", "never", "1.1.0", nil); a.code != 0 {
 			t.Errorf("%s", a.stdout)
 		}
 	}},
-	{"CHECK succeeds after ADD, and changes nothing", func(t *testing.T, s subject) {
+	{"CHECK succeeds after ADD, and changes nothing", func(t testing.TB, s subject) {
 		_, prev := s.added("c1", "1.1.0")
 		before := s.addresses("c1")
 		if a := s.call("CHECK", "c1", "1.1.0", prev); a.code != 0 || s.addresses("c1") != before {
 			t.Errorf("%s", a.stdout)
 		}
 	}},
-	{"CHECK fails without prevResult", func(t *testing.T, s subject) {
+	{"CHECK fails without prevResult", func(t testing.TB, s subject) {
 		s.added("c1", "1.1.0")
 		if a := s.call("CHECK", "c1", "1.1.0", nil); a.code == 0 {
 			t.Error("it succeeds")
 		}
 	}},
-	{"CHECK fails when the interface is gone", func(t *testing.T, s subject) {
+	{"CHECK fails when the interface is gone", func(t testing.TB, s subject) {
 		_, prev := s.added("c1", "1.1.0")
 		s.n.must("ip", "-n", "c1", "link", "del", "eth0")
 		if a := s.call("CHECK", "c1", "1.1.0", prev); a.code == 0 {
 			t.Error("it succeeds")
 		}
 	}},
-	{"CHECK fails when the address is gone, and does not mend it", func(t *testing.T, s subject) {
+	{"CHECK fails when the address is gone, and does not mend it", func(t testing.TB, s subject) {
 		_, prev := s.added("c1", "1.1.0")
 		s.n.must("ip", "-n", "c1", "addr", "flush", "dev", "eth0")
 		if a := s.call("CHECK", "c1", "1.1.0", prev); a.code == 0 || strings.Contains(s.addresses("c1"), "10.") {
 			t.Errorf("%d, and now %q", a.code, s.addresses("c1"))
 		}
 	}},
-	{"CHECK, GC and STATUS are refused in versions that have none", func(t *testing.T, s subject) {
+	{"CHECK fails when a route is gone, and does not mend it", func(t testing.TB, s subject) {
+		_, prev := s.added("c1", "1.1.0")
+		s.n.must("ip", "-n", "c1", "route", "del", "default")
+		if a := s.call("CHECK", "c1", "1.1.0", prev); a.code == 0 || strings.Contains(s.n.must("ip", "-n", "c1", "route"), "default") {
+			t.Errorf("%d, and now %q", a.code, s.n.must("ip", "-n", "c1", "route"))
+		}
+	}},
+	{"CHECK fails when the address is another", func(t testing.TB, s subject) {
+		_, prev := s.added("c1", "1.1.0")
+		s.n.must("sh", "-c", "ip -n c1 addr flush dev eth0 && ip -n c1 addr add 10.240.200.200/16 dev eth0 && ip -n c1 route add default via 10.240.0.1")
+		if a := s.call("CHECK", "c1", "1.1.0", prev); a.code == 0 {
+			t.Error("it succeeds")
+		}
+	}},
+	{"CHECK, GC and STATUS are refused in versions that have none", func(t testing.TB, s subject) {
 		for verb, v := range map[string]string{"CHECK": "0.3.1", "GC": "1.0.0", "STATUS": "1.0.0"} {
 			if a := s.call(verb, "c1", v, nil); a.code == 0 || a.failed.Code != 1 {
 				t.Errorf("%s in %s: %d %s", verb, v, a.code, a.stdout)
 			}
 		}
 	}},
-	{"GC keeps what is listed and frees the rest", func(t *testing.T, s subject) {
+	{"GC keeps what is listed and frees the rest", func(t testing.TB, s subject) {
 		s.added("c1", "1.1.0")
 		r2, _ := s.added("c2", "1.1.0")
 		s.n.must("ip", "netns", "del", "c2") // c2 is gone, and nobody told
@@ -231,17 +333,16 @@ var musts = []struct {
 		if !strings.Contains(s.addresses("c1"), "10.") {
 			t.Error("c1 lost its address")
 		}
-		addr, _ := netip.AddrFromSlice(r2.IPs[0].Address.IP)
-		if held := s.n.must("sh", "-c", "grep -l '"+addr.Unmap().String()+`"' /run/azure-vnet/leases.json 2>/dev/null | xargs -r grep -o '"`+addr.Unmap().String()+`":{"owner' ; ls /run/cni-nets/conform 2>/dev/null || true`); strings.Contains(held, addr.Unmap().String()) {
+		if held := s.lent(); slices.Contains(held, r2.IPs[0].Address.IP.String()) {
 			t.Errorf("the address of c2 is still held: %s", held)
 		}
 	}},
-	{"STATUS succeeds when ADD would", func(t *testing.T, s subject) {
+	{"STATUS succeeds when ADD would", func(t testing.TB, s subject) {
 		if a := s.call("STATUS", "", "1.1.0", nil); a.code != 0 {
 			t.Errorf("%s", a.stdout)
 		}
 	}},
-	{"an error is one document with a code, and the exit status tells", func(t *testing.T, s subject) {
+	{"an error is one document with a code, and the exit status tells", func(t testing.TB, s subject) {
 		good := stdin("1.1.0", "conform", s.conf, nil)
 		for _, bad := range []struct {
 			name, verb string
@@ -275,20 +376,30 @@ var musts = []struct {
 			}
 		}
 	}},
-	{"a call without a verb is an error", func(t *testing.T, s subject) {
+	{"a call without a verb is an error", func(t testing.TB, s subject) {
 		if a := s.call("", "c1", "1.1.0", nil); a.code == 0 || a.failed.Code != 4 {
 			t.Errorf("%d %s", a.code, a.stdout)
 		}
 	}},
-	{"an error says its version", func(t *testing.T, s subject) {
-		if a := s.call("SING", "c1", "1.1.0", nil); a.failed.CNIVersion != "1.1.0" {
-			t.Errorf("%s", a.stdout)
+	{"an error says its version", func(t testing.TB, s subject) {
+		for _, v := range []string{"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
+			for _, bad := range [][2]string{{"SING", ""}, {"ADD", "CNI_NETNS=/run/netns/none"}, {"ADD", "CNI_CONTAINERID=a/b"}, {"DEL", "CNI_IFNAME="}} {
+				if a := s.call(bad[0], "c1", v, nil, bad[1]); a.failed.CNIVersion != v {
+					t.Errorf("%s in %s with %s: %s", bad[0], v, bad[1], a.stdout)
+				}
+			}
 		}
 	}},
 }
 
 // TestConformance runs the table on ours and, as controls, on the reference
 // plugins: a must that they fail too would be a mistake of the table.
+//
+// It takes any other main plugin too: CNI_CONFORMANCE is its configuration without
+// name and version, CNI_PATH where its program lies, and its addresses come from
+// azure-vnet-ipam, or from host-local with the dataDir /run/cni-nets:
+//
+//	CNI_PATH=/opt/cni/bin CNI_CONFORMANCE='{"type":"macvlan","master":"eth0","ipam":{"type":"azure-vnet-ipam"}}' go test -run TestConformance ./test
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 30})
@@ -297,29 +408,38 @@ func TestConformance(t *testing.T) {
 	local := fmt.Sprintf(`"ipam":{"type":"host-local","dataDir":"/run/cni-nets","ranges":[[{"subnet":"10.240.0.0/16","rangeStart":%q,"rangeEnd":%q}]],"routes":[{"dst":"0.0.0.0/0"},{"dst":"10.99.0.0/16"}]}`,
 		n.Secondaries()[20], n.Secondaries()[29])
 	azureIPAM := `"ipam":{"type":"azure-vnet-ipam"}`
-	const gc, verb, version = "GC keeps what is listed and frees the rest", "a call without a verb is an error", "an error says its version"
-	noGC := map[string]string{gc: "host-local has no GC"}
+	const gc, verb, version, second = "GC keeps what is listed and frees the rest", "a call without a verb is an error", "an error says its version", "a container has as many interfaces as it is given"
+	ours := map[string]string{second: "the bridge refuses a second default route"}
+	overLocal := map[string]string{gc: "host-local has no GC", second: ours[second]}
 	reference := map[string]string{
 		gc: "it has no GC", verb: "skel prints what the plugin is, and succeeds", version: "skel's errors have no cniVersion",
 	}
-	for _, s := range []subject{
-		{name: "azure-vnet", conf: `{"type":"azure-vnet",` + azureIPAM + `}`},
-		{name: "azure-vnet over host-local", conf: `{"type":"azure-vnet",` + local + `}`, deviates: noGC},
+	ptp := maps.Clone(reference)
+	ptp[second] = "its route to the gateway is there already, where both are in one subnet"
+	subjects := []subject{
+		{name: "azure-vnet", conf: `{"type":"azure-vnet",` + azureIPAM + `}`, deviates: ours},
+		{name: "azure-vnet over host-local", conf: `{"type":"azure-vnet",` + local + `}`, deviates: overLocal},
 		{name: "bridge over azure-vnet-ipam", conf: `{"type":"bridge","bridge":"cni0",` + azureIPAM + `}`, deviates: reference},
-		{name: "ptp over azure-vnet-ipam", conf: `{"type":"ptp",` + azureIPAM + `}`, deviates: reference},
+		{name: "ptp over azure-vnet-ipam", conf: `{"type":"ptp",` + azureIPAM + `}`, deviates: ptp},
 		{name: "bridge", conf: `{"type":"bridge","bridge":"cni1",` + local + `}`, deviates: reference},
-		{name: "ptp", conf: `{"type":"ptp",` + local + `}`, deviates: reference},
-	} {
+		{name: "ptp", conf: `{"type":"ptp",` + local + `}`, deviates: ptp},
+	}
+	if conf := os.Getenv("CNI_CONFORMANCE"); conf != "" {
+		subjects = []subject{{name: "CNI_CONFORMANCE", conf: conf, dir: os.Getenv("CNI_PATH")}}
+	}
+	for _, s := range subjects {
 		t.Run(s.name, func(t *testing.T) {
 			for _, must := range musts {
 				t.Run(must.name, func(t *testing.T) {
-					if why, known := s.deviates[must.name]; known {
-						t.Skip(why)
-					}
-					s := s
-					s.t, s.n = t, n.in(t)
+					s, j := s, &judge{T: t}
+					s.t, s.n = j, n.in(t)
 					s.n.must("sh", "-c", "for c in c1 c2; do ip netns add $c && ip -n $c link set lo up; done")
-					must.test(t, s)
+					why, known := s.deviates[must.name]
+					j.known = known
+					j.try(must.test, s)
+					if known && len(j.heard) == 0 {
+						t.Errorf("it is met after all, though %s", why)
+					}
 					s.n.must("sh", "-c", "for c in c1 c2; do ip netns del $c 2>/dev/null; done; true")
 					for _, id := range []string{"c1", "c2", "never"} {
 						s.call("DEL", id, "1.1.0", nil, "CNI_NETNS=")

@@ -154,7 +154,12 @@ func addRoutes(c *cni.Call, g *given) error {
 		if r.Scope != nil {
 			route.Scope = netlink.Scope(*r.Scope)
 		}
-		if err := in.RouteAdd(route); err != nil && !errors.Is(err, unix.EEXIST) {
+		err := in.RouteAdd(route)
+		if errors.Is(err, unix.EEXIST) && r.Priority == 0 { // of another interface of the container, and goes before
+			route.Priority = l.Attrs().Index
+			err = in.RouteAdd(route)
+		}
+		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("route %s in %s: %w", &r.Dst, c.Netns, err)
 		}
 	}
