@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -153,11 +154,8 @@ func (n node) conflist(text string) {
 	}
 }
 
-// run starts a pod with a web server, as kubelet does, and returns its address.
-func (k kubelet) run(name string, hostPort int32) (id string, addr netip.Addr) {
-	k.t.Helper()
-	ctx, cancel := context.WithTimeout(k.t.Context(), time.Minute)
-	defer cancel()
+// sandbox is the configuration of a pod.
+func sandbox(name string, hostPort int32) *cri.PodSandboxConfig {
 	config := &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: name, Namespace: "default", Uid: name + "-uid"}, Hostname: name,
 		DnsConfig: &cri.DNSConfig{Servers: []string{"10.0.0.10"}}, Linux: &cri.LinuxPodSandboxConfig{}, LogDirectory: "/run/pods",
@@ -165,6 +163,15 @@ func (k kubelet) run(name string, hostPort int32) (id string, addr netip.Addr) {
 	if hostPort != 0 {
 		config.PortMappings = []*cri.PortMapping{{Protocol: cri.Protocol_TCP, ContainerPort: 80, HostPort: hostPort}}
 	}
+	return config
+}
+
+// run starts a pod with a web server, as kubelet does, and returns its address.
+func (k kubelet) run(name string, hostPort int32) (id string, addr netip.Addr) {
+	k.t.Helper()
+	ctx, cancel := context.WithTimeout(k.t.Context(), time.Minute)
+	defer cancel()
+	config := sandbox(name, hostPort)
 	sandbox, err := k.cri.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config})
 	if err != nil {
 		k.t.Fatal(err)
@@ -212,19 +219,22 @@ func (k kubelet) inner(name, id string, addr netip.Addr) place {
 	return place{name, addr, []string{"nsenter", fmt.Sprintf("--net=/proc/%d/ns/net", info.Pid), "busybox"}, k.host}
 }
 
+// traces are what pods have on the node beyond our own: namespaces, libcni's
+// results, and the chains of portmap.
+func (k kubelet) traces() string {
+	k.t.Helper()
+	return k.must("sh", "-c", "ls /run/netns; find /var/lib/cni -type f -size +0; iptables-save | grep -E 'CNI-DN-|CNI-[0-9a-f]{24}' || true")
+}
+
 func TestContainerdRunsPods(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("containerd"); err != nil {
-		t.Skip("containerd is not installed")
+	if _, err := exec.LookPath("containerd"); err != nil && os.Geteuid() == 0 {
+		t.Fatalf("%v: scripts/needs.sh installs it", err)
 	}
-	shipped, err := os.ReadFile(filepath.Join(top, "cni", "10-azure.conflist"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{})
 	one, two := onNode(vms[0]).withContainerd(documented), onNode(vms[1]).withContainerd(documented)
 	plain := onHost(vms[2])
-	for _, with := range []struct{ name, conflist string }{{"the documented configuration", documented}, {"the shipped one", string(shipped)}} {
+	for _, with := range []struct{ name, conflist string }{{"the documented configuration", documented}, {"the shipped one", string(shipped(t).Bytes)}} {
 		t.Run(with.name, func(t *testing.T) {
 			one, two := kubelet{one.node.in(t), one.cri}, kubelet{two.node.in(t), two.cri}
 			one.conflist(with.conflist)
@@ -253,10 +263,27 @@ func TestContainerdRunsPods(t *testing.T) {
 					}
 				}
 			}
+			// kubelet has this text in the pod's events.
+			_, err := two.cri.RunPodSandbox(t.Context(), &cri.RunPodSandboxRequest{Config: sandbox("more", 0)})
+			for _, says := range []string{"azure-vnet", "no free address", two.MAC, "1 held", "az network nic ip-config create"} {
+				if err == nil || !strings.Contains(err.Error(), says) {
+					t.Errorf("of one pod too many CRI does not say %q: %v", says, err)
+				}
+			}
+			if s := two.holds(); len(s.Leases) != 1 || len(s.Attachments) != 1 {
+				t.Errorf("one pod too many leaves %+v", s)
+			}
+			if has := one.traces(); strings.Count(has, "\n") < 3 || !strings.Contains(has, "/var/lib/cni/") || !strings.Contains(has, "CNI-DN-") {
+				t.Errorf("of a running pod there is only\n%s", has)
+			}
 			one.remove(idA)
 			two.remove(idB)
-			one.bare()
-			two.bare()
+			for _, k := range []kubelet{one, two} {
+				k.bare()
+				if left := k.traces(); left != "" {
+					t.Errorf("%s still has\n%s", k.Name, left)
+				}
+			}
 			if _, err := plain.try(fetch(fmt.Sprintf("http://%s:8080/", one.Primary))...); err == nil {
 				t.Error("the host port outlives its pod")
 			}
