@@ -7,11 +7,16 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 )
 
 // asPlugin in the environment turns the test's program into the plugin, in
@@ -23,18 +28,75 @@ func TestMain(m *testing.M) {
 	if os.Getenv(key) != value {
 		os.Exit(m.Run())
 	}
-	for _, dir := range []string{"/run", "/var/log"} {
-		err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, "")
-		if err == nil {
-			err = syscall.Mount("tmpfs", dir, "tmpfs", 0, "")
-		}
-		if err != nil {
-			os.Stderr.WriteString("panic: " + err.Error())
-			os.Exit(2)
-		}
+	if err := makeHost(); err != nil {
+		os.Stderr.WriteString("panic: " + err.Error())
+		os.Exit(2)
 	}
 	main()
 }
+
+// nics is what a source of the host's tells.
+const nics = `{"Interfaces":[{"MacAddress":"000D3A047598","IsPrimary":true,"IPSubnets":[{"Prefix":"10.240.0.0/16","IPAddresses":[
+	{"Address":"10.240.0.4","IsPrimary":true},{"Address":"10.240.0.5","IsPrimary":false},{"Address":"10.240.0.9","IsPrimary":false}]}]}]}`
+
+// makeHost makes of this process's namespaces a host with a NIC, a source and a
+// container's namespace, on which an ADD may succeed.
+func makeHost() error {
+	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	for _, dir := range []string{"/run", "/var/log"} {
+		if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile("/run/nics.json", []byte(nics), 0o600); err != nil {
+		return err
+	}
+	hw, _ := net.ParseMAC("00:0d:3a:04:75:98")
+	eth0 := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", HardwareAddr: hw}, PeerName: "fabric"} // kernels without dummy have this
+	addr, _ := netlink.ParseAddr("10.240.0.4/16")
+	for _, step := range []func() error{
+		func() error { return netlink.LinkAdd(eth0) },
+		func() error { return netlink.AddrAdd(eth0, addr) },
+		func() error { return netlink.LinkSetUp(eth0) },
+		func() error {
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: eth0.Index, Gw: net.IPv4(10, 240, 0, 1)})
+		},
+		func() error { return refuse(net.IPv4(168, 63, 129, 16)) }, // else each call would wait for an answer
+		func() error { return refuse(net.IPv4(169, 254, 169, 254)) },
+		makeNetns,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func refuse(ip net.IP) error {
+	return netlink.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: ip, Mask: net.CIDRMask(32, 32)}, Type: syscall.RTN_UNREACHABLE})
+}
+
+// makeNetns makes /run/netns/c1.
+func makeNetns() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	own, err := netns.Get()
+	if err != nil {
+		return err
+	}
+	defer own.Close()
+	c1, err := netns.NewNamed("c1")
+	if err != nil {
+		return err
+	}
+	c1.Close()
+	return netns.Set(own)
+}
+
+// host is the configuration of a network on that host.
+const host = `{"cniVersion":"1.1.0","name":"azure","type":"azure-vnet","ipam":{"type":"azure-vnet-ipam","environment":"/run/nics.json"}}`
 
 // FuzzCall gives the plugin any environment and any configuration: it answers
 // with the exit status and one document that belong together, and never panics.
@@ -63,27 +125,56 @@ func FuzzCall(f *testing.F) {
 	} {
 		f.Add(seed.verb, seed.id, seed.netns, seed.ifname, seed.args, []byte(seed.conf))
 	}
+	for _, seed := range []struct{ verb, netns, args, conf string }{ // on a host that can
+		{"ADD", "/run/netns/c1", "", host},
+		{"ADD", "/run/netns/c1", "IP=10.240.0.9;MAC=02:00:00:00:00:01", strings.Replace(host, "1.1.0", "0.2.0", 1)},
+		{"ADD", "/run/netns/c1", "", strings.Replace(host, `"name"`, `"snat":"off","mtu":1400,"direct":["10.0.0.0/8"],"dns":{"nameservers":["10.0.0.10"]},"runtimeConfig":{"portMappings":[{"HostPort":8080,"ContainerPort":80}]},"name"`, 1)},
+		{"STATUS", "", "", host},
+	} {
+		f.Add(seed.verb, "c1", seed.netns, "eth0", seed.args, []byte(seed.conf))
+	}
 	path := f.TempDir() // with no plugin in it: any program could be named
 	f.Fuzz(func(t *testing.T, verb, id, netns, ifname, args string, conf []byte) {
 		if strings.Contains(verb+id+netns+ifname+args, "\x00") || len(id+netns+args) > 100000 {
 			t.Skip("the kernel passes no such environment")
 		}
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = []string{asPlugin, "CNI_PATH=" + path, "CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + netns, "CNI_IFNAME=" + ifname, "CNI_ARGS=" + args}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-		cmd.Stdin = bytes.NewReader(conf)
-		var out, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &stderr
-		err := cmd.Run()
-		var exit *exec.ExitError
-		if err != nil && !errors.As(err, &exit) {
-			t.Fatal(err)
-		}
-		checkAnswer(t, verb, cmd.ProcessState.ExitCode(), out.Bytes())
-		if strings.Contains(stderr.String(), "panic") || strings.Contains(out.String(), "panicked") {
-			t.Errorf("a panic: %s %s", out.String(), stderr.String())
+		code, out, stderr := call(t, []string{"CNI_PATH=" + path, "CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + netns, "CNI_IFNAME=" + ifname, "CNI_ARGS=" + args}, conf)
+		checkAnswer(t, verb, code, out)
+		if strings.Contains(stderr, "panic") || strings.Contains(string(out), "panicked") {
+			t.Errorf("a panic: %s %s", out, stderr)
 		}
 	})
+}
+
+// call runs the plugin on a host of its own.
+func call(t *testing.T, env []string, conf []byte) (code int, out []byte, said string) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append([]string{asPlugin, "GORACE=atexit_sleep_ms=0", "PATH=" + os.Getenv("PATH")}, env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
+	cmd.Stdin = bytes.NewReader(conf)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), stdout.Bytes(), stderr.String()
+}
+
+// What is fuzzed is a host on which a good call succeeds: else all that comes
+// after a lease would never be reached.
+func TestAGoodCallSucceeds(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make namespaces: sudo make test")
+	}
+	env := []string{"CNI_PATH=/nowhere", "CNI_COMMAND=ADD", "CNI_CONTAINERID=c1", "CNI_NETNS=/run/netns/c1", "CNI_IFNAME=eth0"}
+	code, out, stderr := call(t, env, []byte(host))
+	if code != 0 || !strings.Contains(string(out), "10.240.0.5/16") {
+		t.Errorf("exit %d: %s %s", code, out, stderr)
+	}
+	checkAnswer(t, "ADD", code, out)
 }
 
 func checkAnswer(t *testing.T, verb string, code int, out []byte) {
