@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -219,6 +220,36 @@ func TestADDWhateverBecameOfItsState(t *testing.T) {
 		if s := n.holds(); len(s.Leases) != 1 || len(s.Attachments) != 1 {
 			t.Errorf("%+v is held", s)
 		}
+	})
+	t.Run("locked by a process that dies", func(t *testing.T) {
+		n := n.in(t)
+		holder := n.Command(t.Context(), "flock", path+".lock", "sh", "-c", "echo held; sleep 60")
+		out, err := holder.StdoutPipe()
+		if err == nil {
+			err = holder.Start()
+		}
+		if err == nil {
+			_, err = out.Read(make([]byte, 1))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		added := make(chan error, 1)
+		go func() {
+			_, _, err := n.tryAdd(l, more)
+			added <- err
+		}()
+		select {
+		case err := <-added:
+			t.Errorf("ADD does not wait: %v", err)
+		case <-time.After(500 * time.Millisecond):
+			_ = syscall.Kill(-holder.Process.Pid, syscall.SIGKILL)
+			if err := <-added; err != nil {
+				t.Errorf("the lock outlives its holder: %v", err)
+			}
+		}
+		_ = holder.Wait()
+		n.del(l, more)
 	})
 	t.Run("the disk is full", func(t *testing.T) {
 		n := n.in(t)

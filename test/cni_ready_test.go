@@ -75,11 +75,12 @@ func TestSTATUSWaitsForTheFirstAnswer(t *testing.T) {
 			t.Errorf("STATUS says: %v", err)
 		}
 		known := func() string { return n.must("cat", "/run/azure-vnet/leases.json") }
+		n.must("sed", "-i", `s/"at":[0-9]*/"at":1/g`, "/run/azure-vnet/leases.json") // as old as the boot
 		before := known()
-		eventually(t, "what is known is old, and reconcile asks for news", 15*time.Second, func() bool {
-			n.must(n.dir+"/azure-vnet", "reconcile")
-			return known() != before
-		})
+		n.must(n.dir+"/azure-vnet", "reconcile")
+		if known() == before {
+			t.Error("reconcile asks for no news")
+		}
 	})
 }
 
