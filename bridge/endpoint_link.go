@@ -142,7 +142,12 @@ func (e Endpoint) configure(ns netns.NsHandle, index int) error {
 	if !e.Addr.Masked().Contains(e.Gateway) {
 		via.Flags = int(netlink.FLAG_ONLINK)
 	}
-	if err := in.RouteAdd(via); err != nil {
+	err = in.RouteAdd(via)
+	if errors.Is(err, unix.EEXIST) { // another interface of the container was first, and goes before
+		via.Priority = index
+		err = in.RouteAdd(via)
+	}
+	if err != nil {
 		return fmt.Errorf("default route via %s: %w", e.Gateway, err)
 	}
 	return nil

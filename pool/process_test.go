@@ -99,9 +99,11 @@ func Test200ProcessesAtOnceHave200Addresses(t *testing.T) {
 			has[string(out)] = owner
 		})
 	}
+	began := time.Now()
 	close(start)
 	wg.Wait()
-	if len(has) != 200 || f.questions() > 3 {
+	most := 3 + int(time.Since(began)/(10*time.Second)) // an answer is asked again at that age
+	if len(has) != 200 || f.questions() > most {
 		t.Errorf("%d addresses, %d questions", len(has), f.questions())
 	}
 	s, err := p.read(t.Context(), "test")
