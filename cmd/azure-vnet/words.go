@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -25,6 +24,7 @@ import (
 
 const usage = `azure-vnet is a CNI plugin: a runtime starts it without an argument. With one, it serves the host:
 
+  azure-vnet status      name what is broken, and who has which address
   azure-vnet reconcile   make what stands as it should be; a timer calls it
   azure-vnet uninstall   give the NIC its addresses back and remove every trace
   azure-vnet attach [-name pod -namespace namespace] <conflist> <container-id> <netns>
@@ -60,6 +60,8 @@ func word(ctx context.Context, name string, args []string, out io.Writer) error 
 	ctx, cancel := context.WithTimeout(ctx, wordTime)
 	defer cancel()
 	switch name {
+	case "status":
+		return tell(ctx, out)
 	case "reconcile":
 		return reconcile(ctx, out)
 	case "uninstall":
@@ -91,16 +93,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	if bad != nil {
 		return errors.Join(err, bad)
 	}
-	released, bad := p.Collect(ctx, func(ctx context.Context) (map[netip.Addr]bool, error) {
-		all, err := host.Attachments(ctx)
-		away := map[netip.Addr]bool{}
-		for _, at := range all {
-			if at.Away {
-				away[at.Addr.Addr()] = true
-			}
-		}
-		return away, err
-	})
+	released, bad := p.Collect(ctx, host.Away)
 	err = errors.Join(err, bad)
 	for _, lease := range released {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)

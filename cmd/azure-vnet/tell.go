@@ -1,0 +1,61 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// tell prints what is broken, as far as it can be told, and who has which
+// address, with the link that shows it. Something broken is an error.
+func tell(ctx context.Context, out io.Writer) error {
+	host := bridge.New(bridge.Config{})
+	broken, err := host.Broken(ctx)
+	for _, what := range broken {
+		fmt.Fprintln(out, "broken:", what)
+	}
+	p, bad := pool.New(pool.Config{Dir: stateDir})
+	if bad != nil {
+		return errors.Join(err, bad)
+	}
+	leases, bad := p.Leases(ctx)
+	err = errors.Join(err, bad)
+	attached, bad := host.Attachments(ctx)
+	err = errors.Join(err, bad)
+	rows := map[netip.Addr][]string{} // owner, link, published ports
+	for _, lease := range leases {
+		rows[lease.Addr] = []string{lease.Owner, "", ""}
+	}
+	for _, at := range attached {
+		var ports []string
+		for _, p := range at.Ports {
+			ports = append(ports, p.String())
+		}
+		owner := at.Owner
+		if row, lent := rows[at.Addr.Addr()]; lent {
+			owner = row[0]
+		}
+		rows[at.Addr.Addr()] = []string{owner, at.Link, strings.Join(ports, ", ")}
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ADDRESS\tLENT TO\tLINK\tPUBLISHED")
+	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
+		fmt.Fprintf(w, "%s\t%s\n", addr, strings.Join(rows[addr], "\t"))
+	}
+	if len(broken) > 0 {
+		err = cmp.Or(err, errors.New("not all is as it should be: azure-vnet reconcile mends it"))
+	}
+	return errors.Join(w.Flush(), err)
+}
