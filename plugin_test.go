@@ -377,6 +377,39 @@ func TestNetworksOutliveAReboot(t *testing.T) {
 	expect(t, "leases", []string{}, e.lent())
 }
 
+// Of two networks on one NIC either may name the bridge, and either be restored first.
+func TestANamedBridgeOutlivesAReboot(t *testing.T) {
+	for _, order := range [][]string{{netID, otherID}, {otherID, netID}} {
+		newVM(t, 2)
+		data := t.TempDir()
+		e := startPlugin(t, data)
+		named, unnamed := order[0], order[1]
+		e.createNetwork(named, map[string]any{"bridge": "foo"})
+		e.createNetwork(unnamed, nil)
+		must[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(unnamed, nil)) // a repeat
+		_, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(strings.Repeat("7", 64), map[string]any{"bridge": "bar"}))
+		if err == nil || !strings.Contains(err.Error(), "has foo, this one asks for bar") {
+			t.Errorf("a second name of one bridge: %v", err)
+		}
+		e.end()
+		clearNamespace(t)
+		newVM(t, 2) // the same VM: booted
+
+		e = startPlugin(t, data)
+		for _, id := range order {
+			must[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(id, map[string]any{"bridge": "foo"}))
+		}
+		bridges := readReport(t.Context(), e.places).Bridges
+		if len(bridges) != 1 || bridges[0].Name != "foo" {
+			t.Errorf("named by %.2s…%s, the bridges are %+v", named, named[62:], bridges)
+		}
+		must[nothing](e, "NetworkDriver.DeleteNetwork", network.DeleteNetworkRequest{NetworkID: named})
+		e.createNetwork(strings.Repeat("7", 64), nil)
+		e.end()
+		clearNamespace(t)
+	}
+}
+
 func TestNetworksOfALaterReleaseAreNotLost(t *testing.T) {
 	newVM(t, 1)
 	data := t.TempDir()

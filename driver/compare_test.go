@@ -140,3 +140,11 @@ func TestAListThatCannotBeWrittenDownIsTakenAgain(t *testing.T) {
 		}
 	})
 }
+
+// Releases before wrote down no name but the one that was asked for.
+func TestNetworksThatNameTheirBridgeAreRestoredFirst(t *testing.T) {
+	f := Networks{Networks: map[string]Network{"a": {}, "b": {Bridge: "foo"}, "c": {}, "d": {Bridge: "bar"}}}
+	if diff := cmp.Diff([]string{"b", "d", "a", "c"}, f.order()); diff != "" {
+		t.Error(diff)
+	}
+}

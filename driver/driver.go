@@ -89,7 +89,8 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	added := false
 	err = d.change(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
 		d.created(r.NetworkID)
-		if old, ok := all[r.NetworkID]; ok && !old.equal(n) {
+		n = n.named(all)
+		if old, ok := all[r.NetworkID]; ok && !old.named(all).equal(n) {
 			return fmt.Errorf("%s exists with other options", r.NetworkID)
 		} else if ok {
 			return nil
@@ -116,10 +117,28 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	return nil
 }
 
-// agrees refuses a network that wants another MTU of a bridge that it shares.
+// named is n with the bridge name that another network of its NIC asked for, if
+// it asks for none itself: after a boot either may be restored first, and must make
+// the same bridge.
+func (n Network) named(all map[string]Network) Network {
+	for _, other := range all {
+		if n.Bridge == "" && other.MAC == n.MAC {
+			n.Bridge = other.Bridge
+		}
+	}
+	return n
+}
+
+// agrees refuses a network that wants another name or MTU of a bridge that it shares.
 func (n Network) agrees(all map[string]Network) error {
 	for id, other := range all {
-		if other.MAC == n.MAC && other.MTU != n.MTU {
+		if other.MAC != n.MAC {
+			continue
+		}
+		if other.Bridge != "" && other.Bridge != n.Bridge {
+			return fmt.Errorf("networks of one NIC share its bridge: network %.12s has %s, this one asks for %s", id, other.Bridge, n.Bridge)
+		}
+		if other.MTU != n.MTU {
 			return fmt.Errorf("networks of one NIC share its bridge and its MTU: network %.12s has %s, this one asks for %s", id, mtuText(other.MTU), mtuText(n.MTU))
 		}
 	}

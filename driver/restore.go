@@ -28,12 +28,26 @@ func (d *Driver) Restore(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	for _, id := range slices.Sorted(maps.Keys(file.Networks)) {
+	for _, id := range file.order() {
 		if err := d.restore(ctx, file.Networks[id]); err != nil {
 			errs = append(errs, fmt.Errorf("restore network %.12s: %w", id, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// order is that in which networks are restored: those that name their NIC's bridge
+// before those that take it as it is.
+func (f Networks) order() []string {
+	var named, unnamed []string
+	for _, id := range slices.Sorted(maps.Keys(f.Networks)) {
+		if f.Networks[id].Bridge != "" {
+			named = append(named, id)
+		} else {
+			unnamed = append(unnamed, id)
+		}
+	}
+	return append(named, unnamed...)
 }
 
 func (d *Driver) restore(ctx context.Context, n Network) error {
