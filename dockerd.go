@@ -56,6 +56,16 @@ func findDockerd(p places) (dockerd, bool) {
 	return dockerd{socket: filepath.Join(p.run, "docker.sock"), plugin: id}, id != ""
 }
 
+// data is where the host has the plugin's propagated mount, in words of its shell
+// since only the engine knows where it keeps its files; "" where the plugin is not
+// managed.
+func (e dockerd) data() string {
+	if e.plugin == "" {
+		return ""
+	}
+	return "$(docker info -f '{{.DockerRootDir}}')/plugins/" + e.plugin + "/propagated-mount"
+}
+
 // errNoEngine says that nobody can be asked: the engine listens elsewhere.
 var errNoEngine = errors.New("the engine that runs this plugin does not listen there")
 

@@ -103,4 +103,6 @@ func TestThePluginsIDInItsEngine(t *testing.T) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
 	}
+	expect(t, "where the host has its data", "$(docker info -f '{{.DockerRootDir}}')/plugins/"+id+"/propagated-mount", dockerd{plugin: id}.data())
+	expect(t, "where a plugin that no engine manages has its data", "", dockerd{}.data())
 }

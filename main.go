@@ -134,8 +134,9 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
 		Warn:     func(text string) { log.Warn(text) },
 	})
+	e, managed := findDockerd(p)
 	networks := driver.New(driver.Config{
-		Dir: p.data, Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
+		Dir: p.data, OnHost: e.data(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
 	})
 
 	gate := newGate("the networks of before the restart are being restored")
@@ -145,15 +146,10 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	defer func() { cancel(); <-done }()
 	go func() {
 		defer close(done)
-		if _, err := driver.ReadNetworks(p.data); err != nil {
-			log.WithError(err).Error("every call is refused")
-			gate.open(fmt.Errorf("azure-vnet serves nothing: %w", err))
-			return
-		}
 		mend.tell("restore networks", networks.Restore(background))
-		gate.open(nil)
+		gate.open()
 		log.Info("ready")
-		if e, managed := findDockerd(p); managed {
+		if managed {
 			go mend.compare(background, e)
 		}
 		mend.loop(background)

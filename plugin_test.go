@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -410,20 +411,75 @@ func TestANamedBridgeOutlivesAReboot(t *testing.T) {
 	}
 }
 
-func TestNetworksOfALaterReleaseAreNotLost(t *testing.T) {
-	newVM(t, 1)
-	data := t.TempDir()
-	later := []byte(`{"version":9,"networks":{}}`)
-	if err := os.WriteFile(driver.NetworksFile(data), later, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	e := startPlugin(t, data)
-	_, err := call[nothing](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
-	if err == nil || !strings.Contains(err.Error(), "version 9") {
-		t.Errorf("a call: %v", err)
-	}
-	if got, err := os.ReadFile(driver.NetworksFile(data)); err != nil || !bytes.Equal(got, later) {
-		t.Errorf("the file is now %s, %v", got, err)
+// What is done with networks.json unreadable: what needs it is refused, and says what
+// to do; the rest goes on, and so does all when the file is back.
+func TestUnreadableNetworksAreNotLost(t *testing.T) {
+	for name, spoil := range map[string]func(whole []byte) []byte{
+		"empty":             func([]byte) []byte { return nil },
+		"truncated":         func(whole []byte) []byte { return whole[:len(whole)/2] },
+		"full of NULs":      func(whole []byte) []byte { return make([]byte, len(whole)) },
+		"null":              func([]byte) []byte { return []byte("null") },
+		"of version 9":      func([]byte) []byte { return []byte(`{"version":9,"networks":{}}`) },
+		"of no version":     func([]byte) []byte { return []byte(`{"networks":{}}`) },
+		"of something else": func([]byte) []byte { return []byte(`["networks"]`) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			newVM(t, 3)
+			data := t.TempDir()
+			file := driver.NetworksFile(data)
+			e := startPlugin(t, data)
+			pool := e.createNetwork(netID, nil)
+			addr, _, err := e.run(pool, endpointID(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.end()
+			whole, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			spoilt := spoil(whole)
+			if err := os.WriteFile(file, spoilt, 0o600); err != nil {
+				t.Fatal(err)
+			}
+
+			e = startPlugin(t, data)
+			refused := func(what string, err error) {
+				t.Helper()
+				for _, want := range []string{"on the host it is " + file, "put a copy in its place"} {
+					if err == nil || !strings.Contains(err.Error(), want) {
+						t.Errorf("%s: %v\nwant an error with %q", what, err, want)
+					}
+				}
+			}
+			_, err = call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(otherID, nil))
+			refused("another network", err)
+			_, _, err = e.run(pool, endpointID(2))
+			refused("another container", err)
+			e.remove(pool, endpointID(1), addr)
+			expect(t, "links", []string{}, endpoints(t))
+			if out, err := exec.Command("nft", "delete", "table", "bridge", "azure_vnet").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			for end := time.Now().Add(10 * time.Second); exec.Command("nft", "list", "table", "bridge", "azure_vnet").Run() != nil; time.Sleep(50 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatal("nobody mends the table")
+				}
+			}
+			if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, spoilt) {
+				t.Errorf("the file is now %q, %v", got, err)
+			}
+
+			if err := os.WriteFile(file, whole, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if addr, _, err = e.run(pool, endpointID(3)); err != nil {
+				t.Fatalf("with the file in its place again: %v", err)
+			}
+			e.remove(pool, endpointID(3), addr)
+			e.end()
+			clearNamespace(t)
+		})
 	}
 }
 

@@ -95,7 +95,7 @@ func (p *plugin) call(t *testing.T, method, body string) answer {
 
 func openGate() *gate {
 	g := newGate("")
-	g.open(nil)
+	g.open()
 	return g
 }
 
@@ -200,18 +200,9 @@ func TestCallsWaitForTheGate(t *testing.T) {
 	p.deadline = 10 * time.Second
 	result := make(chan answer, 1)
 	go func() { result <- p.call(t, "T.Echo", `{}`) }()
-	g.open(nil)
+	g.open()
 	if got := <-result; got.Status != 200 {
 		t.Errorf("a call that waited: %v", got)
-	}
-}
-
-func TestAPluginThatCannotServeSaysWhy(t *testing.T) {
-	g := newGate("")
-	p := start(t, g, map[string]method{"T.Echo": takes(echo)})
-	g.open(errors.New("networks.json is of version 9"))
-	if got, want := p.call(t, "T.Echo", `{}`), (answer{500, `{"Err":"networks.json is of version 9"}`}); got != want {
-		t.Errorf("got %v, want %v", got, want)
 	}
 }
 

@@ -32,6 +32,7 @@ const OwnerPrefix = "docker/"
 // Config says what the driver works on.
 type Config struct {
 	Dir          string // directory of networks.json, which must outlive a reboot; made if missing
+	OnHost       string // Dir as an operator finds it on the host, for errors; empty: Dir
 	Host         *bridge.Host
 	Pool         *pool.Pool
 	AddressSpace string                // the IpamDriver's: a pool of any other is not ours
@@ -53,6 +54,9 @@ type Driver struct {
 
 // New returns a driver.
 func New(cfg Config) *Driver {
+	if cfg.OnHost == "" {
+		cfg.OnHost = cfg.Dir
+	}
 	if cfg.Used == nil {
 		cfg.Used = func(netip.Prefix) {}
 	}

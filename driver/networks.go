@@ -4,6 +4,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -65,7 +66,7 @@ func NetworksFile(dir string) string { return filepath.Join(dir, "networks.json"
 // networks that Docker tells only once.
 func (f Networks) Check() error {
 	if f.Version != networksVersion {
-		return fmt.Errorf("it is of version %d and this release knows only %d: run the release that wrote it", f.Version, networksVersion)
+		return fmt.Errorf("it is of version %d and this release knows only %d, so run the release that wrote it", f.Version, networksVersion)
 	}
 	return nil
 }
@@ -80,9 +81,24 @@ func ReadNetworks(dir string) (Networks, error) {
 	return file, nil
 }
 
+// read returns the networks that were created here.
+func (d *Driver) read() (Networks, error) {
+	file, err := ReadNetworks(d.cfg.Dir)
+	return file, d.explain(err)
+}
+
+// explain says of a file that cannot be read where it is and what to do: nobody but
+// the operator knows whether there is a copy, and Docker tells no network twice.
+func (d *Driver) explain(err error) error {
+	if !errors.Is(err, statefile.ErrUnreadable) {
+		return err
+	}
+	return fmt.Errorf("%w; the file is left as it is, on the host it is %s: put a copy in its place, or take it away and remove and create the networks again", err, NetworksFile(d.cfg.OnHost))
+}
+
 // network returns a network that was created here.
 func (d *Driver) network(id string) (Network, error) {
-	file, err := ReadNetworks(d.cfg.Dir)
+	file, err := d.read()
 	if err != nil {
 		return Network{}, err
 	}
@@ -95,11 +111,11 @@ func (d *Driver) network(id string) (Network, error) {
 
 // change lets fn change the file, and has it on disk when it returns.
 func (d *Driver) change(ctx context.Context, who string, fn func(map[string]Network) error) error {
-	return statefile.Durable(ctx, NetworksFile(d.cfg.Dir), who, func(f *Networks) error {
+	return d.explain(statefile.Durable(ctx, NetworksFile(d.cfg.Dir), who, func(f *Networks) error {
 		f.Version = networksVersion
 		if f.Networks == nil {
 			f.Networks = map[string]Network{}
 		}
 		return fn(f.Networks)
-	})
+	}))
 }

@@ -23,7 +23,7 @@ const ensureTime = 15 * time.Second
 // held, as after a reboot. It goes on past a network that fails: the error joins
 // those of each, and a call for such a network tries again by itself.
 func (d *Driver) Restore(ctx context.Context) error {
-	file, err := ReadNetworks(d.cfg.Dir)
+	file, err := d.read()
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 	if err != nil {
 		return nil, err
 	}
-	file, err := ReadNetworks(d.cfg.Dir) // after the leases: a network lists what it has before it is old enough
+	file, err := d.read() // after the leases: a network lists what it has before it is old enough
 	if err != nil {
 		return nil, err
 	}
