@@ -30,11 +30,18 @@ import (
 // version is set when linking.
 var version = "devel"
 
-const (
-	callDeadline = 18 * time.Second // told to a call; with callGrace within the 20 s that an engine may be kept waiting
-	callGrace    = 2 * time.Second
-	stopPatience = 8 * time.Second // an engine kills a plugin 10 s after SIGTERM
+// An engine's shutdown waits for DeleteEndpoint and then ReleaseAddress of each
+// container, in parallel, and then for the plugin; after 15 s in all it gives up and
+// leaves its files as they are. It ignores the errors of calls that only take away, and
+// what they leave heals: so both may hang, and the plugin still ends in time.
+var (
+	serving  = limits{deadline: 18 * time.Second, grace: 2 * time.Second} // within the 20 s that an engine may be kept waiting
+	takeAway = limits{deadline: 4 * time.Second, grace: time.Second}
 )
+
+// stopPatience is as long as calls that only take away may take. An engine kills a
+// plugin 10 s after SIGTERM.
+const stopPatience = 5 * time.Second
 
 const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure virtual network.
 
@@ -110,6 +117,11 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	if p.data == "" {
 		p.data = dataDir
 	}
+	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	addresses, err := openPool(p, s, host) // no I/O: settings that do not go together end here
+	if err != nil {
+		return err
+	}
 	l, err := listen(p.socket)
 	if err != nil {
 		return err
@@ -120,11 +132,6 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
 
-	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
-	addresses, err := openPool(p, s, host)
-	if err != nil {
-		return err
-	}
 	ipam := ipamdriver.New(ipamdriver.Config{
 		Pool: addresses,
 		NIC: func(ctx context.Context, nameOrMAC string) (string, error) {
@@ -143,7 +150,13 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
 	background, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
-	defer func() { cancel(); <-done }()
+	defer func() {
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(time.Second): // it hangs on a disk
+		}
+	}()
 	go func() {
 		defer close(done)
 		mend.tell("restore networks", networks.Restore(background))
@@ -154,7 +167,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		}
 		mend.loop(background)
 	}()
-	srv := &server{log: log, gate: gate, deadline: callDeadline, grace: callGrace}
+	srv := &server{log: log, gate: gate, serving: serving, takeAway: takeAway}
 	if err := srv.serve(l, methods(networks, ipam), ctx.Done(), stopPatience); err != nil {
 		return err
 	}

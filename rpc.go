@@ -30,6 +30,7 @@ const (
 type method struct {
 	call     func(ctx context.Context, body []byte) (any, error)
 	bodiless bool // comes without a body, and is answered before the gate opens
+	ends     bool // only takes away: is given less time, and needs nothing that the gate waits for
 }
 
 // takes makes a method of a driver's function that answers.
@@ -48,6 +49,13 @@ func does[Q any](call func(context.Context, *Q) error) method {
 	return takes(func(ctx context.Context, request *Q) (*struct{}, error) {
 		return &struct{}{}, call(ctx, request)
 	})
+}
+
+// ends makes a method of a driver's function that only takes away.
+func ends[Q any](call func(context.Context, *Q) error) method {
+	m := does(call)
+	m.ends = true
+	return m
 }
 
 // says makes a method of a driver's function that is asked nothing.
@@ -73,33 +81,39 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	return map[string]method{
 		"NetworkDriver.GetCapabilities":             says(n.GetCapabilities),
 		"NetworkDriver.CreateNetwork":               does(n.CreateNetwork),
-		"NetworkDriver.DeleteNetwork":               does(n.DeleteNetwork),
+		"NetworkDriver.DeleteNetwork":               ends(n.DeleteNetwork),
 		"NetworkDriver.AllocateNetwork":             takes(n.AllocateNetwork),
 		"NetworkDriver.FreeNetwork":                 does(n.FreeNetwork),
 		"NetworkDriver.CreateEndpoint":              takes(n.CreateEndpoint),
-		"NetworkDriver.DeleteEndpoint":              does(n.DeleteEndpoint),
+		"NetworkDriver.DeleteEndpoint":              ends(n.DeleteEndpoint),
 		"NetworkDriver.EndpointOperInfo":            takes(n.EndpointInfo),
 		"NetworkDriver.Join":                        takes(n.Join),
-		"NetworkDriver.Leave":                       does(n.Leave),
+		"NetworkDriver.Leave":                       ends(n.Leave),
 		"NetworkDriver.ProgramExternalConnectivity": does(n.ProgramExternalConnectivity),
-		"NetworkDriver.RevokeExternalConnectivity":  does(n.RevokeExternalConnectivity),
+		"NetworkDriver.RevokeExternalConnectivity":  ends(n.RevokeExternalConnectivity),
 		"NetworkDriver.DiscoverNew":                 does(n.DiscoverNew),
 		"NetworkDriver.DiscoverDelete":              does(n.DiscoverDelete),
 		"IpamDriver.GetCapabilities":                says(i.GetCapabilities),
 		"IpamDriver.GetDefaultAddressSpaces":        says(i.GetDefaultAddressSpaces),
 		"IpamDriver.RequestPool":                    takes(i.RequestPool),
-		"IpamDriver.ReleasePool":                    does(i.ReleasePool),
+		"IpamDriver.ReleasePool":                    ends(i.ReleasePool),
 		"IpamDriver.RequestAddress":                 takes(i.RequestAddress),
-		"IpamDriver.ReleaseAddress":                 does(i.ReleaseAddress),
+		"IpamDriver.ReleaseAddress":                 ends(i.ReleaseAddress),
 	}
+}
+
+// limits are how long a call may take.
+type limits struct {
+	deadline time.Duration // told to it
+	grace    time.Duration // after the deadline a call that hangs is answered for
 }
 
 // server serves the methods on one socket.
 type server struct {
 	log      *logrus.Logger
 	gate     *gate
-	deadline time.Duration // of a call, told to it; an engine waits 30 s, or for ever
-	grace    time.Duration // after the deadline a call that hangs is answered for
+	serving  limits // of a call, for which an engine waits 30 s, or for ever
+	takeAway limits // of one that only takes away
 
 	calls    sync.WaitGroup // in flight
 	mu       sync.Mutex     // guards stopping, and calls.Add against calls.Wait
@@ -160,7 +174,7 @@ func (s *server) handle(name string, m method) http.HandlerFunc {
 		}
 		defer s.calls.Done()
 		start := time.Now()
-		_ = http.NewResponseController(w).SetReadDeadline(start.Add(s.deadline))
+		_ = http.NewResponseController(w).SetReadDeadline(start.Add(s.limits(m).deadline))
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 		var out outcome
 		if err != nil {
@@ -188,10 +202,18 @@ func (s *server) handle(name string, m method) http.HandlerFunc {
 // refusal is an error as the engine reads it.
 func refusal(err error) any { return struct{ Err string }{err.Error()} }
 
+func (s *server) limits(m method) limits {
+	if m.ends {
+		return s.takeAway
+	}
+	return s.serving
+}
+
 // run calls m with a deadline, and answers for it when it hangs or panics.
 func (s *server) run(name string, m method, body []byte) outcome {
+	l := s.limits(m)
 	// Not the request's context: an engine that died must not cut a rollback short.
-	ctx, cancel := context.WithTimeout(context.Background(), s.deadline)
+	ctx, cancel := context.WithTimeout(context.Background(), l.deadline)
 	result := make(chan outcome, 1)
 	go func() {
 		defer cancel()
@@ -201,7 +223,7 @@ func (s *server) run(name string, m method, body []byte) outcome {
 				result <- outcome{err: fmt.Errorf("%s: internal error: %v", name, p)}
 			}
 		}()
-		if !m.bodiless {
+		if !m.bodiless && !m.ends {
 			if err := s.gate.wait(ctx); err != nil {
 				result <- outcome{err: err}
 				return
@@ -210,13 +232,13 @@ func (s *server) run(name string, m method, body []byte) outcome {
 		answer, err := m.call(ctx, body)
 		result <- outcome{answer, err}
 	}()
-	hung := time.NewTimer(s.deadline + s.grace)
+	hung := time.NewTimer(l.deadline + l.grace)
 	defer hung.Stop()
 	select {
 	case out := <-result:
 		return out
 	case <-hung.C:
-		return outcome{err: fmt.Errorf("%s: no answer within %v: something on this host hangs; azure-vnet-plugin status may tell", name, s.deadline+s.grace)}
+		return outcome{err: fmt.Errorf("%s: no answer within %v: something on this host hangs; azure-vnet-plugin status may tell", name, l.deadline+l.grace)}
 	}
 }
 

@@ -62,7 +62,7 @@ func start(t *testing.T, g *gate, all map[string]method) *plugin {
 	log := logrus.New()
 	p := &plugin{log: &logBuffer{}, stop: make(chan struct{}), done: make(chan error, 1)}
 	log.SetOutput(p.log)
-	p.server = &server{log: log, gate: g, deadline: 200 * time.Millisecond, grace: 100 * time.Millisecond}
+	p.server = &server{log: log, gate: g, serving: limits{200 * time.Millisecond, 100 * time.Millisecond}, takeAway: limits{20 * time.Millisecond, 10 * time.Millisecond}}
 	p.client = &http.Client{Transport: &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", l.Addr().String()) },
 	}}
@@ -111,6 +111,7 @@ func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 		"T.Fails": does(func(context.Context, *ping) error { return errors.New(`no "address" left`) }),
 		"T.Panic": does(func(context.Context, *ping) error { panic("oh") }),
 		"T.Hangs": does(func(context.Context, *ping) error { select {} }),
+		"T.Ends":  ends(func(context.Context, *ping) error { select {} }),
 		"T.Waits": does(func(ctx context.Context, _ *ping) error { <-ctx.Done(); return fmt.Errorf("waited: %w", ctx.Err()) }),
 	})
 	for _, c := range []struct {
@@ -128,6 +129,7 @@ func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 		{"a panic", "T.Panic", `{}`, answer{500, `{"Err":"T.Panic: internal error: oh"}`}},
 		{"a call that heeds its deadline", "T.Waits", `{}`, answer{500, `{"Err":"waited: context deadline exceeded"}`}},
 		{"a call that hangs", "T.Hangs", `{}`, answer{500, `{"Err":"T.Hangs: no answer within 300ms: something on this host hangs; azure-vnet-plugin status may tell"}`}},
+		{"a call that only takes away, and hangs", "T.Ends", `{}`, answer{500, `{"Err":"T.Ends: no answer within 30ms: something on this host hangs; azure-vnet-plugin status may tell"}`}},
 		{"the plugin is alive after all that", "T.Echo", `{}`, answer{200, `{"Text":""}`}},
 		{"what it implements", "Plugin.Activate", ``, answer{200, `{"Implements": ["NetworkDriver", "IpamDriver"]}`}},
 		{"an unknown method", "T.Unknown", `{}`, answer{404, `404 page not found`}},
@@ -173,7 +175,7 @@ func TestParallelCallsDoNotWaitForEachOther(t *testing.T) {
 			return ctx.Err()
 		}
 	})})
-	p.deadline = 10 * time.Second
+	p.serving.deadline = 10 * time.Second
 	var calls sync.WaitGroup
 	for range 50 {
 		calls.Go(func() {
@@ -190,14 +192,18 @@ func TestCallsWaitForTheGate(t *testing.T) {
 	p := start(t, g, map[string]method{
 		"T.Echo": takes(echo),
 		"T.Says": says(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
+		"T.Ends": ends(func(context.Context, *ping) error { return nil }),
 	})
+	if got, want := p.call(t, "T.Ends", `{}`), (answer{200, `{}`}); got != want {
+		t.Errorf("a call that only takes away before the gate opens: %v", got)
+	}
 	if got, want := p.call(t, "T.Says", ""), (answer{200, `{"Text":"caps"}`}); got != want {
 		t.Errorf("capabilities before the gate opens: %v", got)
 	}
 	if got, want := p.call(t, "T.Echo", `{}`), (answer{500, `{"Err":"azure-vnet is not ready yet: restoring azure0; try again"}`}); got != want {
 		t.Errorf("a call that waited too long: %v", got)
 	}
-	p.deadline = 10 * time.Second
+	p.serving.deadline = 10 * time.Second
 	result := make(chan answer, 1)
 	go func() { result <- p.call(t, "T.Echo", `{}`) }()
 	g.open()
@@ -212,7 +218,7 @@ func TestStoppingLetsCallsFinish(t *testing.T) {
 		"T.Slow": does(func(context.Context, *ping) error { close(inside); <-leave; return nil }),
 		"T.Echo": takes(echo),
 	})
-	p.deadline = 10 * time.Second
+	p.serving.deadline = 10 * time.Second
 	p.call(t, "T.Echo", `{}`) // leaves a connection that is kept alive
 	result := make(chan answer, 1)
 	go func() { result <- p.call(t, "T.Slow", `{}`) }()
