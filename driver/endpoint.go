@@ -17,6 +17,10 @@ import (
 	"azurevnet/pool"
 )
 
+// attachTime bounds CreateEndpoint: a container that starts keeps an engine from
+// ending, which gives up after 15 s.
+const attachTime = 9 * time.Second
+
 // undoTime bounds a rollback, which runs after the call's own deadline too.
 const undoTime = 10 * time.Second
 
@@ -25,6 +29,8 @@ const undoTime = 10 * time.Second
 // when Join fails. A failure leaves nothing, for the engine sends no DeleteEndpoint
 // after one.
 func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (*network.CreateEndpointResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, attachTime)
+	defer cancel()
 	attached, err := d.attach(ctx, r)
 	if err != nil {
 		return nil, err

@@ -230,6 +230,10 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 	return errors.Join(errs...)
 }
 
+// requestTime bounds RequestAddress: a container that starts keeps an engine from
+// ending, which gives up after 15 s. The longest question to a source takes 8 s.
+const requestTime = 9 * time.Second
+
 // RequestAddress leases an address of the pool: the one asked for (--ip, an
 // auxiliary address) or the one freed longest ago. The gateway is Azure's and
 // leased to nobody.
@@ -238,6 +242,8 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 // of the subnet that is not this VM's is answered without being leased: the
 // NetworkDriver lets no container have what is not leased.
 func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressRequest) (*ipam.RequestAddressResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTime)
+	defer cancel()
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
 		return nil, err
