@@ -132,6 +132,8 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
 
+	warn := func(text string) { log.Warn(text) }
+	var networks *driver.Driver // and ipam need each other
 	ipam := ipamdriver.New(ipamdriver.Config{
 		Pool: addresses,
 		NIC: func(ctx context.Context, nameOrMAC string) (string, error) {
@@ -139,11 +141,13 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 			return mac, err
 		},
 		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
-		Warn:     func(text string) { log.Warn(text) },
+		Reserve:  func(ctx context.Context) error { return networks.Reserve(ctx) },
+		Warn:     warn,
 	})
 	e, managed := findDockerd(p)
-	networks := driver.New(driver.Config{
+	networks = driver.New(driver.Config{
 		Dir: p.data, OnHost: e.data(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
+		Warn: warn,
 	})
 
 	gate := newGate("the networks of before the restart are being restored")
@@ -219,7 +223,12 @@ func provenLeases(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) 
 	attached, err := host.Attachments(ctx)
 	var leases []pool.Lease
 	for _, at := range attached {
-		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr})
+		leases = append(leases, leaseOf(at))
 	}
 	return leases, err
+}
+
+// leaseOf is the lease that a link proves.
+func leaseOf(at bridge.Attachment) pool.Lease {
+	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr}
 }

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,7 +25,9 @@ import (
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
+	"github.com/sirupsen/logrus"
 
+	"azurevnet/bridge"
 	"azurevnet/driver"
 )
 
@@ -357,25 +360,123 @@ func TestNetworksOutliveAReboot(t *testing.T) {
 	newVM(t, 3)
 	data := t.TempDir()
 	e := startPlugin(t, data)
-	p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
-	must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: p.PoolID, Address: "10.240.0.5"})
-	r := networkRequest(netID, nil)
-	r.IPv4Data[0].AuxAddresses = map[string]any{"router": "10.240.0.5/16"}
-	must[nothing](e, "NetworkDriver.CreateNetwork", r)
+	pool := e.auxNetwork("10.240.0.5")
 	e.end()
 	clearNamespace(t)
 	newVM(t, 3) // the same VM: booted
 
 	e = startPlugin(t, data)
-	addr, _, err := e.run(p.PoolID, endpointID(1))
+	addr, _, err := e.run(pool, endpointID(1))
 	if err != nil {
 		t.Fatal(err)
 	}
 	expect(t, "leases: the auxiliary address and the container's", []string{"10.240.0.5", "10.240.0.6"}, e.lent())
 	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
-	e.remove(p.PoolID, endpointID(1), addr)
-	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: p.PoolID, Address: "10.240.0.5"})
+	e.remove(pool, endpointID(1), addr)
+	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: pool, Address: "10.240.0.5"})
 	expect(t, "leases", []string{}, e.lent())
+}
+
+// A source that is silent as the VM boots, and answers later.
+func TestAuxiliaryAddressesAreNotLentAfterASilentBoot(t *testing.T) {
+	newVM(t, 3)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	pool := e.auxNetwork("10.240.0.5")
+	e.end()
+	clearNamespace(t)
+	newVM(t, 3) // the same VM: booted
+	const source = "/run/interfaces.json"
+	if err := os.Rename(source, source+".later"); err != nil {
+		t.Fatal(err)
+	}
+	e = startPlugin(t, data)
+	if _, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool}); err == nil {
+		t.Fatal("an address of nobody knows what")
+	}
+	if err := os.Rename(source+".later", source); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		got, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
+		if err == nil {
+			expect(t, "the first address after the boot", "10.240.0.6/16", got.Address)
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	expect(t, "leases", []string{"10.240.0.5", "10.240.0.6"}, e.lent())
+}
+
+// auxNetwork makes a network with an auxiliary address, and returns the PoolID.
+func (e *engine) auxNetwork(addr string) string {
+	e.t.Helper()
+	p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
+	must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: p.PoolID, Address: addr})
+	r := networkRequest(netID, nil)
+	r.IPv4Data[0].AuxAddresses = map[string]any{"router": addr + "/16"}
+	must[nothing](e, "NetworkDriver.CreateNetwork", r)
+	return p.PoolID
+}
+
+func TestARunningContainersLeaseThatWasLostIsHeldAgain(t *testing.T) {
+	newVM(t, 2)
+	e := startPlugin(t, t.TempDir())
+	id := e.createNetwork(netID, nil)
+	addr, link, err := e.run(id, endpointID(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer moveToContainer(t, link)()
+	s, err := leftSettings(e.places.run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := bridge.New(bridge.Config{Run: e.places.run, Sysctl: e.places.sysctl})
+	addresses, err := openPool(e.places, s, host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := netip.MustParsePrefix(addr).Addr()
+	before, _, err := addresses.Held(t.Context(), lost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := addresses.Return(t.Context(), before); err != nil {
+		t.Fatal(err)
+	}
+	log := logrus.New()
+	log.SetOutput(e.log)
+	if err := (&reconciler{log: log, host: host, pool: addresses}).collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	after, _, err := addresses.Held(t.Context(), lost)
+	before.Since, after.Since = 0, 0
+	if err != nil || after != before {
+		t.Errorf("was %+v, is %+v: %v", before, after, err)
+	}
+}
+
+// Docker's own internal networks ignore -p too; the log says so.
+func TestPortsOfAnInternalNetworkAreNotPublished(t *testing.T) {
+	newVM(t, 1)
+	e := startPlugin(t, t.TempDir())
+	p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
+	r := networkRequest(netID, nil)
+	r.Options["com.docker.network.internal"] = true
+	must[nothing](e, "NetworkDriver.CreateNetwork", r)
+	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: p.PoolID})
+	in := endpointRequest(endpointID(1), a.Address)
+	in.Options = map[string]any{"com.docker.network.portmap": []any{map[string]any{"Proto": 6, "Port": 80, "HostPort": 8080}}}
+	must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in)
+	if log := e.log.String(); strings.Count(log, "level=warning") != 1 || !strings.Contains(log, "8080->80/tcp: not published") {
+		t.Errorf("the log does not say in one line that -p was ignored:\n%s", log)
+	}
+	if out, err := exec.Command("nft", "list", "table", "ip", "azure_vnet").CombinedOutput(); err == nil {
+		t.Errorf("it is published:\n%s", out)
+	}
 }
 
 // Of two networks on one NIC either may name the bridge, and either be restored first.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -79,11 +80,11 @@ func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
 }
 
 // mend is one round. Each part stands alone: one that fails keeps none of the
-// others from being done.
+// others from being done. Restore comes last, for each network whose NIC is gone may
+// take up to 15 s of the round.
 func (r *reconciler) mend(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, mendTime)
 	defer cancel()
-	r.tell("restore networks", r.networks.Restore(ctx))
 	mended, err := r.host.Reconcile(ctx)
 	for _, what := range mended {
 		r.log.WithField("what", what).Warn("mended")
@@ -96,6 +97,7 @@ func (r *reconciler) mend(ctx context.Context) {
 	if r.tell("ask for addresses", err); err == nil && r.reclaim {
 		r.tell("reclaim addresses", r.reclaimAll(ctx, nics))
 	}
+	r.tell("restore networks", r.networks.Restore(ctx))
 }
 
 // collect releases leases that no container has any more, then removes the links
@@ -108,8 +110,16 @@ func (r *reconciler) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Leases first: a link goes before its lease does, so one that is there later has lost it.
+	leases, err := r.pool.Leases(ctx)
+	if err != nil {
+		return err
+	}
 	all, err := r.host.Attachments(ctx)
 	if err != nil {
+		return err
+	}
+	if err := r.adopt(ctx, leases, all); err != nil {
 		return err
 	}
 	for _, at := range all {
@@ -125,6 +135,30 @@ func (r *reconciler) collect(ctx context.Context) error {
 			return err
 		}
 		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "link": at.Link}).Warn("removed a link that no container had any more")
+	}
+	return nil
+}
+
+// adopt leases again what Docker's running containers have and nobody holds.
+func (r *reconciler) adopt(ctx context.Context, leases []pool.Lease, all []bridge.Attachment) error {
+	held := map[netip.Addr]bool{}
+	for _, lease := range leases {
+		held[lease.Addr] = true
+	}
+	var lost []pool.Lease
+	for _, at := range all {
+		if at.Away && !held[at.Addr.Addr()] && strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
+			lost = append(lost, leaseOf(at))
+		}
+	}
+	if len(lost) == 0 {
+		return nil
+	}
+	if err := r.pool.Adopt(ctx, lost); err != nil {
+		return err
+	}
+	for _, lease := range lost {
+		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("leased again an address that a running container has")
 	}
 	return nil
 }

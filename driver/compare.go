@@ -54,10 +54,8 @@ func (d *Driver) Compare(ctx context.Context, listed map[string]bool) ([]string,
 	}
 	var errs []error
 	for id, n := range gone {
-		for _, aux := range n.Aux {
-			if _, err := d.cfg.Pool.Release(ctx, aux.Owner, aux.Addr); err != nil {
-				errs = append(errs, fmt.Errorf("network %.12s is no more: %w", id, err)) // CollectAux releases it later
-			}
+		if err := d.releaseAux(ctx, n); err != nil {
+			errs = append(errs, fmt.Errorf("network %.12s is no more: %w", id, err))
 		}
 	}
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
 
 	"azurevnet/pool"
@@ -123,6 +124,29 @@ func TestAForgottenNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 			t.Error("it is still held")
 		}
 	})
+}
+
+func TestARemovedNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
+	aux := Aux{netip.MustParseAddr("10.240.0.5"), "docker/x"}
+	n := Network{MAC: "00:0d:3a:04:75:98", Prefix: netip.MustParsePrefix("10.240.0.0/16"), Aux: []Aux{aux, {Addr: netip.MustParseAddr("10.240.0.9")}}}
+	d := withNetworks(t, map[string]Network{"a": n})
+	held := func() bool {
+		_, held, err := d.cfg.Pool.Held(t.Context(), aux.Addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return held
+	}
+	if err := d.Reserve(t.Context()); err != nil || !held() {
+		t.Fatalf("held: %v, %v", held(), err)
+	}
+	if err := d.DeleteNetwork(t.Context(), &network.DeleteNetworkRequest{NetworkID: "a"}); err != nil || held() {
+		t.Errorf("after the network held: %v, %v", held(), err)
+	}
+	// A round that read networks.json before.
+	if err := d.hold(t.Context(), "a", n, aux); err != nil || held() {
+		t.Errorf("after a late round held: %v, %v", held(), err)
+	}
 }
 
 func TestAListThatCannotBeWrittenDownIsTakenAgain(t *testing.T) {

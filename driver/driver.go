@@ -35,12 +35,16 @@ type Config struct {
 	OnHost       string // Dir as an operator finds it on the host, for errors; empty: Dir
 	Host         *bridge.Host
 	Pool         *pool.Pool
-	AddressSpace string                // the IpamDriver's: a pool of any other is not ours
-	Used         func(pf netip.Prefix) // told that a network was made of the subnet; may be nil
+	AddressSpace string // the IpamDriver's: a pool of any other is not ours
+
+	// Used is told that a network was made of the subnet, on that MAC's NIC; may be nil.
+	Used func(subnet netip.Prefix, mac string)
 
 	// Agrees returns an error if the pool that a network of the subnet is to have
 	// is known to be of another NIC than that MAC's; may be nil.
 	Agrees func(subnet netip.Prefix, mac string) error
+
+	Warn func(text string) // told what is no failure, but worth knowing; may be nil
 }
 
 // Driver answers the NetworkDriver calls. Its methods are safe for parallel use
@@ -58,7 +62,10 @@ func New(cfg Config) *Driver {
 		cfg.OnHost = cfg.Dir
 	}
 	if cfg.Used == nil {
-		cfg.Used = func(netip.Prefix) {}
+		cfg.Used = func(netip.Prefix, string) {}
+	}
+	if cfg.Warn == nil {
+		cfg.Warn = func(string) {}
 	}
 	if cfg.Agrees == nil {
 		cfg.Agrees = func(netip.Prefix, string) error { return nil }
@@ -117,7 +124,9 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 		}
 		return err
 	}
-	d.cfg.Used(n.Prefix)
+	if added {
+		d.cfg.Used(n.Prefix, n.MAC)
+	}
 	return nil
 }
 
@@ -221,7 +230,8 @@ func (d *Driver) nic(ctx context.Context, master string, prefix netip.Prefix) (p
 	return nic, err
 }
 
-// DeleteNetwork forgets the network. Its bridge stays, for other networks and for
+// DeleteNetwork forgets the network and releases its auxiliary addresses, which a
+// round of Restore may have leased again since ReleasePool. Its bridge stays, for other networks and for
 // the next one: moving the host's address back and forth serves nobody, and
 // uninstall does it. An unknown network is success.
 func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequest) error {
@@ -232,10 +242,16 @@ func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequ
 }
 
 func (d *Driver) forget(ctx context.Context, id string) error {
-	return d.change(ctx, "forget network "+id, func(all map[string]Network) error {
+	var n Network
+	err := d.change(ctx, "forget network "+id, func(all map[string]Network) error {
+		n = all[id]
 		delete(all, id)
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return d.releaseAux(ctx, n)
 }
 
 // AllocateNetwork and FreeNetwork belong to swarm networks.

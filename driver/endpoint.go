@@ -55,7 +55,8 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err != nil {
 		return none, err
 	}
-	if n.Internal {
+	if n.Internal && len(ports) > 0 {
+		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s, whose network %.12s is internal: another network of its container may", portsText(ports), r.EndpointID, r.NetworkID))
 		ports = nil // as Docker's own internal networks do: the container may publish by another network of its
 	}
 	addr, mac, err := n.asked(r.Interface)

@@ -29,7 +29,7 @@ func (d *Driver) Restore(ctx context.Context) error {
 	}
 	var errs []error
 	for _, id := range file.order() {
-		if err := d.restore(ctx, file.Networks[id]); err != nil {
+		if err := d.restore(ctx, id, file.Networks[id]); err != nil {
 			errs = append(errs, fmt.Errorf("restore network %.12s: %w", id, err))
 		}
 	}
@@ -50,20 +50,21 @@ func (f Networks) order() []string {
 	return append(named, unnamed...)
 }
 
-func (d *Driver) restore(ctx context.Context, n Network) error {
+func (d *Driver) restore(ctx context.Context, id string, n Network) error {
 	ctx, cancel := context.WithTimeout(ctx, ensureTime)
 	defer cancel()
 	err := d.cfg.Host.Learn(ctx, n.policy())
 	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
 	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {
-		err = errors.Join(err, d.hold(ctx, n, aux))
+		err = errors.Join(err, d.hold(ctx, id, n, aux))
 	}
 	return err
 }
 
-// hold leases an auxiliary address anew if it is not held.
-func (d *Driver) hold(ctx context.Context, n Network, aux Aux) error {
+// hold leases an auxiliary address anew if it is not held. The network may be removed
+// meanwhile, after which nobody would release it: so it is looked for again.
+func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux) error {
 	if aux.Owner == "" {
 		return nil
 	}
@@ -72,14 +73,55 @@ func (d *Driver) hold(ctx context.Context, n Network, aux Aux) error {
 	case err != nil:
 		return err
 	case held && lease.Owner != aux.Owner:
-		return fmt.Errorf("auxiliary address %s is held by %s", aux.Addr, lease.Owner)
+		return fmt.Errorf("auxiliary address %s: %w by %s", aux.Addr, pool.ErrInUse, lease.Owner)
 	case held && lease.Linkless:
 		return nil
 	case held:
 		return d.cfg.Pool.Keep(ctx, lease)
 	}
-	_, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true})
+	lease, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true})
+	if err != nil {
+		return err
+	}
+	file, err := d.read()
+	if err == nil && !slices.Contains(file.Networks[id].Aux, aux) {
+		_, err = d.cfg.Pool.Return(ctx, lease)
+	}
 	return err
+}
+
+// Reserve has every auxiliary address held that can be. It is called before an address
+// of no name is lent: where the source was silent when Restore was, or since, an
+// auxiliary one would else be as good as any.
+func (d *Driver) Reserve(ctx context.Context) error {
+	file, err := d.read()
+	if err != nil {
+		return err
+	}
+	for id, n := range file.Networks {
+		for _, aux := range n.Aux {
+			// What is another's, or not lendable, is lent to nobody now.
+			err := d.hold(ctx, id, n, aux)
+			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
+				return fmt.Errorf("hold the auxiliary address %s of network %.12s first: %w", aux.Addr, id, err)
+			}
+		}
+	}
+	return nil
+}
+
+// releaseAux releases the auxiliary addresses of a network that is no more.
+func (d *Driver) releaseAux(ctx context.Context, n Network) error {
+	var errs []error
+	for _, aux := range n.Aux {
+		if aux.Owner == "" {
+			continue
+		}
+		if _, err := d.cfg.Pool.Release(ctx, aux.Owner, aux.Addr); err != nil {
+			errs = append(errs, err) // CollectAux releases it later
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // strayAge is how old an auxiliary lease must be before a network that does not
@@ -108,10 +150,13 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 		if !lease.Linkless || !strings.HasPrefix(lease.Owner, OwnerPrefix) || listed[Aux{addr, lease.Owner}] || status.Now-lease.Since < strayAge {
 			continue
 		}
-		if _, err := d.cfg.Pool.Release(ctx, lease.Owner, addr); err != nil {
+		ended, err := d.cfg.Pool.Return(ctx, lease)
+		if err != nil {
 			return released, err
 		}
-		released = append(released, lease)
+		if ended {
+			released = append(released, lease)
+		}
 	}
 	return released, nil
 }

@@ -40,6 +40,7 @@ type Config struct {
 	Pool     *pool.Pool
 	NIC      func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
 	Attached func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
+	Reserve  func(ctx context.Context) error                                     // has all auxiliary addresses held, before any address is lent; may be nil
 	Warn     func(text string)                                                   // told what is no failure, but worth knowing; may be nil
 }
 
@@ -64,6 +65,9 @@ const choiceAge = 10 * time.Second
 
 // New returns a driver.
 func New(cfg Config) *Driver {
+	if cfg.Reserve == nil {
+		cfg.Reserve = func(context.Context) error { return nil }
+	}
 	if cfg.Warn == nil {
 		cfg.Warn = func(string) {}
 	}
@@ -156,11 +160,19 @@ func (d *Driver) choose(id poolID) error {
 	return nil
 }
 
-// Used tells that a network has been made of prefix: what was chosen for it is in use.
-func (d *Driver) Used(prefix netip.Prefix) {
+// Used tells that a network has been made of prefix on that MAC's NIC: what was
+// chosen for it is in use, and one of the pools requested lately is its.
+func (d *Driver) Used(prefix netip.Prefix, mac string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.chosen, prefix)
+	var its poolID
+	for id, at := range d.lately {
+		if id.prefix == prefix && id.mac == mac && (its == poolID{} || at.Before(d.lately[its])) {
+			its = id
+		}
+	}
+	delete(d.lately, its)
 }
 
 // requestAge is how long after its RequestPool a network may be created: the
@@ -266,6 +278,11 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 			return nil, fmt.Errorf("%s: %w", want, err)
 		}
 	}
+	if !want.IsValid() {
+		if err := d.cfg.Reserve(ctx); err != nil {
+			return nil, err
+		}
+	}
 	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
 	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.foreign(ctx, id, want) {
 		return answer(id, want), nil
@@ -332,6 +349,6 @@ func (d *Driver) release(ctx context.Context, id poolID, addr netip.Addr) error 
 	if link != "" {
 		return fmt.Errorf("%s is still attached to %s: it is released when that link is gone", addr, link)
 	}
-	_, err = d.cfg.Pool.Release(ctx, id.owner(), addr)
+	_, err = d.cfg.Pool.Return(ctx, lease) // and not what the network's next container got meanwhile
 	return err
 }

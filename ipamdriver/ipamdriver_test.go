@@ -167,7 +167,7 @@ func TestAnEngineThatAsksForEverIsToldToPassTheSubnet(t *testing.T) {
 	}
 	w.request(t, ipam.RequestPoolRequest{}) // the next command starts anew
 
-	w.Used(first.prefix) // a newer engine made a network of it
+	w.Used(first.prefix, first.mac) // a newer engine made a network of it
 	w.request(t, ipam.RequestPoolRequest{})
 }
 
@@ -288,6 +288,57 @@ func TestPoolAndNetworkAreOfOneNIC(t *testing.T) {
 	}
 	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
 		t.Errorf("the pool is gone: %v", err)
+	}
+}
+
+// A pool that agreed is its network's, and says nothing of the next one's.
+func TestAPoolThatAgreedIsUsedUp(t *testing.T) {
+	w := newWorld(t)
+	subnet, other := netip.MustParsePrefix("10.240.0.0/16"), "00:0d:3a:ff:ff:ff"
+	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	w.Used(subnet, id.mac)
+	w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	w.Used(subnet, other) // a network whose pool was requested before a restart
+	if err := w.Agrees(subnet, other); err == nil {
+		t.Error("a pool of one NIC, a master of another")
+	}
+	w.Used(subnet, id.mac)
+	if err := w.Agrees(subnet, other); err != nil {
+		t.Errorf("both pools are in use: %v", err)
+	}
+}
+
+func TestALateReleaseTakesNothingFromTheNextContainer(t *testing.T) {
+	w := newWorld(t)
+	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	addr := netip.MustParseAddr("10.240.0.5")
+	if _, err := w.address(t.Context(), id, addr.String()); err != nil {
+		t.Fatal(err)
+	}
+	w.cfg.Attached = func(ctx context.Context, _ netip.Addr) (string, error) {
+		_, err := w.pool.Release(ctx, id.owner(), addr)
+		if err == nil {
+			_, err = w.address(ctx, id, addr.String()) // of the same network
+		}
+		return "", err
+	}
+	if err := w.ReleaseAddress(t.Context(), &ipam.ReleaseAddressRequest{PoolID: id.String(), Address: addr.String()}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"10.240.0.5 " + id.owner()}, w.lent(t)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestNoAddressIsLentBeforeAuxiliaryOnesAreHeld(t *testing.T) {
+	w := newWorld(t)
+	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	w.cfg.Reserve = func(context.Context) error { return errors.New("not yet") }
+	if got, err := w.address(t.Context(), id, ""); err == nil {
+		t.Errorf("%s is lent", got)
+	}
+	if _, err := w.address(t.Context(), id, "10.240.0.6"); err != nil {
+		t.Errorf("one that is asked for by name: %v", err)
 	}
 }
 

@@ -180,6 +180,24 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 	return released, nil
 }
 
+// Return ends the very lease l, as it was given, and is false if that has ended:
+// where one owner has many holders, Release could take what another of them got since.
+func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
+	returned := false
+	err := p.update(ctx, "return "+l.Addr.String(), func(s *state) error {
+		if !s.is(l) {
+			return statefile.ErrUnchanged
+		}
+		s.release(l.Addr, p.clock(), p.cfg.CoolDown)
+		returned = true
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("return %s of %s: %w", l.Addr, l.Owner, err)
+	}
+	return returned, nil
+}
+
 // ReleaseOwner ends every lease of owner and returns their addresses, ascending.
 func (p *Pool) ReleaseOwner(ctx context.Context, owner string) ([]netip.Addr, error) {
 	var freed []netip.Addr

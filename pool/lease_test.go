@@ -195,6 +195,9 @@ func TestALeaseIsConfirmedOnlyAsItWasGiven(t *testing.T) {
 	second := p.must(t, Request{Owner: "o"})
 	wants(t, p.Confirm(t.Context(), first), ErrGone)
 	wants(t, p.Keep(t.Context(), first), ErrGone)
+	if returned, err := p.Return(t.Context(), first); err != nil || returned {
+		t.Errorf("a lease that has ended is returned: %v, %v", returned, err)
+	}
 	if err := p.Confirm(t.Context(), second); err != nil {
 		t.Error(err)
 	}
