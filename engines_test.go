@@ -3,16 +3,25 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"io"
-	"maps"
 	"net/http"
+	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
+	"github.com/sirupsen/logrus"
+
+	"azurevnet/bridge"
+	"azurevnet/driver"
+	"azurevnet/internal/statefile"
+	"azurevnet/pool"
 )
 
 // post sends a body as it is, and returns the status and what was answered.
@@ -45,7 +54,7 @@ func TestEveryCallIsAnsweredWhateverItBrings(t *testing.T) {
 		`{"AddressSpace":"LocalDefault","Pool":"10.240.0.0/16"}`, `{"AddressSpace":"azure-vnet","Pool":"2001:db8::/64","V6":true}`,
 	}
 	var all sync.WaitGroup
-	for method := range maps.Keys(methods(nil, nil)) {
+	for method, m := range methods(nil, nil) {
 		for _, body := range strange {
 			for range 2 {
 				all.Go(func() {
@@ -56,6 +65,8 @@ func TestEveryCallIsAnsweredWhateverItBrings(t *testing.T) {
 						t.Errorf("%s %s: %q is no JSON: %v", method, body, answer, err)
 					case status == http.StatusInternalServerError && refused.Err == "", status != http.StatusInternalServerError && status != http.StatusOK:
 						t.Errorf("%s %s: status %d, %s", method, body, status, answer)
+					case body == "" && !m.bodiless && (status != http.StatusInternalServerError || !strings.Contains(refused.Err, "the request is empty")):
+						t.Errorf("%s with an empty body: status %d, %s", method, status, answer)
 					case strings.Contains(refused.Err, "internal error"):
 						t.Errorf("%s %s: it panicked: %s", method, body, answer)
 					}
@@ -95,7 +106,7 @@ func TestNewerEnginesAreServed(t *testing.T) {
 	must[nothing](e, "NetworkDriver.CreateNetwork", request)
 
 	// 29 names the endpoint when it asks for an address, and gives port map and
-	// exposed ports with every endpoint, empty ones too.
+	// exposed ports with every endpoint.
 	start := func(i int) (addr, link string) {
 		t.Helper()
 		a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{
@@ -103,7 +114,7 @@ func TestNewerEnginesAreServed(t *testing.T) {
 		})
 		in := endpointRequest(endpointID(i), a.Address)
 		in.Options = map[string]any{
-			"com.docker.network.endpoint.exposedports": []any{map[string]any{"Proto": 6, "Port": 80}}, "com.docker.network.portmap": []any{},
+			"com.docker.network.endpoint.exposedports": []any{map[string]any{"Proto": 6, "Port": 80}}, "com.docker.network.portmap": []any{map[string]any{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080}},
 		}
 		must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in)
 		join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{
@@ -115,6 +126,10 @@ func TestNewerEnginesAreServed(t *testing.T) {
 	}
 	one, link := start(1)
 	end := moveToContainer(t, link)
+	expect(t, "published", []string{"0.0.0.0:8080->80/tcp"}, e.published())
+	if !published(t) {
+		t.Error("no table of published ports")
+	}
 
 	// Its restart tells the plugin nothing but GetCapabilities, and for endpoints
 	// of before no Revoke comes at the end, while Leave may come twice.
@@ -130,6 +145,12 @@ func TestNewerEnginesAreServed(t *testing.T) {
 	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: chosen.PoolID, Address: plain})
 	expect(t, "links", []string{}, endpoints(t))
 	expect(t, "leases", []string{}, e.lent())
+	if published(t) {
+		t.Error("the port outlives its endpoint in the nft table")
+	}
+	if host, err := os.ReadFile("/run/azure-vnet/host.json"); err != nil || strings.Contains(string(host), "8080") {
+		t.Errorf("the port outlives its endpoint in host.json: %s, %v", host, err)
+	}
 
 	// After a CreateEndpoint that was refused only ReleaseAddress follows.
 	a := must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: chosen.PoolID})
@@ -141,4 +162,134 @@ func TestNewerEnginesAreServed(t *testing.T) {
 	plain, _, _ = strings.Cut(a.Address, "/")
 	must[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: chosen.PoolID, Address: plain})
 	expect(t, "leases after a refusal", []string{}, e.lent())
+}
+
+// published tells whether the nft table leads port 8080 anywhere.
+func published(t *testing.T) bool {
+	t.Helper()
+	out, _ := exec.Command("nft", "list", "table", "ip", "azure_vnet").CombinedOutput() // no table, no port
+	return strings.Contains(string(out), "8080")
+}
+
+// published are the ports of all endpoints, as status tells them.
+func (e *engine) published() (all []string) {
+	e.t.Helper()
+	for _, at := range readReport(e.t.Context(), e.places).Attachments {
+		for _, p := range at.Ports {
+			all = append(all, p.String())
+		}
+	}
+	return all
+}
+
+// collected ages what is leased by more than a leak is given, and has it collected.
+func (e *engine) collected() {
+	e.t.Helper()
+	type file struct {
+		Leases map[string]*struct {
+			Since time.Duration `json:"since"`
+		} `json:"leases"`
+	}
+	err := statefile.Update(e.t.Context(), "/run/azure-vnet/leases.json", "a test", func(f *file) error {
+		for _, l := range f.Leases {
+			l.Since -= 10 * time.Minute
+		}
+		return nil
+	})
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if err := e.collect(e.open()); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+func (e *engine) collect(host *bridge.Host, addresses *pool.Pool) error {
+	log := logrus.New()
+	log.SetOutput(e.log)
+	return (&reconciler{log: log, host: host, pool: addresses}).collect(e.t.Context())
+}
+
+// open opens the host and the pool beside the plugin.
+func (e *engine) open() (*bridge.Host, *pool.Pool) {
+	e.t.Helper()
+	s, err := leftSettings(e.places.run)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	host := bridge.New(bridge.Config{Run: e.places.run, Sysctl: e.places.sysctl})
+	addresses, err := openPool(e.places, s, host)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return host, addresses
+}
+
+// What engines do after a call that failed, or whose answer never came.
+func TestAStartThatFailsLeavesNothing(t *testing.T) {
+	newVM(t, 2)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	id := e.createNetwork(netID, nil)
+	ask := func() string {
+		t.Helper()
+		return must[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: id}).Address
+	}
+	release := func(addr string) error {
+		plain, _, _ := strings.Cut(addr, "/")
+		_, err := call[nothing](e, "IpamDriver.ReleaseAddress", ipam.ReleaseAddressRequest{PoolID: id, Address: plain})
+		return err
+	}
+	nothingIsLeft := func(t *testing.T) {
+		t.Helper()
+		expect(t, "links", []string{}, endpoints(t))
+		expect(t, "leases", []string{}, e.lent())
+	}
+	t.Run("CreateEndpoint ends at its deadline: only ReleaseAddress follows", func(t *testing.T) {
+		addr := ask()
+		unlock, err := statefile.Lock(t.Context(), "/run/azure-vnet/leases.json.lock", "a sleeper")
+		if err != nil {
+			t.Fatal(err)
+		}
+		host, addresses := e.open()
+		short, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		in := endpointRequest(endpointID(1), addr)
+		_, err = driver.New(driver.Config{Dir: data, Host: host, Pool: addresses}).CreateEndpoint(short, &in)
+		unlock()
+		if err == nil || !strings.Contains(err.Error(), "a sleeper") {
+			t.Errorf("CreateEndpoint: %v", err)
+		}
+		if err := release(addr); err != nil {
+			t.Error(err)
+		}
+		nothingIsLeft(t)
+	})
+	t.Run("Join fails: DeleteEndpoint and ReleaseAddress follow", func(t *testing.T) {
+		addr := ask()
+		must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpointID(2), addr))
+		_, err := call[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: otherID, EndpointID: endpointID(2)})
+		if err == nil || !strings.Contains(err.Error(), "is not known here") {
+			t.Errorf("Join: %v", err)
+		}
+		must[nothing](e, "NetworkDriver.DeleteEndpoint", network.DeleteEndpointRequest{NetworkID: netID, EndpointID: endpointID(2)})
+		if err := release(addr); err != nil {
+			t.Error(err)
+		}
+		nothingIsLeft(t)
+	})
+	t.Run("the plugin is killed before it answers: the same call comes without its body", func(t *testing.T) {
+		addr := ask()
+		must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", endpointRequest(endpointID(3), addr)) // the answer is lost
+		e.end()
+		e = startPlugin(t, data)
+		if status, answer := e.post("NetworkDriver.CreateEndpoint", ""); status != http.StatusInternalServerError || !strings.Contains(answer, "repeat the command") {
+			t.Errorf("without a body: %d, %s", status, answer)
+		}
+		if err := release(addr); err == nil {
+			t.Error("the address of a link that stands is released")
+		}
+		e.collected()
+		nothingIsLeft(t)
+	})
 }

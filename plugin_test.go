@@ -25,9 +25,7 @@ import (
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
-	"github.com/sirupsen/logrus"
 
-	"azurevnet/bridge"
 	"azurevnet/driver"
 )
 
@@ -430,15 +428,7 @@ func TestARunningContainersLeaseThatWasLostIsHeldAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer moveToContainer(t, link)()
-	s, err := leftSettings(e.places.run)
-	if err != nil {
-		t.Fatal(err)
-	}
-	host := bridge.New(bridge.Config{Run: e.places.run, Sysctl: e.places.sysctl})
-	addresses, err := openPool(e.places, s, host)
-	if err != nil {
-		t.Fatal(err)
-	}
+	host, addresses := e.open()
 	lost := netip.MustParsePrefix(addr).Addr()
 	before, _, err := addresses.Held(t.Context(), lost)
 	if err != nil {
@@ -447,9 +437,7 @@ func TestARunningContainersLeaseThatWasLostIsHeldAgain(t *testing.T) {
 	if _, err := addresses.Return(t.Context(), before); err != nil {
 		t.Fatal(err)
 	}
-	log := logrus.New()
-	log.SetOutput(e.log)
-	if err := (&reconciler{log: log, host: host, pool: addresses}).collect(t.Context()); err != nil {
+	if err := e.collect(host, addresses); err != nil {
 		t.Fatal(err)
 	}
 	after, _, err := addresses.Held(t.Context(), lost)
