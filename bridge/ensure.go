@@ -184,11 +184,8 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		}
 		st = &bridgeState{MAC: mac.String()}
 	}
-	if spec.MTU != 0 && st.MTU != 0 && spec.MTU != st.MTU {
-		return Bridge{}, fmt.Errorf("%s has an MTU of %d bytes, and another of %d is asked for", name, st.MTU, spec.MTU)
-	}
-	if spec.MTU != 0 {
-		st.MTU = spec.MTU
+	if err := h.wishMTU(ctx, name, st, spec.MTU); err != nil {
+		return Bridge{}, err
 	}
 	if err := h.learn(ctx, spec.NICs); err != nil {
 		return Bridge{}, err
@@ -198,6 +195,25 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	return m.asBridge()
+}
+
+// wishMTU takes another wish for the MTU of a bridge that nothing is attached to:
+// whose wish the last one was may be gone. 0 is content with what there is.
+func (h *Host) wishMTU(ctx context.Context, name string, st *bridgeState, mtu int) error {
+	if mtu == 0 || mtu == st.MTU {
+		return nil
+	}
+	if st.MTU != 0 {
+		on, err := h.endpointsOn(ctx, name)
+		if err != nil {
+			return err
+		}
+		if len(on) > 0 {
+			return fmt.Errorf("%s has an MTU of %d bytes, and another of %d is asked for: detach first what is attached to it: %s", name, st.MTU, mtu, strings.Join(on, ", "))
+		}
+	}
+	st.MTU, st.unsaved = mtu, true
+	return nil
 }
 
 // ready refuses the primary NIC while it has no address: a DHCP client hears no
@@ -256,7 +272,7 @@ func (h *Host) known() (*hostState, error) {
 		if err != nil {
 			return nil, err
 		}
-		st := &bridgeState{Phase: standing, NIC: b.NIC, MAC: b.MAC.String(), Moved: has, adopted: true}
+		st := &bridgeState{Phase: standing, NIC: b.NIC, MAC: b.MAC.String(), Moved: has, unsaved: true}
 		if nic := t.named(b.NIC); nic != nil && nic.Attrs().MTU != b.MTU {
 			st.MTU = b.MTU
 		}

@@ -47,7 +47,8 @@ func TestEnsureChoosesTheBridge(t *testing.T) {
 		{"name of another's", Spec{MAC: eth1.MAC, Name: "azure0"}, Bridge{}, "azure0 is the bridge of eth0 already"},
 		{"not primary", Spec{MAC: eth1.MAC, MTU: 1400}, second, ""},
 		{"its MTU stays", Spec{MAC: eth1.MAC}, second, ""},
-		{"another MTU", Spec{MAC: eth1.MAC, MTU: 1300}, Bridge{}, "has an MTU of 1400 bytes, and another of 1300"},
+		{"another MTU, with nothing attached", Spec{MAC: eth1.MAC, MTU: 1300}, Bridge{Name: second.Name, NIC: "eth1", MAC: second.MAC, MTU: 1300}, ""},
+		{"and back", Spec{MAC: eth1.MAC, MTU: 1400}, second, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -93,6 +94,42 @@ func TestEnsureChoosesTheBridge(t *testing.T) {
 		if err := h.remove(b.Name); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A wish for an MTU outlives its network no longer than what is attached.
+func TestAnotherMTU(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.mustEnsure()
+	wish := func(mtu int) error {
+		spec := h.spec()
+		spec.MTU = mtu
+		b, err := h.ensure(spec)
+		if err == nil && b.MTU != mtu {
+			err = fmt.Errorf("the bridge has %d", b.MTU)
+		}
+		return err
+	}
+	for _, mtu := range []int{1400, 1450} { // the first on a bridge that stood without
+		if err := wish(mtu); err != nil {
+			t.Fatalf("MTU %d: %v", mtu, err)
+		}
+		if mended := h.reconcile(); len(mended) != 0 {
+			t.Errorf("MTU %d was forgotten: %q", mtu, mended)
+		}
+	}
+	e := h.container(0).endpoint(Policy{})
+	h.mustAttach(e)
+	err := wish(1300)
+	if err == nil || !strings.Contains(err.Error(), "azure0 has an MTU of 1450 bytes, and another of 1300 is asked for: detach first what is attached to it: "+e.Owner) {
+		t.Errorf("another MTU with a container attached: %v", err)
+	}
+	if err := h.detach(e.Owner); err != nil {
+		t.Fatal(err)
+	}
+	if err := wish(1300); err != nil {
+		t.Error(err)
 	}
 }
 

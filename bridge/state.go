@@ -38,7 +38,7 @@ type bridgeState struct {
 	Moved  identity `json:"moved"`         // came from the NIC and must stand
 	Joined identity `json:"joined"`        // others gave it to the bridge since: theirs to take away, ours to bring back with a lost bridge
 
-	adopted bool // read from the kernel, for host.json did not know it
+	unsaved bool // host.json does not say it yet: it was read from the kernel, or another MTU is wished
 }
 
 const stateVersion = 1

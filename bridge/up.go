@@ -36,7 +36,7 @@ func (m *move) journal(ctx context.Context) error {
 	if !m.whole {
 		m.st.Phase = moving
 	}
-	if !equalJSON(was, *m.st) || !m.whole || m.st.adopted {
+	if !equalJSON(was, *m.st) || !m.whole || m.st.unsaved {
 		if err := m.save(ctx); err != nil {
 			return err
 		}
