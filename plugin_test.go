@@ -279,6 +279,8 @@ func TestANetworkIsRefusedRatherThanHalfServed(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "share its bridge and its MTU") {
 		t.Errorf("another MTU of one bridge: %v", err)
 	}
+	must[nothing](e, "NetworkDriver.DeleteNetwork", network.DeleteNetworkRequest{NetworkID: netID})
+	e.createNetwork(otherID, map[string]any{"mtu": "1450"}) // its network gone, an MTU binds nobody
 }
 
 func TestAnEndpointThatFailsLeavesNothing(t *testing.T) {
