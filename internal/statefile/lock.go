@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -23,7 +24,9 @@ const patience = 10 * time.Second
 // lock of a process that dies.
 //
 // The wait is in the kernel, which queues: of 200 processes that try again and
-// again instead, most starve.
+// again instead, most starve. Of one process only one caller waits there, and the
+// others for their turn to: nothing calls a thread back from flock(2), and those
+// of callers that gave up would pile up behind a holder that is stopped.
 func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -40,7 +43,7 @@ func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 		}
 		ok, err := l.TryLock()
 		if err == nil && !ok {
-			err = wait(ctx, l)
+			err = wait(ctx, l, turnAt(path))
 		}
 		if err != nil && ctx.Err() != nil {
 			return nil, fmt.Errorf("lock %s, which is held for %q: %w", path, holder(path), ctx.Err())
@@ -78,19 +81,35 @@ func open(path string) (*flock.Flock, error) {
 	return flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(0o600)), nil
 }
 
-// wait blocks until the lock is taken or ctx is done. Nothing can call a thread
-// back from flock(2), so one that nobody waits for any more gives up the lock as
-// soon as it has it.
-func wait(ctx context.Context, l *flock.Flock) error {
+// turns are, by path, what a caller fills to wait in the kernel. A process locks
+// few files, so none is ever removed.
+var turns sync.Map // string → chan struct{} with room for one
+
+func turnAt(path string) chan struct{} {
+	turn, _ := turns.LoadOrStore(path, make(chan struct{}, 1))
+	return turn.(chan struct{})
+}
+
+// wait blocks until the lock is taken or ctx is done. A thread that nobody waits
+// for any more gives up the lock, and its turn, as soon as it has it.
+func wait(ctx context.Context, l *flock.Flock, turn chan struct{}) error {
+	select {
+	case turn <- struct{}{}:
+	case <-ctx.Done():
+		l.Close()
+		return ctx.Err()
+	}
 	got := make(chan error, 1)
 	go func() { got <- l.Lock() }()
 	select {
 	case err := <-got:
+		<-turn
 		return err
 	case <-ctx.Done():
 		go func() {
 			<-got
 			l.Close()
+			<-turn
 		}()
 		return ctx.Err()
 	}

@@ -211,6 +211,44 @@ func TestTheWaitForALockEndsAndNamesTheHolder(t *testing.T) {
 }
 
 // /run/azure-vnet may be wiped at any time: two must not lock two files.
+func TestCallersThatGiveUpLeaveNoThreads(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	unlock, err := Lock(t.Context(), path, "one that is stopped")
+	if err != nil {
+		t.Fatal(err)
+	}
+	threads := func() int {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(tasks)
+	}
+	before := threads()
+	for range 4 {
+		var all sync.WaitGroup
+		for range 25 {
+			all.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+				defer cancel()
+				if _, err := Lock(ctx, path, "impatient"); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "one that is stopped") {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	if after := threads(); after > before+25 {
+		t.Errorf("100 callers gave up, and of %d threads there are %d", before, after)
+	}
+	unlock()
+	// The one that waits in the kernel yet gives the lock, and its turn, to the next.
+	if unlock, err = Lock(t.Context(), path, "patient"); err != nil {
+		t.Fatal(err)
+	}
+	unlock()
+}
+
 func TestALockOnADeletedFileDoesNotCount(t *testing.T) {
 	path := at(t, "{}") + ".lock"
 	unlock, err := Lock(t.Context(), path, "first")
