@@ -23,6 +23,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
+	"azurevnet/internal/statefile"
 	"azurevnet/ipamdriver"
 	"azurevnet/pool"
 )
@@ -131,6 +132,11 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	if err := leaveSettings(os.Getenv, p.run); err != nil {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
+	if unlock, ok, err := statefile.TryLock(runningLock(p), "the plugin"); ok {
+		defer unlock()
+	} else if err != nil {
+		log.Warnf("uninstall cannot tell that the plugin runs: %v", err)
+	}
 
 	warn := func(text string) { log.Warn(text) }
 	var networks *driver.Driver // and ipam need each other
@@ -178,6 +184,9 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	log.Info("stopped")
 	return nil
 }
+
+// runningLock is a lock that a plugin holds while it runs.
+func runningLock(p places) string { return filepath.Join(p.run, "azure-vnet", "plugin.lock") }
 
 func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
 	return pool.New(pool.Config{

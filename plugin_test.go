@@ -636,6 +636,10 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	data := t.TempDir()
 	e := startPlugin(t, data)
 	e.createNetwork(netID, nil)
+	if err := uninstall(t.Context(), e.places, io.Discard); err == nil || !strings.Contains(err.Error(), "docker plugin disable -f azure-vnet:latest first") {
+		t.Errorf("beside a plugin that runs: %v", err)
+	}
+	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
 	e.end()
 	for range 2 {
 		if err := uninstall(t.Context(), e.places, io.Discard); err != nil {

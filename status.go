@@ -19,6 +19,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
+	"azurevnet/internal/statefile"
 	"azurevnet/pool"
 )
 
@@ -103,9 +104,18 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 }
 
 // uninstall takes down all bridges and removes the files. A bridge that has a
-// container attached stands and is an error; a link that no container took, or
-// that came back from one, is removed.
+// container attached stands and is an error, and so is a plugin that runs, which would
+// make all of it again; a link that no container took, or that came back from one, is
+// removed.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
+	unlock, ok, err := statefile.TryLock(runningLock(p), "uninstall")
+	if err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
+	if !ok {
+		return errors.New("uninstall: the plugin runs, and would make it all again: docker plugin disable -f azure-vnet:latest first")
+	}
+	defer unlock()
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
 	attached, err := host.Attachments(ctx)
 	if err != nil {

@@ -18,7 +18,7 @@ const module = "azurevnet"
 // arrows are the design: what each package of the product may import of the
 // product. A package that is not listed may not exist.
 var arrows = map[string][]string{
-	"azurevnet":                          {"bridge", "driver", "ipamdriver", "pool"},
+	"azurevnet":                          {"bridge", "driver", "internal/statefile", "ipamdriver", "pool"},
 	"azurevnet/driver":                   {"bridge", "pool", "internal/statefile"},
 	"azurevnet/ipamdriver":               {"pool"},
 	"azurevnet/bridge":                   {"internal/statefile"},
