@@ -5,6 +5,7 @@ package test
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,11 +20,13 @@ printf '#!/bin/sh\necho; echo $REMOTE_ADDR\n' >/www/cgi-bin/who
 chmod +x /www/cgi-bin/who
 exec httpd -f -p 0.0.0.0:80 -h /www`
 
-// noise is what no fabric carries: multicast, broadcast, IPv6, ARP for strangers.
+// noise is what no fabric carries: multicast, broadcast, IPv6, ARP for strangers. It ends
+// with how many multicast packets of IPv6 were sent.
 const noise = `for to in 224.0.0.251 239.1.2.3 255.255.255.255; do
 	ping -c 2 -W 1 $to & timeout 2 nslookup noise.test $to &
 done
-ping6 -c 2 -W 1 -I eth0 ff02::1 & arping -c 2 -w 2 -I eth0 10.240.88.88 & wait`
+ping6 -c 2 -W 1 -I eth0 ff02::1 & arping -c 2 -w 2 -I eth0 10.240.88.88 & wait
+awk '/^Ip6OutMcastPkts/{print $2}' /proc/net/snmp6`
 
 // place is somewhere that pings and fetches can be sent from.
 type place struct {
@@ -50,7 +53,7 @@ func fetch(url string) []string {
 
 func TestContainersAreFirstClassCitizens(t *testing.T) {
 	vnet, vms := newVNet(t,
-		vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+		vnetsim.VMConfig{Secondaries: 6, MTU: 9000}, vnetsim.VMConfig{Secondaries: 4, MTU: 9000}, vnetsim.VMConfig{})
 	vm1, vm2, plain := vms[0], vms[1], vms[2]
 	vm1.withPlugin()
 	vm2.withPlugin()
@@ -76,6 +79,24 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 				if err != nil || got != from.addr.String() {
 					t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
 				}
+			}
+		}
+	})
+	t.Run("a probe is answered, with SNAT and without", func(t *testing.T) {
+		for _, to := range servers {
+			probed(t, vnet, to.addr)
+		}
+	})
+	t.Run("jumbo frames pass whole, and udev has no MAC to change", func(t *testing.T) {
+		const fragments = "awk '/^Ip: [0-9]/{print $20}' /proc/net/snmp" // FragCreates
+		if out, err := a1.try("sh", "-c", "cat /sys/class/net/eth0/mtu; "+fragments+"; ping -c 1 -W 3 -s 8972 "+servers[3].addr.String()+" >/dev/null && "+fragments); err != nil || out != "9000\n0\n0" {
+			t.Errorf("MTU, fragments before and after a large packet:\n%s %v", out, err)
+		}
+		// NET_ADDR_SET: given, and neither random nor stolen.
+		kinds := []string{a1.on.must("sh", "-c", "cat /sys/class/net/azv*/addr_assign_type"), a1.on.docker("exec", "a1", "cat", "/sys/class/net/eth0/addr_assign_type")}
+		for _, kind := range strings.Fields(strings.Join(kinds, " ")) {
+			if kind != "3" {
+				t.Errorf("the MACs of veths are of kinds %q, want 3 alone", kinds)
 			}
 		}
 	})
@@ -133,8 +154,14 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 		var all sync.WaitGroup
 		for _, from := range servers {
 			all.Go(func() {
-				if out, err := from.try("sh", "-c", noise); err != nil {
-					t.Errorf("%s: %s %v", from.name, out, err)
+				// Docker turns IPv6 off in a container that has no address of it.
+				pid := from.on.docker("inspect", "-f", "{{.State.Pid}}", from.name)
+				from.on.must("nsenter", "-n", "-t", pid, "sysctl", "-q", "-w", "net.ipv6.conf.eth0.addr_gen_mode=0", "net.ipv6.conf.eth0.disable_ipv6=0")
+				time.Sleep(3 * time.Second) // until its link-local address may be used
+				out, err := from.try("sh", "-c", noise)
+				sent, bad := strconv.Atoi(out[strings.LastIndex(out, "\n")+1:])
+				if err != nil || bad != nil || sent < 3 {
+					t.Errorf("%s sent %d multicasts of IPv6: %s %v %v", from.name, sent, out, err, bad)
 				}
 			})
 		}

@@ -110,6 +110,12 @@ var misfortunes = []struct {
 		meanwhile()
 		h.startEngine("--live-restore")
 	}},
+	{name: "dockerd and the plugin are killed under live-restore", happen: func(h host, meanwhile func()) {
+		h.stopEngine(syscall.SIGKILL)
+		h.killPlugin()
+		meanwhile()
+		h.startEngine("--live-restore")
+	}},
 	{name: "the power is cut", ends: true, happen: func(h host, _ func()) {
 		h.must("sync")
 		h.cut()
@@ -140,6 +146,7 @@ func TestEveryRestart(t *testing.T) {
 			h := h.in(t)
 			died := false
 			before, pid := h.address("always").String(), h.docker("inspect", "-f", "{{.State.Pid}}", "once")
+			started := h.docker("inspect", "-f", "{{.State.StartedAt}}", "always")
 			m.happen(h, func() {
 				if !answers(before) {
 					t.Errorf("%s is not reached meanwhile", before)
@@ -155,6 +162,9 @@ func TestEveryRestart(t *testing.T) {
 			})
 			if after := h.address("always").String(); !m.ends && after != before {
 				t.Errorf("always had %s and has %s", before, after)
+			}
+			if since := h.docker("inspect", "-f", "{{.State.StartedAt}}", "always"); !m.ends && since != started {
+				t.Errorf("always ran since %s and runs since %s", started, since)
 			}
 			if died && m.lossy {
 				h.leasesAged()
