@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -84,20 +85,27 @@ func TestSwarmServiceOverTwoVMs(t *testing.T) {
 	manager.docker("network", "create", "--scope", "swarm", "-d", plugin, "--config-from", "azure-config", "azure")
 	manager.docker("service", "create", "--detach", "--name", "web", "--network", "azure", "--endpoint-mode", "dnsrr",
 		"--replicas", "4", "--placement-pref", "spread=node.id", "--no-resolve-image", "--init", "nginx")
+	var tasks []netip.Addr
 	for _, h := range []host{manager, worker} {
-		var addrs []string
+		var ids []string
 		eventually(t, "two tasks run on "+h.Name, 60*time.Second, func() bool {
-			ids := strings.Fields(h.docker("ps", "-q"))
-			addrs = nil
-			for _, id := range ids {
-				addrs = append(addrs, h.docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", id))
-			}
+			ids = strings.Fields(h.docker("ps", "-q"))
 			return len(ids) == 2
 		})
-		for _, addr := range addrs {
-			if got, err := plain.try(fetch("http://" + addr + "/")...); err != nil || got != "hello" {
+		for _, id := range ids {
+			addr := h.address(id)
+			tasks = append(tasks, addr)
+			if got, err := plain.try(fetch("http://" + addr.String() + "/")...); err != nil || got != "hello" {
 				t.Errorf("a task on %s at %s answers %q: %v", h.Name, addr, got, err)
 			}
+		}
+	}
+	for _, h := range []host{manager, worker} {
+		for _, id := range strings.Fields(h.docker("ps", "-q")) {
+			eventually(t, "a task on "+h.Name+" finds all by the service's name", 20*time.Second, func() bool {
+				out, err := h.try(client, "exec", id, "nslookup", "web")
+				return err == nil && !slices.ContainsFunc(tasks, func(a netip.Addr) bool { return !slices.Contains(strings.Fields(out), a.String()) })
+			})
 		}
 	}
 	manager.docker("service", "rm", "web")

@@ -158,6 +158,15 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 		}
 		seen(t, plain, addr, plain.addr)
 	})
+	t.Run("a container with published ports cannot be on both", func(t *testing.T) {
+		h := h.in(t)
+		addr := h.container("azure", "web", server, "-p", "8082:80")
+		h.refused([]string{"network", "connect", "second", "web"}, "8082/tcp", "published to "+addr.String()+" already")
+		if _, err := plain.try(fetch(fmt.Sprintf("http://%s:8082/cgi-bin/who", h.Primary))...); err != nil {
+			t.Errorf("its port is not reached any more: %v", err)
+		}
+		h.docker("rm", "-f", "web")
+	})
 	clean(t, vnet)
 	t.Run("an internal network of one NIC behind a front on the other", func(t *testing.T) {
 		h := h.in(t)

@@ -204,6 +204,24 @@ func TestPublishedPorts(t *testing.T) {
 		h.docker("rm", "-f", "docker0")
 		h.publishes(":8080->80/tcp", ":8081->80/tcp")
 	})
+	t.Run("who comes later gets nothing, and takes nothing", func(t *testing.T) {
+		h := vm.in(t)
+		h.docker("run", "-d", "--init", "--name", "later", "-p", "8080:80", "busybox", "sh", "-c", server)
+		h.docker("run", "-d", "--init", "--name", "listener", "--network", "host", "busybox", "sh", "-c", strings.Replace(server, "0.0.0.0:80", "0.0.0.0:8081", 1))
+		eventually(t, "both listen", 10*time.Second, func() bool {
+			_, err := h.try("sh", "-c", "ss -tln | grep -q :8080 && ss -tln | grep -q :8081")
+			return err == nil
+		})
+		for _, port := range []int{8080, 8081} {
+			for _, from := range []place{onHost(plain), onHost(h)} {
+				if got, err := from.try(who(h.Primary, port)...); err != nil || got != h.Primary.String() {
+					t.Errorf("%s fetches from port %d and is seen as %q: %v", from.name, port, got, err)
+				}
+			}
+		}
+		h.docker("rm", "-f", "later", "listener")
+		h.publishes(":8080->80/tcp", ":8081->80/tcp")
+	})
 	t.Run("it outlives a flushed ruleset and a dead plugin", func(t *testing.T) {
 		h := vm.in(t)
 		h.must("nft", "flush", "ruleset")
