@@ -3,7 +3,11 @@
 package main
 
 import (
+	"io"
 	"maps"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -60,4 +64,18 @@ func errorText(err error) string {
 		return ""
 	}
 	return err.Error()
+}
+
+// Settings that are right one by one and not together end the plugin before it listens.
+func TestSettingsThatDoNotGoTogether(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("SOURCE", filepath.Join(dir, "interfaces.json"))
+	t.Setenv("QUERY_URL", "http://10.0.0.1/")
+	p := places{run: "/run", data: dir, socket: filepath.Join(dir, "azure-vnet.sock")}
+	if err := serve(t.Context(), p, io.Discard); err == nil || !strings.Contains(err.Error(), "is a file, which has no query URL") {
+		t.Errorf("it ends with: %v", err)
+	}
+	if _, err := os.Stat(p.socket); err == nil {
+		t.Error("it listened")
+	}
 }

@@ -1,0 +1,162 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// said is what an error tells of a source that fails so.
+var said = map[vnetsim.Fault]string{
+	vnetsim.BlackHole: "no answer from",
+	vnetsim.Refused:   "connection refused",
+	vnetsim.Status500: "500",
+	vnetsim.Status401: "401",
+	vnetsim.Throttled: "429",
+	vnetsim.HTML:      "it sent HTML",
+	vnetsim.Truncated: "ends too early",
+	vnetsim.Huge:      "longer than",
+	vnetsim.Empty:     "it lists no NIC",
+}
+
+// TestWhatASourceSays: a source that fails in any way takes no address away, and is
+// told of where one more is needed; one that answers is followed.
+func TestWhatASourceSays(t *testing.T) {
+	t.Parallel()
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 1})
+	h := vms[0]
+	h.withPlugin()
+	h.network("azure")
+	one, other := h.Secondaries()[0], netip.MustParseAddr("10.240.0.77")
+	list := func(t *testing.T, addrs ...netip.Addr) {
+		t.Helper()
+		if err := h.SetSecondaries(addrs); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fail := func(t *testing.T, agent, imds vnetsim.Fault) {
+		t.Helper()
+		for source, fault := range map[vnetsim.Source]vnetsim.Fault{vnetsim.HostAgent: agent, vnetsim.IMDS: imds} {
+			if err := h.SetFault(source, fault); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	run := []string{"run", "--rm", "--network", "azure", "busybox", "true"}
+	// refused waits until a run is with those words: a source is asked every two seconds.
+	refused := func(t *testing.T, words ...string) {
+		t.Helper()
+		var err error
+		defer func() {
+			if t.Failed() {
+				t.Logf("the last error: %v", err)
+			}
+		}()
+		eventually(t, "docker run says "+strings.Join(words, ", "), 25*time.Second, func() bool {
+			start := time.Now()
+			_, err = h.try(client, run...)
+			if took := time.Since(start); took > 12*time.Second {
+				t.Errorf("it took %v", took) // 10 s, and what the engine does
+			}
+			return err != nil && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(err.Error(), w) })
+		})
+	}
+	if got := h.container("azure", "one", "sleep 100000"); got != one {
+		t.Fatalf("one has %s", got)
+	}
+	t.Run("it fails", func(t *testing.T) {
+		defer fail(t, vnetsim.Healthy, vnetsim.Healthy)
+		time.Sleep(10 * time.Second) // until what is known is old
+		for fault, words := range said {
+			fail(t, fault, fault)
+			refused(t, "no free address", "wireserver: ", words, "imds: ")
+		}
+		h.in(t).holds(1)
+	})
+	t.Run("an address is withdrawn while in use, and given back", func(t *testing.T) {
+		h := h.in(t)
+		list(t, other)
+		eventually(t, "a container gets the other address", 20*time.Second, func() bool {
+			_, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", "two", "busybox", "sleep", "100000")
+			if err != nil {
+				h.try(client, "rm", "-f", "two")
+			}
+			return err == nil
+		})
+		if got := h.address("two"); got != other {
+			t.Errorf("two has %s", got)
+		}
+		if out := h.must(top+"/build/azure-vnet-plugin", "status"); !strings.Contains(out, one.String()+" is held by") || !strings.Contains(out, "though Azure lists it no more") {
+			t.Errorf("status does not tell of the address that Azure took away:\n%s", out)
+		}
+		h.holds(2)
+		h.docker("rm", "-f", "one")
+		refused(t, "no free address")
+		list(t, one, other)
+		eventually(t, "it is lent again", 20*time.Second, func() bool { _, err := h.try(client, run...); return err == nil })
+	})
+	t.Run("an address that still cools is lent with a warning", func(t *testing.T) {
+		h := h.in(t)
+		h.docker(run...)
+		if want := one.String() + " was released a moment ago and is lent again"; !strings.Contains(h.DockerLog(), want) {
+			t.Errorf("the log does not say that %s", want)
+		}
+	})
+	set := func(t *testing.T, settings ...string) error {
+		t.Helper()
+		h := h.in(t)
+		h.try(client, "plugin", "disable", "-f", plugin) // a bad setting has disabled it
+		h.docker(append([]string{"plugin", "set", plugin}, settings...)...)
+		_, err := h.try(client, "plugin", "enable", plugin)
+		return err
+	}
+	const agent = "machine/plugins?comp=nmagent&type=getinterfaceinfov1"
+	h.must("sh", "-euc", fmt.Sprintf(`mkdir /run/agent
+busybox wget -q -O /run/agent/list.xml 'http://%s/%s'
+busybox httpd -p %s:8000 -h /run/agent
+cat >/run/interfaces.json <<END
+{"Interfaces":[{"MacAddress":"%s","IsPrimary":true,"IPSubnets":[{"Prefix":"%s","IPAddresses":[{"Address":"%s","IsPrimary":true},{"Address":"%s"}]}]}]}
+END`, vnetsim.HostAgentAddr, agent, h.Primary, strings.ToUpper(strings.ReplaceAll(h.MAC, ":", "")), h.Prefix, h.Primary, one))
+	t.Run("each is asked alone", func(t *testing.T) {
+		defer fail(t, vnetsim.Healthy, vnetsim.Healthy)
+		for _, c := range []struct {
+			settings    []string
+			agent, imds vnetsim.Fault
+		}{
+			{[]string{"SOURCE=imds"}, vnetsim.Refused, vnetsim.Healthy},
+			{[]string{"SOURCE=wireserver"}, vnetsim.Healthy, vnetsim.Refused},
+			{[]string{"SOURCE=wireserver", "QUERY_URL=http://" + h.Primary.String() + ":8000/list.xml"}, vnetsim.Refused, vnetsim.Refused},
+			{[]string{"SOURCE=/run/interfaces.json", "QUERY_URL="}, vnetsim.Refused, vnetsim.Refused},
+		} {
+			h.must("rm", "-f", "/run/azure-vnet/leases.json") // what is known, though not of whom
+			fail(t, c.agent, c.imds)
+			if err := set(t, c.settings...); err != nil {
+				t.Errorf("%v: %v", c.settings, err)
+				continue
+			}
+			h.in(t).docker(run...)
+			if out := h.must(top+"/build/azure-vnet-plugin", "status"); strings.Count(out, "ago") != 1 {
+				t.Errorf("%v: more than one source was asked:\n%s", c.settings, out)
+			}
+		}
+	})
+	t.Run("settings that do not go together are told in the log, and are no end", func(t *testing.T) {
+		err := set(t, "SOURCE=/run/interfaces.json", "QUERY_URL=http://10.0.0.1/")
+		if says := "is a file, which has no query URL"; err == nil || !strings.Contains(h.DockerLog(), says) {
+			t.Errorf("enable: %v\nand the engine's log does not say %q", err, says)
+		}
+		// 20.10 still clears away what failed, for a moment.
+		eventually(t, "the plugin is enabled", 20*time.Second, func() bool { return set(t, "SOURCE=auto", "QUERY_URL=", "COOL_DOWN=0s") == nil })
+		h.in(t).docker(run...)
+	})
+	h.docker("rm", "-f", "two")
+	h.empty()
+	clean(t, vnet)
+}
