@@ -3,6 +3,8 @@
 package test
 
 import (
+	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -79,6 +81,20 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 		h.refused(run(), "2 ", "az network nic ip-config create")
 		h.docker("rm", "-f", "last", "holder")
 		h.empty()
+	})
+	t.Run("damaged networks.json", func(t *testing.T) {
+		h := h.in(t)
+		h.container("azure", "goes", "sleep 1000")
+		h.must("sh", "-euc", "cd /var/lib/docker/plugins/*/propagated-mount; cp networks.json /run/copy; head -c 40 /run/copy >networks.json")
+		_, err := h.try(client, run()...)
+		where := regexp.MustCompile(`on the host it is (.*/networks\.json)`).FindStringSubmatch(fmt.Sprint(err))
+		if where == nil {
+			t.Fatalf("no path in the error: %v", err)
+		}
+		h.docker("rm", "-f", "goes")
+		h.must("sh", "-euc", "cp /run/copy "+where[1])
+		h.empty() // the container went meanwhile
+		h.docker(run()...)
 	})
 	t.Run("a VM without secondary addresses", func(t *testing.T) {
 		h := vms[1].in(t)
