@@ -64,32 +64,6 @@ func laterCNI(t *testing.T) (dir string) {
 	return dir
 }
 
-// holders say who has which address, and when two do.
-type holders struct {
-	t     *testing.T
-	mu    sync.Mutex
-	by    map[netip.Addr]string // guarded by mu
-	taken map[string]int        // guarded by mu: how often, by the first letter of the holder
-}
-
-// take notes an address when its holder has it.
-func (h *holders) take(addr netip.Addr, who string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if other := h.by[addr]; other != "" {
-		h.t.Errorf("%s is lent to %s while %s has it", addr, who, other)
-	}
-	h.by[addr] = who
-	h.taken[who[:1]]++
-}
-
-// give forgets one just before its holder gives it back.
-func (h *holders) give(addr netip.Addr) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	delete(h.by, addr)
-}
-
 // short tells an error that only says that all addresses are held.
 func short(err error) bool { return strings.Contains(err.Error(), "no free address") }
 
@@ -113,7 +87,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 
-	who := &holders{t: t, by: map[netip.Addr]string{}, taken: map[string]int{}}
+	who := newHolders(t)
 	reached := func(dice *rand.Rand, name string, addr netip.Addr) {
 		if dice.IntN(4) > 0 {
 			return

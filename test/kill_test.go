@@ -5,6 +5,7 @@ package test
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -15,27 +16,6 @@ import (
 
 	"azurevnet/internal/vnetsim"
 )
-
-// holders tells which running container has which address.
-type holders struct {
-	mu sync.Mutex
-	of map[string]string // container by address
-}
-
-func (h *holders) has(t *testing.T, container, addr string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if other, taken := h.of[addr]; taken {
-		t.Errorf("%s and %s both have %s", container, other, addr)
-	}
-	h.of[addr] = container
-}
-
-func (h *holders) ends(addr string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	delete(h.of, addr)
-}
 
 // TestThePluginIsKilledInMidCall: containers and networks come and go all the time,
 // and commands may fail; but no address has two holders, and nothing is left of it.
@@ -48,7 +28,7 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	h.network("azure")
 
 	over := make(chan struct{})
-	running := holders{of: map[string]string{}}
+	running := newHolders(t)
 	var all sync.WaitGroup
 	storm := func(each func(i int)) {
 		all.Go(func() {
@@ -66,11 +46,11 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 		storm(func(i int) {
 			name := fmt.Sprintf("w%d-%d", worker, i)
 			h.try(client, "run", "-d", "--init", "--network", "azure", "--name", name, "busybox", "sleep", "1000")
-			addr, _ := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
-			if addr != "" {
-				running.has(t, name, addr)
+			out, _ := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
+			if addr, err := netip.ParseAddr(out); err == nil {
+				running.take(addr, name)
 				time.Sleep(rand.N(500 * time.Millisecond))
-				running.ends(addr) // another may have it as soon as the engine is told
+				running.give(addr) // another may have it as soon as the engine is told
 			}
 			h.try(client, "rm", "-f", name)
 		})

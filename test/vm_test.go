@@ -234,6 +234,36 @@ func (h host) empty() {
 	}
 }
 
+// holders say who has which address, and when two do.
+type holders struct {
+	t     *testing.T
+	mu    sync.Mutex
+	by    map[netip.Addr]string // guarded by mu
+	taken map[string]int        // guarded by mu: how often, by the first letter of the holder
+}
+
+func newHolders(t *testing.T) *holders {
+	return &holders{t: t, by: map[netip.Addr]string{}, taken: map[string]int{}}
+}
+
+// take notes an address when its holder has it.
+func (h *holders) take(addr netip.Addr, who string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if other := h.by[addr]; other != "" {
+		h.t.Errorf("%s is lent to %s while %s has it", addr, who, other)
+	}
+	h.by[addr] = who
+	h.taken[who[:1]]++
+}
+
+// give forgets one just before its holder gives it back.
+func (h *holders) give(addr netip.Addr) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.by, addr)
+}
+
 // eventually polls until ok, for as long as a thing that heals may take.
 func eventually(t *testing.T, what string, within time.Duration, ok func() bool) {
 	t.Helper()
