@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"strings"
 	"sync"
@@ -106,6 +107,7 @@ func (r *reconciler) collect(ctx context.Context) error {
 	released, err := r.pool.Collect(ctx, r.host.Away)
 	for _, lease := range released {
 		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that no container had any more")
+		err = errors.Join(err, r.host.Forget(lease.Addr))
 	}
 	if err != nil {
 		return err

@@ -36,7 +36,8 @@ type report struct {
 	Pool        pool.Status               `json:"pool"`
 	Bridges     []bridge.Bridge           `json:"bridges"`
 	Attachments []bridge.Attachment       `json:"attachments"`
-	Networks    map[string]driver.Network `json:"networks"` // by Docker's id
+	Networks    map[string]driver.Network `json:"networks"`         // by Docker's id
+	Broken      []string                  `json:"broken,omitempty"` // what is not as it should be
 	Errors      []string                  `json:"errors,omitempty"`
 }
 
@@ -67,6 +68,8 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Attachments, err = host.Attachments(ctx)
 	note(err)
+	r.Broken, err = host.Broken(ctx)
+	note(err)
 	file, err := driver.ReadNetworks(findData(p))
 	note(err)
 	r.Networks = file.Networks
@@ -96,6 +99,9 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 		}
 	} else if err := r.print(out); err != nil {
 		return err
+	}
+	if len(r.Broken) > 0 {
+		r.Errors = append(r.Errors, "not all is as it should be: a plugin that runs mends it within 30 s")
 	}
 	if len(r.Errors) > 0 {
 		return errors.New(strings.Join(r.Errors, "; "))
@@ -129,21 +135,47 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 			return fmt.Errorf("uninstall: %w", err)
 		}
 	}
-	homes, err := host.RemoveAll(ctx)
+	if err := heldByCNI(ctx, p, host); err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
+	data := findData(p)
+	homes, err := host.RemoveAll(ctx, func() (err error) {
+		for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {
+			err = errors.Join(err, os.RemoveAll(path))
+		}
+		return err
+	})
 	for _, nic := range homes {
 		fmt.Fprintf(out, "%s has its addresses back\n", nic)
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	data := findData(p)
-	for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {
-		if err := os.RemoveAll(path); err != nil {
-			return fmt.Errorf("uninstall: %w", err)
-		}
-	}
 	if data == dataDir {
 		_ = os.Remove(data) // only if it is empty now
+	}
+	return nil
+}
+
+// heldByCNI is an error while azure-vnet-ipam has lent addresses to containers of
+// another main plugin, which no link of ours shows: lent again, two would have them.
+func heldByCNI(ctx context.Context, p places, host *bridge.Host) error {
+	addresses, err := openPool(p, settings{}, host)
+	if err != nil {
+		return err
+	}
+	leases, err := addresses.Leases(ctx)
+	if err != nil {
+		return err
+	}
+	var held []string
+	for _, lease := range leases {
+		if lease.Linkless && !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) {
+			held = append(held, fmt.Sprintf("%s (%s)", lease.Owner, lease.Addr))
+		}
+	}
+	if len(held) > 0 {
+		return fmt.Errorf("containers of another CNI plugin have addresses: %s: end them first", strings.Join(held, ", "))
 	}
 	return nil
 }
@@ -174,6 +206,9 @@ func (r report) print(out io.Writer) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\n", short(id), n.Prefix, n.MAC, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
 	}
 	r.printAddresses(w)
+	for _, what := range r.Broken {
+		fmt.Fprintf(w, "\nbroken: %s\n", what)
+	}
 	for _, warning := range r.Pool.Warnings {
 		fmt.Fprintf(w, "\nwarning: %s\n", warning)
 	}

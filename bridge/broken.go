@@ -21,6 +21,9 @@ const lookWait = 3 * time.Second
 // is what Reconcile would mend. It holds the bridge alone meanwhile, since what is
 // half made is not broken; the error names who keeps it waiting.
 func (h *Host) Broken(ctx context.Context) ([]string, error) {
+	if s, err := h.known(); err != nil || len(s.Bridges) == 0 {
+		return nil, err // nor is a lock made on a host that has nothing of ours
+	}
 	ctx, cancel := context.WithTimeout(ctx, lookWait)
 	defer cancel()
 	unlock, err := h.lockExclusive(ctx, "look for what is broken")

@@ -275,7 +275,7 @@ func TestKilledMoveIsRemoved(t *testing.T) {
 				}
 			}
 			h.die(what, step)
-			if err := h.Do(func() error { _, err := h.RemoveAll(t.Context()); return err }); err != nil {
+			if err := h.Do(func() error { _, err := h.RemoveAll(t.Context(), func() error { return nil }); return err }); err != nil {
 				t.Fatalf("remove all after %s was killed at %s: %v", what, step, err)
 			}
 			checkSame(t, "left after "+what+" was killed at "+step, nothing, left())

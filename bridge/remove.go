@@ -31,8 +31,9 @@ func (h *Host) Remove(ctx context.Context, name string) error {
 
 // RemoveAll is Remove for every bridge of ours, also one that a crash left half
 // made or half removed and of which only traces are there. It returns the links
-// that the host is home on.
-func (h *Host) RemoveAll(ctx context.Context) (homes []string, err error) {
+// that the host is home on. forget is called when all is gone and nobody else can
+// begin anew yet: a state that is deleted later may be another's.
+func (h *Host) RemoveAll(ctx context.Context, forget func() error) (homes []string, err error) {
 	unlock, err := h.lockExclusive(ctx, "remove all bridges")
 	if err != nil {
 		return nil, err
@@ -48,7 +49,7 @@ func (h *Host) RemoveAll(ctx context.Context) (homes []string, err error) {
 		}
 		homes = append(homes, s.Bridges[name].NIC)
 	}
-	return homes, nil
+	return homes, forget()
 }
 
 func (h *Host) removeKnown(ctx context.Context, s *hostState, name string) error {

@@ -124,12 +124,9 @@ func uninstall(ctx context.Context, out io.Writer) error {
 	if err := unheld(ctx); err != nil {
 		return err
 	}
-	homes, err := host.RemoveAll(ctx)
+	homes, err := host.RemoveAll(ctx, func() error { return os.RemoveAll(stateDir) })
 	for _, nic := range homes {
 		fmt.Fprintf(out, "%s has its addresses back\n", nic)
-	}
-	if err == nil {
-		err = os.RemoveAll(stateDir)
 	}
 	return err
 }
