@@ -35,7 +35,7 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]
 	h.ownOpt()
-	h.must("sh", "-c", "rm -rf /etc/cloud /var/lib/azure-vnet /etc/systemd/system/azure-vnet* && mkdir -p /etc/systemd/system && mount -t tmpfs -o noexec tmpfs /tmp")
+	h.must("sh", "-c", "rm -rf /etc/cloud /var/lib/azure-vnet /etc/systemd/system/azure-vnet* && mkdir -p /etc/systemd/system /run/noexec && mount -t tmpfs -o noexec tmpfs /run/noexec")
 	const everything = "find /opt /etc/cni /etc/modules-load.d /etc/systemd/system /var/lib/azure-vnet 2>/dev/null | sort; ip -br addr show eth0"
 	before := h.must("sh", "-c", everything)
 	h.withSystemctl("")
@@ -44,7 +44,7 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 	stop := "stop azure-vnet-reconcile.timer azure-vnet-reconcile.service"
 
 	for range 2 { // and an upgrade
-		h.install([]string{"TMPDIR=/tmp"}, archive) // where nothing runs
+		h.install([]string{"TMPDIR=/run/noexec"}, archive) // where nothing runs
 		if diff := cmp.Diff(start, h.told()); diff != "" {
 			t.Errorf("installed, systemctl is called with\n%s", diff)
 		}
