@@ -132,12 +132,6 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	if err := leaveSettings(os.Getenv, p.run); err != nil {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
-	if unlock, ok, err := statefile.TryLock(runningLock(p), "the plugin"); ok {
-		defer unlock()
-	} else if err != nil {
-		log.Warnf("uninstall cannot tell that the plugin runs: %v", err)
-	}
-
 	warn := func(text string) { log.Warn(text) }
 	var networks *driver.Driver // and ipam need each other
 	ipam := ipamdriver.New(ipamdriver.Config{
@@ -169,6 +163,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	}()
 	go func() {
 		defer close(done)
+		defer beSeen(background, log, p)()
 		mend.tell("restore networks", networks.Restore(background))
 		gate.open()
 		log.Info("ready")
@@ -183,6 +178,19 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	}
 	log.Info("stopped")
 	return nil
+}
+
+// beSeen holds the lock by which uninstall sees that the plugin runs. An uninstall on
+// its way is let finish: what it takes away is made again then.
+func beSeen(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	unlock, err := statefile.Lock(ctx, runningLock(p), "the plugin")
+	if err != nil {
+		log.Warnf("uninstall cannot see that the plugin runs: %v", err)
+		return func() {}
+	}
+	return unlock
 }
 
 // runningLock is a lock that a plugin holds while it runs.

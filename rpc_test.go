@@ -194,6 +194,7 @@ func TestCallsWaitForTheGate(t *testing.T) {
 		"T.Says": says(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
 		"T.Ends": ends(func(context.Context, *ping) error { return nil }),
 	})
+	p.takeAway.deadline = 10 * time.Second
 	if got, want := p.call(t, "T.Ends", `{}`), (answer{200, `{}`}); got != want {
 		t.Errorf("a call that only takes away before the gate opens: %v", got)
 	}

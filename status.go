@@ -139,7 +139,11 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 		return fmt.Errorf("uninstall: %w", err)
 	}
 	data := findData(p)
-	homes, err := host.RemoveAll(ctx, func() (err error) {
+	homes, err := host.RemoveAll(ctx, func() error {
+		err := heldByCNI(ctx, p, host) // an ADD may have come before the lock
+		if err != nil {
+			return err
+		}
 		for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {
 			err = errors.Join(err, os.RemoveAll(path))
 		}

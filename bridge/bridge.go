@@ -41,6 +41,8 @@ type Bridge struct {
 	NIC  string           // name of its NIC, eth0
 	MAC  net.HardwareAddr // of both
 	MTU  int              // bytes
+
+	Mended []string // of Ensure: what it found broken on the host and mended, in sentences
 }
 
 // Policy is what a network may reach, and how.

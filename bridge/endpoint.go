@@ -239,12 +239,8 @@ func (h *Host) claimSlow(ctx context.Context, at *attaching) error {
 	if i < 0 {
 		return fmt.Errorf("the bridge %s is gone", at.e.Bridge)
 	}
-	err = h.updateState(ctx, "attach "+at.e.Owner, func(s *hostState) error {
-		s.Policies[at.a.policy] = at.e.Policy
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("write the policy down: %w", err)
+	if err := h.note(ctx, at.e.Policy, links); err != nil {
+		return err
 	}
 	if err := h.at("neighbour"); err != nil {
 		return err

@@ -29,10 +29,9 @@ const undoWait = 15 * time.Second
 // The host's addresses, routes and all else that made the NIC its own move to
 // the bridge, and connections live on. On failure the host is back on its NIC.
 func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
-	if !h.reconciled() {
-		_, _ = h.Reconcile(ctx) // what ails keeps no container away that can do without
-	}
+	mended := h.lookOver(ctx)
 	if b, ok := h.stands(spec); ok {
+		b.Mended = mended
 		return b, nil
 	}
 	unlock, err := h.lockExclusive(ctx, "ensure "+spec.title())
@@ -44,6 +43,7 @@ func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	if err != nil {
 		return Bridge{}, fmt.Errorf("ensure a bridge over the NIC %s: %w", spec.MAC, err)
 	}
+	b.Mended = mended
 	return b, nil
 }
 

@@ -96,13 +96,19 @@ func (n noun) send(proto int, m message, flags int, success ...syscall.Errno) er
 
 // together sends requests that the kernel handles one after the other in one call:
 // nothing comes between them, not even the sender's end. It returns the error of
-// each.
+// each; all of them have been handled when there is an error beside. The answers
+// all wait in the socket meanwhile.
 func together(requests ...*nl.NetlinkRequest) ([]error, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
+	for _, buffer := range []int{unix.SO_SNDBUFFORCE, unix.SO_RCVBUFFORCE} {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, buffer, 4<<20); err != nil {
+			return nil, err
+		}
+	}
 	var all []byte
 	nth := map[uint32]int{}
 	for i, r := range requests {

@@ -143,6 +143,44 @@ func (h *host) rich() {
 	)
 }
 
+// A host with a full routing table moves as any other, and home again.
+func TestManyRoutesMove(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{}, vnetsim.VMConfig{})
+	h := hosts[0]
+	h.run("sh", "-c", "for i in $(seq 12); do for j in $(seq 200); do echo route add 198.$i.$j.0/24 via "+h.Gateway.String()+" dev eth0; done; done | ip -batch -")
+	before := h.picture("eth0")
+	p := startProbe(t, h, hosts[1], h.Primary)
+	if _, err := h.ensure(h.spec()); err != nil {
+		t.Fatal(err)
+	}
+	checkSame(t, "azure0", before, h.picture("azure0"))
+	if err := h.remove("azure0"); err != nil {
+		t.Fatal(err)
+	}
+	checkSame(t, "eth0", before, h.picture("eth0"))
+	if worst := p.end(); worst > silence {
+		t.Errorf("the host was silent for %v", worst)
+	}
+}
+
+// A NIC that cannot join a bridge, such as one under a macvlan, keeps the host.
+func TestANICThatCannotJoinKeepsTheHost(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{}, vnetsim.VMConfig{})
+	h := hosts[0]
+	if _, err := h.Run(t.Context(), "ip", "link", "add", "mv0", "link", "eth0", "type", "macvlan"); err != nil {
+		t.Skip("no macvlan in this kernel: ", err)
+	}
+	before := h.picture("eth0")
+	p := startProbe(t, h, hosts[1], h.Primary)
+	if _, err := h.ensure(h.spec()); err == nil || !strings.Contains(err.Error(), "put eth0 into azure0") {
+		t.Errorf("ensure: %v", err)
+	}
+	checkSame(t, "eth0", before, h.picture("eth0"))
+	if worst := p.end(); worst > silence {
+		t.Errorf("the host was silent for %v", worst)
+	}
+}
+
 // A bridge gets all that made the NIC the host's, and gives all of it back.
 func TestIdentityMovesAndReturns(t *testing.T) {
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})

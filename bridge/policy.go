@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -78,15 +79,11 @@ func (h *Host) Learn(ctx context.Context, p Policy) error {
 		return err
 	}
 	defer unlock()
-	err = h.updateState(ctx, "learn a policy", func(s *hostState) error {
-		s.Policies[p.id()] = p
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("learn a policy: %w", err)
-	}
 	links, err := readLinks()
 	if err != nil {
+		return err
+	}
+	if err := h.note(ctx, p, links); err != nil {
 		return err
 	}
 	for _, b := range links.bridges() {
@@ -99,6 +96,31 @@ func (h *Host) Learn(ctx context.Context, p Policy) error {
 
 // internalID is the id of every internal network's policy.
 var internalID = Policy{Internal: true}.id()
+
+// manyPolicies is how many a host may know that no endpoint has: each has its chain.
+const manyPolicies = 32
+
+// note writes a policy down. Where many are known, those that no link has are
+// forgotten: whose network has no endpoint learns it again.
+func (h *Host) note(ctx context.Context, p Policy, links linkTable) error {
+	used := map[string]bool{}
+	for _, l := range links {
+		if a, ok := endpointOf(l); ok {
+			used[a.policy] = true
+		}
+	}
+	err := h.updateState(ctx, "learn a policy", func(s *hostState) error {
+		if len(s.Policies) >= manyPolicies {
+			maps.DeleteFunc(s.Policies, func(id string, _ Policy) bool { return !used[id] })
+		}
+		s.Policies[p.id()] = p
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write the policy down: %w", err)
+	}
+	return nil
+}
 
 // policyOf finds a policy by its id. host.json may be lost while links stand:
 // the policies without a list are known by their ids alone, and any other is

@@ -20,6 +20,7 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 		return nil, err
 	}
 	defer unlock()
+	h.lookedOver()
 	s, err := h.known()
 	if err != nil {
 		return nil, fmt.Errorf("reconcile: %w", err)
@@ -35,9 +36,6 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 			errs = append(errs, fmt.Errorf("reconcile %s: %w", name, err))
 		}
 	}
-	if len(errs) == 0 {
-		h.lookedOver()
-	}
 	return mended, errors.Join(errs...)
 }
 
@@ -45,7 +43,25 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 // whoever attaches does: see Ensure.
 const lookEvery = time.Minute
 
-// lookedOver notes that all stood just now. That it cannot be noted costs time and no more.
+// lookTime bounds what a call that attaches gives to the host.
+const lookTime = 5 * time.Second
+
+// lookOver reconciles a host that nobody reconciles, and returns what it mended. Of
+// many calls at once one does it; what ails, and who holds the lock, keeps no
+// container away that can do without.
+func (h *Host) lookOver(ctx context.Context) (mended []string) {
+	if h.reconciled() {
+		return nil
+	}
+	h.lookedOver()
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	mended, _ = h.Reconcile(ctx)
+	return mended
+}
+
+// lookedOver notes that somebody looks the host over now. That it cannot be noted
+// costs time and no more.
 func (h *Host) lookedOver() {
 	_ = os.WriteFile(h.path("reconciled"), nil, 0o600)
 	_ = os.Chtimes(h.path("reconciled"), time.Now(), time.Now())

@@ -59,7 +59,8 @@ func ensureFabric(nic, bridge link) (changed bool, err error) {
 // host's routes over to, at one stroke: in between, answers would come in by one
 // link and the host look for them on the other. A route that to has is put anew,
 // before its equals of the other link. One that cannot be put is left to the step
-// that puts all of them and tells.
+// that puts all of them and tells, and so is what would not fit a socket. A NIC
+// that cannot be moved takes its routes back.
 func cross(nic link, master int, over []message, to link) error {
 	port := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
@@ -67,18 +68,42 @@ func cross(nic link, master int, over []message, to link) error {
 	port.AddData(msg)
 	port.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(master))))
 	all := []*nl.NetlinkRequest{port}
+	over = first(over, crossMost)
 	for _, m := range over {
-		m = routeOn(m, to)
-		old := nl.NewNetlinkRequest(routes.del, unix.NLM_F_ACK)
-		route := nl.NewNetlinkRequest(routes.add, unix.NLM_F_CREATE|unix.NLM_F_ACK)
-		old.RawData, route.RawData = m, m
-		all = append(all, old, route)
+		all = append(all, onRoute(routes.del, 0, m, to), onRoute(routes.add, unix.NLM_F_CREATE, m, to))
 	}
 	errs, err := together(all...)
-	if err != nil {
+	if err != nil || errs[0] == nil {
 		return err
 	}
-	return errs[0]
+	var back []*nl.NetlinkRequest
+	for i, m := range over {
+		if errs[2*i+2] == nil {
+			back = append(back, onRoute(routes.del, 0, m, to))
+		}
+	}
+	if len(back) > 0 {
+		_, err = together(back...)
+	}
+	return errors.Join(errs[0], err)
+}
+
+// crossMost is how many routes go over with the NIC: the answers to so many are half of
+// what its socket holds.
+const crossMost = 1000
+
+// first is the n routes that the host needs most: to its neighbours, then those of
+// all that it knows no other for.
+func first(all []message, n int) []message {
+	rank := func(m message) int { return 2*depth(m) + min(int(m[1]), 1) }
+	all = slices.SortedStableFunc(slices.Values(all), func(a, b message) int { return rank(a) - rank(b) })
+	return all[:min(n, len(all))]
+}
+
+func onRoute(proto, flags int, m message, l link) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(proto, flags|unix.NLM_F_ACK)
+	req.RawData = routeOn(m, l)
+	return req
 }
 
 func fabricPinned(nic, bridge link) (bool, error) {

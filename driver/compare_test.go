@@ -144,7 +144,7 @@ func TestARemovedNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 		t.Errorf("after the network held: %v, %v", held(), err)
 	}
 	// A round that read networks.json before.
-	if err := d.hold(t.Context(), "a", n, aux); err != nil || held() {
+	if err := d.hold(t.Context(), "a", n, aux, false); err != nil || held() {
 		t.Errorf("after a late round held: %v, %v", held(), err)
 	}
 }

@@ -71,6 +71,9 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err != nil {
 		return none, err
 	}
+	for _, what := range br.Mended {
+		d.cfg.Warn("mended: " + what)
+	}
 	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
 		Owner: owner, Lease: lease.Owner, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, Policy: n.policy(),

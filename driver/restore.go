@@ -57,14 +57,15 @@ func (d *Driver) restore(ctx context.Context, id string, n Network) error {
 	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
 	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {
-		err = errors.Join(err, d.hold(ctx, id, n, aux))
+		err = errors.Join(err, d.hold(ctx, id, n, aux, false))
 	}
 	return err
 }
 
 // hold leases an auxiliary address anew if it is not held. The network may be removed
-// meanwhile, after which nobody would release it: so it is looked for again.
-func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux) error {
+// meanwhile, after which nobody would release it: so it is looked for again. known says
+// that no source is asked.
+func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known bool) error {
 	if aux.Owner == "" {
 		return nil
 	}
@@ -79,7 +80,7 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux) error 
 	case held:
 		return d.cfg.Pool.Keep(ctx, lease)
 	}
-	lease, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true})
+	lease, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true, Known: known})
 	if err != nil {
 		return err
 	}
@@ -92,16 +93,30 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux) error 
 
 // Reserve has every auxiliary address held that can be. It is called before an address
 // of no name is lent: where the source was silent when Restore was, or since, an
-// auxiliary one would else be as good as any.
+// auxiliary one would else be as good as any. One that cannot be lent delays nobody:
+// it is lent to nobody now.
 func (d *Driver) Reserve(ctx context.Context) error {
 	file, err := d.read()
 	if err != nil {
 		return err
 	}
+	leases, err := d.cfg.Pool.Leases(ctx)
+	if err != nil {
+		return err
+	}
+	kept := map[Aux]bool{}
+	for _, lease := range leases {
+		kept[Aux{lease.Addr, lease.Owner}] = lease.Linkless
+	}
 	for id, n := range file.Networks {
 		for _, aux := range n.Aux {
-			// What is another's, or not lendable, is lent to nobody now.
-			err := d.hold(ctx, id, n, aux)
+			if aux.Owner == "" || kept[aux] {
+				continue
+			}
+			if _, err := d.cfg.Pool.NICs(ctx); err != nil {
+				return nil // nothing can be lent, which the lease tells better
+			}
+			err := d.hold(ctx, id, n, aux, true)
 			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
 				return fmt.Errorf("hold the auxiliary address %s of network %.12s first: %w", aux.Addr, id, err)
 			}

@@ -49,7 +49,7 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 				l, err = p.pick(&v, r)
 			}
 			var ask bool
-			if q, ask = p.ponder(s, l, err); ask && !asked {
+			if q, ask = p.ponder(s, l, err); ask && !asked && !r.Known {
 				asked = true
 				return statefile.ErrUnchanged
 			}

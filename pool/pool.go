@@ -75,6 +75,7 @@ type Request struct {
 	Prefix   netip.Prefix // subnet to take from; zero: the NIC's first
 	Range    netip.Prefix // bounds the choice within Prefix; zero: none
 	Addr     netip.Addr   // this address and no other, in Range or not; zero: one never used, else the one freed longest ago
+	Known    bool         // as is known now: no source is asked
 	Linkless bool         // no host link will prove this lease: it ends by Release alone (an auxiliary address, a foreign main plugin)
 }
 

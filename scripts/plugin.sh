@@ -30,12 +30,16 @@ create() { # <plugin>
 	settings=$(docker plugin inspect -f '{{range .Settings.Env}}{{println .}}{{end}}' $name | grep -E '^(LOG_LEVEL|SOURCE|QUERY_URL|COOL_DOWN|RECLAIM)=' || true)
 	saved=$(mktemp -d)
 	[ ! -d "$(data "$old")" ] || cp -a "$(data "$old")/." "$saved/"
-	trap '' INT TERM HUP # the networks are nowhere else meanwhile
-	docker plugin rm -f $name >/dev/null # networks of its hold it
-	docker plugin create $name "$1" >/dev/null || die "the networks of the plugin that was removed are in $saved"
-	new=$(data "$(id)")
-	mkdir -p "$new"
-	cp -a "$saved/." "$new/"
+	# The networks are nowhere else meanwhile. The engine's client would catch a
+	# signal that it is born to ignore, so it gets none.
+	trap '' INT TERM HUP
+	if ! {
+		setsid docker plugin rm -f $name >/dev/null && # networks of its hold it
+			setsid docker plugin create $name "$1" >/dev/null &&
+			new=$(data "$(id)") && mkdir -p "$new" && cp -a "$saved/." "$new/"
+	}; then
+		die "not done: the networks of the plugin that was replaced are in $saved, and belong into ${new:-the propagated-mount of the new one}"
+	fi
 	rm -rf "$saved"
 	trap - INT TERM HUP
 	# shellcheck disable=SC2086 # no value has spaces

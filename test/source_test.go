@@ -113,7 +113,9 @@ func TestWhatASourceSays(t *testing.T) {
 		t.Helper()
 		h := h.in(t)
 		h.try(client, "plugin", "disable", "-f", plugin) // a bad setting has disabled it
-		h.docker(append([]string{"plugin", "set", plugin}, settings...)...)
+		if _, err := h.try(client, append([]string{"plugin", "set", plugin}, settings...)...); err != nil {
+			return err
+		}
 		_, err := h.try(client, "plugin", "enable", plugin)
 		return err
 	}

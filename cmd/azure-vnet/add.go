@@ -76,6 +76,9 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*cu
 	if err != nil {
 		return nil, misnamed(ctx, c, host, g.nic, err)
 	}
+	for _, what := range br.Mended {
+		c.Warn("mended: " + what)
+	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC,
 		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,

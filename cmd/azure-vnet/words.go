@@ -19,6 +19,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/statefile"
 	"azurevnet/pool"
 )
 
@@ -121,10 +122,23 @@ func hear(ctx context.Context, p *pool.Pool) error {
 // have it.
 func uninstall(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
+	unlock, ok, err := statefile.TryLock(filepath.Join(stateDir, "plugin.lock"), "uninstall")
+	if err == nil && !ok {
+		err = errors.New("the managed Docker plugin runs, and needs what would go: make uninstall, or docker plugin disable -f azure-vnet:latest, first")
+	}
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := unheld(ctx); err != nil {
 		return err
 	}
-	homes, err := host.RemoveAll(ctx, func() error { return os.RemoveAll(stateDir) })
+	homes, err := host.RemoveAll(ctx, func() error {
+		if err := unheld(ctx); err != nil { // an ADD may have come before the lock
+			return err
+		}
+		return os.RemoveAll(stateDir)
+	})
 	for _, nic := range homes {
 		fmt.Fprintf(out, "%s has its addresses back\n", nic)
 	}
