@@ -113,10 +113,9 @@ func (d *Driver) Reserve(ctx context.Context) error {
 			if aux.Owner == "" || kept[aux] {
 				continue
 			}
-			if _, err := d.cfg.Pool.NICs(ctx); err != nil {
-				return nil // nothing can be lent, which the lease tells better
-			}
-			err := d.hold(ctx, id, n, aux, true)
+			_, err := d.cfg.Pool.Known(ctx)
+			known := err == nil // else the source is asked, as the lease would
+			err = d.hold(ctx, id, n, aux, known)
 			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
 				return fmt.Errorf("hold the auxiliary address %s of network %.12s first: %w", aux.Addr, id, err)
 			}
