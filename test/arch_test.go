@@ -23,7 +23,7 @@ var arrows = map[string][]string{
 	"azurevnet/ipamdriver":               {"pool"},
 	"azurevnet/bridge":                   {"internal/statefile"},
 	"azurevnet/pool":                     {"internal/statefile"},
-	"azurevnet/cmd/azure-vnet":           {"bridge", "internal/cni", "pool"},
+	"azurevnet/cmd/azure-vnet":           {"bridge", "internal/cni", "internal/statefile", "pool"},
 	"azurevnet/cmd/azure-vnet-ipam":      {"internal/cni", "pool"},
 	"azurevnet/internal/cni":             {"bridge", "pool"},
 	"azurevnet/internal/statefile":       {},

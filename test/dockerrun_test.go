@@ -35,7 +35,8 @@ func (h host) script(env []string, name string, arg ...string) (ended, string) {
 	ctx, cancel := context.WithTimeout(h.t.Context(), 90*time.Second)
 	defer cancel()
 	h.must("mkdir", "-p", "/run/alone", "/run/tmp")
-	h.must("cp", filepath.Join(top, name), "/run/alone/")
+	// By another name first: who runs it already must not find it open for writing.
+	h.must("sh", "-euc", "cp $0 /run/alone/new.$$; mv /run/alone/new.$$ /run/alone/$1", filepath.Join(top, name), filepath.Base(name))
 	// The engine's own client first: a newer one is not always understood.
 	words := append([]string{"PATH=/run/shim:/usr/bin:/usr/sbin:/bin:/sbin", "TMPDIR=/run/tmp"}, env...)
 	words = append(words, "/run/alone/"+filepath.Base(name))
