@@ -13,10 +13,12 @@ set -eu
 
 [ "$(id -u)" = 0 ] || { echo "fresh.sh: root is needed: use sudo" >&2; exit 1; }
 top=$(cd "$(dirname "$0")/.." && pwd)
+go=$(command -v go || echo /usr/local/go/bin/go) # sudo may not find it
 targets=${FRESH_TARGETS:-demo test}
 command -v debootstrap >/dev/null || { apt-get -qq update && apt-get -qq install -y debootstrap >/dev/null; }
 mirror=${FRESH_MIRROR:-$(sed -n 's/^URIs: *//p; s/^deb \(\[.*\] \)\?\(http[^ ]*\).*/\2/p' \
 	/etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null | head -n 1)}
+case $mirror in *ubuntu*) mirror= ;; esac # which has no Debian
 mirror=${mirror:-http://deb.debian.org/debian}
 
 root=$(mktemp -d /var/tmp/azure-vnet-fresh.XXXXXX)
@@ -33,7 +35,7 @@ debootstrap --variant=minbase --include=git,make,ca-certificates bookworm "$root
 	exit 1
 }
 rm -f "$root.log"
-cp -a "$(go env GOROOT)" "$root/usr/local/go"
+cp -a "$("$go" env GOROOT)" "$root/usr/local/go"
 # Names, proxies and certificates of the place, so that apt and Go reach what they reach here.
 cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
@@ -65,5 +67,5 @@ unshare --mount --pid --fork --kill-child --propagation private sh -eu -c '
 	exec env -i HOME=/root TERM=dumb PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
 		GOPROXY="$2" GOSUMDB="$3" GOFLAGS="$4" SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
 		sh /root/run
-' sh "$root" "$(go env GOPROXY)" "$(go env GOSUMDB)" "$(go env GOFLAGS)"
+' sh "$root" "$("$go" env GOPROXY)" "$("$go" env GOSUMDB)" "$("$go" env GOFLAGS)"
 echo "fresh.sh: done: $targets"

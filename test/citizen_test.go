@@ -132,6 +132,22 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 			t.Errorf("DNS of the host agent: %v", err)
 		}
 	})
+	t.Run("IMDS answers with snat=on, unless the host forbids it", func(t *testing.T) {
+		h := vm1.in(t)
+		url := []string{"timeout", "5", "busybox", "wget", "-q", "-O", "-", "--header", "Metadata: true", "http://169.254.169.254/metadata/instance/network?api-version=2021-02-01"}
+		if got, err := a1.try(url...); err != nil || !strings.Contains(got, "interface") {
+			t.Errorf("a1 gets %q: %v", got, err)
+		}
+		if got, err := b1.try(url...); err == nil {
+			t.Errorf("b1, without SNAT, gets %q", got)
+		}
+		forbid := "FORWARD -i azure0 -d 169.254.169.254 -j DROP"
+		h.must("sh", "-c", "iptables -I "+forbid)
+		if got, err := a1.try(url...); err == nil {
+			t.Errorf("a1 gets %q though it is forbidden", got)
+		}
+		h.must("sh", "-c", "iptables -D "+forbid)
+	})
 	t.Run("containers find each other by name", func(t *testing.T) {
 		if got, err := a1.try(fetch("http://a2/cgi-bin/who")...); err != nil || got != a1.addr.String() {
 			t.Errorf("a2 sees %q, want %s: %v", got, a1.addr, err)

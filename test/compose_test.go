@@ -43,7 +43,7 @@ func TestComposeExample(t *testing.T) {
 	web := h.Secondaries()[2]
 	compose := func(arg string) string {
 		t.Helper()
-		return h.shell(filepath.Join(top, "examples"), "docker-compose --ansi never "+arg, "SUBNET="+h.Prefix.String(), "WEB="+web.String())
+		return h.shell(filepath.Join(top, "examples"), "docker-compose --ansi never "+arg, "SUBNET="+h.Prefix.String(), "WEB="+web.String(), "RANGE="+netip.PrefixFrom(h.Secondaries()[0], 31).Masked().String())
 	}
 	compose("up -d")
 	for _, again := range []string{"up -d", "restart -t 0", "up -d --force-recreate -t 0"} {
