@@ -88,8 +88,8 @@ func cross(nic link, master int, over []message, to link) error {
 	return errors.Join(errs[0], err)
 }
 
-// crossMost is how many routes go over with the NIC: the answers to so many are half of
-// what its socket holds.
+// crossMost is how many routes go over with the NIC: the answers to so many, two of
+// some 800 bytes for each, fit the 4 MiB that together asks for. The rest follow.
 const crossMost = 1000
 
 // first is the n routes that the host needs most: to its neighbours, then those of
