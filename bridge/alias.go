@@ -9,17 +9,21 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+
+	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/ruleset"
 )
 
-// The host's end of an endpoint is hostPrefix and eleven hex digits of its
-// owner's hash; the container's end, while it lies here, is peerPrefix and the same.
+// The host end of an endpoint is hostPrefix and eleven hex digits of its owner's
+// hash. The container end, while it lies here, is peerPrefix and the same digits.
 const (
 	hostPrefix = "azv"
 	peerPrefix = "azc"
 )
 
-// linkNames are the names of both ends of owner's veth. A name of 14 bytes fits
-// IFNAMSIZ, and 44 bits keep the few hundred owners of a host apart.
+// linkNames are the names of both ends of owner's veth. 44 bits keep the few hundred
+// owners of a host apart.
 func linkNames(owner string) (host, peer string) {
 	sum := sha256.Sum256([]byte(owner))
 	digits := hex.EncodeToString(sum[:])[:11]
@@ -27,24 +31,25 @@ func linkNames(owner string) (host, peer string) {
 }
 
 const (
-	aliasVersion = "azv1"
-	aliasMax     = 255 // bytes: IFALIASZ less the terminating NUL
+	aliasVersion = "azv2"
+	bridgeAlias  = aliasVersion + " bridge " // the NIC's MAC follows
+	formerAlias  = "azv1 "                   // of builds that moved the NIC into its bridge
+	aliasMax     = 255                       // bytes: IFALIASZ less the terminating NUL
 )
 
-// alias is what the host's end of an endpoint says about it. It is written when
-// all else of an attach is done: a link without one is half made.
+// alias is what the host end of an endpoint says about it. It is written when all
+// else of an attach is done, and cleared before anything of a detach is: a link of
+// ours without one is half made, or half removed.
 type alias struct {
 	addr   netip.Prefix
 	mac    net.HardwareAddr
-	bridge string
+	nic    string // MAC, lower case with colons
+	bridge string // empty: transparent
 	policy string // its id
 	owner  string // itself, or hashed
 	lease  string // itself, or hashed
 	ports  int    // how many are published; host.json says which
 }
-
-// internal tells an endpoint that nothing passes to or from the NIC.
-func (a alias) internal() bool { return a.policy == internalID }
 
 // hashed stands for an owner that does not fit an alias.
 func hashed(owner string) string {
@@ -52,12 +57,22 @@ func hashed(owner string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// String is the alias as the link carries it, at most 255 bytes. The owner gives
-// way before the lease, for it also names the link.
+// is reports whether the alias is of that owner.
+func (a alias) is(owner string) bool { return a.owner == owner || a.owner == hashed(owner) }
+
+// String is the alias as the link carries it, at most 255 bytes. What can be derived
+// is left out. The owner gives way before the lease, for it also names the link.
 func (a alias) String() string {
 	write := func(owner, lease string) string {
-		s := aliasVersion + " addr=" + a.addr.String() + " mac=" + a.mac.String() +
-			" br=" + a.bridge + " net=" + a.policy + " owner=" + owner
+		s := aliasVersion + " addr=" + a.addr.String()
+		if a.mac.String() != MACFor(a.addr.Addr()).String() {
+			s += " mac=" + a.mac.String()
+		}
+		s += " nic=" + a.nic
+		if a.bridge != "" {
+			s += " br=" + a.bridge
+		}
+		s += " net=" + a.policy + " owner=" + owner
 		if lease != owner {
 			s += " lease=" + lease
 		}
@@ -77,20 +92,22 @@ func (a alias) String() string {
 }
 
 // parseAlias reads what String wrote. Keys that it does not know are a newer
-// release's and are passed over; an alias of anybody else is not ok.
+// release's and are passed over. Any other text is not ok.
 func parseAlias(s string) (a alias, ok bool) {
 	version, rest, _ := strings.Cut(s, " ")
 	if version != aliasVersion {
 		return alias{}, false
 	}
-	var err error
 	for field := range strings.SplitSeq(rest, " ") {
+		var err error
 		key, value, _ := strings.Cut(field, "=")
 		switch key {
 		case "addr":
 			a.addr, err = netip.ParsePrefix(value)
 		case "mac":
 			a.mac, err = net.ParseMAC(value)
+		case "nic":
+			a.nic = value
 		case "br":
 			a.bridge = value
 		case "net":
@@ -106,28 +123,63 @@ func parseAlias(s string) (a alias, ok bool) {
 			return alias{}, false
 		}
 	}
+	if !a.addr.Addr().Is4() || a.nic == "" || a.policy == "" || a.owner == "" {
+		return alias{}, false
+	}
+	if a.mac == nil {
+		a.mac = MACFor(a.addr.Addr())
+	}
 	if a.lease == "" {
 		a.lease = a.owner
 	}
-	ok = a.addr.Addr().Is4() && len(a.mac) == 6 && a.bridge != "" && a.policy != "" && a.owner != ""
-	if !ok {
-		return alias{}, false
-	}
-	return a, true
+	return a, len(a.mac) == 6
 }
 
-// MACFor is the MAC of a container's interface that has addr, unless another is
-// asked for: 02:42 and the address, so that a reused address keeps its MAC and
-// no neighbour that learnt it is wrong.
+// group is the link group of an endpoint's host end.
+func (a alias) group() uint32 {
+	if a.bridge == "" {
+		return ruleset.GroupTransparent
+	}
+	return ruleset.GroupBridge
+}
+
+// endpointOf reads the alias of a link that is the host end of an endpoint.
+func endpointOf(l netlink.Link) (alias, bool) {
+	a, ok := parseAlias(l.Attrs().Alias)
+	return a, ok && strings.HasPrefix(l.Attrs().Name, hostPrefix)
+}
+
+// halfMade reports whether l is a host end of ours that no alias speaks for: an
+// attach died before its last step, or a detach after its first. The group tells it
+// from a link of another plugin, which may have a name like it.
+func halfMade(l netlink.Link) bool {
+	a := l.Attrs()
+	ours := a.Group == ruleset.GroupBridge || a.Group == ruleset.GroupTransparent
+	return ours && l.Type() == "veth" && a.Alias == "" && strings.HasPrefix(a.Name, hostPrefix)
+}
+
+// MACFor is the MAC of a container's interface that has addr, unless another is asked
+// for: 02:42 and the address. So a reused address keeps its MAC, and what others have
+// learnt of it stays right.
 func MACFor(addr netip.Addr) net.HardwareAddr {
 	b := addr.Unmap().As4()
 	return net.HardwareAddr{0x02, 0x42, b[0], b[1], b[2], b[3]}
 }
 
-// hostMAC is the MAC of the host's end of addr's veth. Only its being given
-// matters: udev rewrites a MAC that the kernel drew.
+// hostMAC is the MAC of the host end of addr's veth. It is given because udev
+// rewrites a MAC that the kernel chose, and because a transparent container holds it
+// as its gateway's.
 func hostMAC(addr netip.Addr) net.HardwareAddr {
 	mac := MACFor(addr)
 	mac[0] = 0xfe
+	return mac
+}
+
+// bridgeMAC is the MAC of the bridge of a NIC. It is derived, so that containers that
+// hold it as their gateway's are right when the bridge was made again. The first byte
+// makes it no NIC's.
+func bridgeMAC(nic net.HardwareAddr) net.HardwareAddr {
+	mac := append(net.HardwareAddr(nil), nic...)
+	mac[0] = mac[0]&0xfc | 0x02 ^ 0x04
 	return mac
 }

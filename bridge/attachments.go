@@ -6,15 +6,17 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/conntrack"
+	"azurevnet/bridge/internal/rtnl"
 )
 
-// Attachments lists what is attached: what the links and their aliases say, and
-// the ports that host.json knows of them.
+// Attachments lists what is attached: what the links and their aliases say, and the ports that
+// host.json knows of them.
 func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
-	links, err := readLinks()
+	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return nil, err
 	}
@@ -23,62 +25,85 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 		return nil, err
 	}
 	var out []Attachment
-	bridges := links.bridges()
 	for _, l := range links {
 		a, ok := endpointOf(l)
 		if !ok {
 			continue
 		}
-		away := l.Attrs().NetNsID >= 0
-		peer := ""
-		if p := links.at(l.Attrs().ParentIndex); p != nil && !away {
-			peer = p.Attrs().Name
+		at := attachmentOf(l, a)
+		if p := links.Index(l.Attrs().ParentIndex); p != nil && !at.Away {
+			at.Peer = p.Attrs().Name
 		}
-		at := attachmentOf(l.Attrs().Name, peer, away, a)
 		if a.ports > 0 {
 			at.Ports = state.Ports[at.Link]
-		}
-		if i := slices.IndexFunc(bridges, func(b Bridge) bool { return b.Name == a.bridge }); i >= 0 {
-			at.NIC = bridges[i].MAC.String()
 		}
 		out = append(out, at)
 	}
 	return out, nil
 }
 
-// Away is the set of addresses whose end of the link lies in another namespace:
-// containers have them.
-func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
-	all, err := h.Attachments(ctx)
-	away := map[netip.Addr]bool{}
-	for _, at := range all {
-		if at.Away {
-			away[at.Addr.Addr()] = true
-		}
-	}
-	return away, err
+func attachmentOf(l netlink.Link, a alias) Attachment {
+	return Attachment{Owner: a.owner, Lease: a.lease, Link: l.Attrs().Name, Bridge: a.bridge, NIC: a.nic, Addr: a.addr, MAC: a.mac,
+		MTU: l.Attrs().MTU, Away: l.Attrs().NetNsID >= 0}
 }
 
-func attachmentOf(host, peer string, away bool, a alias) Attachment {
-	if away {
-		peer = ""
-	}
-	return Attachment{Owner: a.owner, Lease: a.lease, Link: host, Peer: peer, Bridge: a.bridge, Addr: a.addr, MAC: a.mac, Away: away}
-}
-
-// Attachment finds what owner has attached, with less to read than Attachments.
+// Attachment finds what owner has attached, with less to read than Attachments. It does not tell the
+// ports.
 func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
 	host, peer := linkNames(owner)
 	l, err := netlink.LinkByName(host)
-	if absent(err) {
+	if rtnl.NotThere(err) {
 		return Attachment{}, false, nil
 	}
 	if err != nil {
 		return Attachment{}, false, fmt.Errorf("look for %s: %w", host, err)
 	}
 	a, ok := endpointOf(l)
-	if !ok || a.owner != owner && a.owner != hashed(owner) {
+	if !ok || !a.is(owner) {
 		return Attachment{}, false, nil
 	}
-	return attachmentOf(host, peer, l.Attrs().NetNsID >= 0, a), true, nil
+	at := attachmentOf(l, a)
+	if !at.Away {
+		at.Peer = peer
+	}
+	return at, true, nil
+}
+
+// Away is the set of addresses whose container end lies in another namespace: containers have them.
+// On a host with containers of an earlier build it is an error, for their links do not tell.
+func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return nil, err
+	}
+	if err := refuseFormer(links); err != nil {
+		return nil, err
+	}
+	away := map[netip.Addr]bool{}
+	for _, l := range links {
+		if a, ok := endpointOf(l); ok && l.Attrs().NetNsID >= 0 {
+			away[a.addr.Addr()] = true
+		}
+	}
+	return away, nil
+}
+
+// Forget deletes the flows of an address whose link died with its container's namespace, before
+// Detach could: they would mislead the next container that has the address. None is success.
+func (h *Host) Forget(addr netip.Addr) error {
+	var flows conntrack.Conn
+	defer flows.Close()
+	if err := forgetFlows(&flows, addr); err != nil {
+		return fmt.Errorf("forget the flows of %s: %w", addr, err)
+	}
+	return nil
+}
+
+func forgetFlows(c *conntrack.Conn, addr netip.Addr) error {
+	for _, f := range []conntrack.Flows{{From: addr}, {Answerer: addr}} {
+		if err := c.Delete(f); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -1,14 +1,15 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package bridge is the host's network: azure0 made from the NIC, container
-// endpoints on it, Azure's L2 rules in one nft table, SNAT. It is not the pool:
-// it is told addresses and never chooses one, and knows neither Docker nor CNI.
+// Package bridge attaches containers to the host's network: it makes azure0, veth
+// pairs, routes to containers, and the rules that containers live by. The NIC stays
+// the host's: no address, route, rule, name or flag of it is changed. It is not the
+// pool: it is told addresses and never chooses one, and it knows neither Docker nor
+// CNI.
 //
-// The kernel is the record. What is attached is read from links (names and
-// aliases); <run>/azure-vnet/host.json holds only what the kernel cannot: the
-// journal and snapshot of a NIC's move and the networks' SNAT policies.
-// Everything is ensure, or absent is success: a repeat finishes what a crash
-// left.
+// The kernel is the record. What is attached is read from links: their names, link
+// groups and aliases. <run>/azure-vnet/host.json holds only what the kernel cannot:
+// what was asked of each NIC, the networks' policies, and who claimed which port of
+// the host. Every call can be repeated, and a repeat finishes what a crash left.
 package bridge
 
 import (
@@ -16,53 +17,69 @@ import (
 	"net/netip"
 )
 
-// Config says where the host's directories are, as this process sees them. The
-// zero value is right outside a container.
+// Config says where the host's directories are, as this process sees them. The zero
+// value is right outside a container.
 type Config struct {
 	Run    string // the host's /run; empty: /run. State lies in Run/azure-vnet
 	Sysctl string // the host's /proc/sys/net; empty: that
 }
 
-// Spec is a wish for a bridge over a NIC.
-type Spec struct {
-	MAC     string // the NIC, lower case with colons; required
-	Name    string // of the bridge; empty: the one the NIC is in, else azure0 for the primary, azure<ifindex> for another
-	Primary bool   // the NIC is the VM's primary
-	MTU     int    // bytes, of the bridge and its endpoints; 0: the NIC's
+// Mode is where the host end of an endpoint's veth is plugged.
+type Mode string
 
-	// NICs are the MACs of all NICs of the VM, as far as known: what the host
-	// routes to one of them goes to the VNet too, whether or not it has a bridge.
+// The modes. Both may stand on one host.
+const (
+	ModeBridge      Mode = "bridge"      // a port of the NIC's bridge
+	ModeTransparent Mode = "transparent" // on its own: for policy engines that match a container's own interface
+)
+
+// Modes are all of them.
+var Modes = []Mode{ModeBridge, ModeTransparent}
+
+// Spec is what a network asks of the host: see Ensure.
+type Spec struct {
+	MAC     string // of the NIC, lower case with colons; required
+	Name    string // of its bridge; empty: the one that it has, else azure0 for the primary NIC and azure<ifindex> for another
+	Primary bool   // the NIC is the VM's primary
+	Mode    Mode   // empty: ModeBridge
+
+	// NICs are the MACs of all NICs of the VM, as far as known. What leaves by one of
+	// them stays in the virtual network, whether or not its addresses are lent.
 	NICs []string
 }
 
-// Bridge is a bridge of ours as it stands.
+// Bridge is what stands for a NIC.
 type Bridge struct {
-	Name string           // azure0
-	NIC  string           // name of its NIC, eth0
-	MAC  net.HardwareAddr // of both
-	MTU  int              // bytes
+	Name   string           // azure0; empty: only transparent endpoints are asked for
+	MAC    net.HardwareAddr // of the bridge, and no NIC's; nil without a bridge
+	MTU    int              // bytes, the NIC's
+	NIC    string           // its name, eth0; empty: it is gone
+	NICMAC string           // lower case with colons
 
-	Mended []string // of Ensure: what it found broken on the host and mended, in sentences
+	Mended []string // of Ensure alone: what it found broken on the host and mended, in sentences
 }
 
 // Policy is what a network may reach, and how.
 type Policy struct {
-	Internal bool           // the host and its bridge's endpoints are reached, and nothing through the NIC; the rest does not matter then
-	SNAT     bool           // what is not direct leaves with the primary address of the bridge's NIC; off: it leaves as it is
-	Direct   []netip.Prefix // reached without SNAT; nil: RFC 1918, 100.64.0.0/10 and the NIC's subnets. 168.63.129.16 always is; what the host routes through another link never is
+	Internal   bool           // the host and other endpoints are reached, and nothing else; SNAT and Direct do not matter then
+	SNAT       bool           // what is not direct leaves with the address of the link that it leaves by; off: all leaves as it is
+	Direct     []netip.Prefix // leaves as it is, by whatever link; nil: RFC 1918, 100.64.0.0/10 and the NICs' subnets, as far as they leave by a NIC
+	NoMetadata bool           // 169.254.169.254 is not reached
 }
 
 // Endpoint is a wish for a container's interface.
 type Endpoint struct {
-	Owner   string           // id of the endpoint: names the host veth and stands in its alias. No spaces, at most 255 bytes
+	Owner   string           // id of the endpoint: names the host end and stands in its alias. No spaces, at most 255 bytes
 	Lease   string           // owner of the address's lease, kept in the alias; empty: Owner
-	Bridge  string           // bridge to attach to, which must stand
+	NIC     string           // MAC of the NIC that has the address, lower case with colons; required
+	Bridge  string           // the NIC's bridge, which Ensure has made; empty: transparent
 	Addr    netip.Prefix     // the container's address with its subnet's mask
-	Gateway netip.Addr       // default gateway in Netns; ignored without Netns and with an internal policy
-	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that a reused address keeps its MAC
+	Gateway netip.Addr       // Azure's, in the subnet; ignored without Netns
+	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that an address keeps its MAC
+	MTU     int              // bytes, of both ends; 0: the NIC's
 	Policy  Policy
 	Ports   []Port // of the host that lead to it
-	Netns   string // path of the container's network namespace; empty: the container's end stays here for the caller to move
+	Netns   string // path of the container's network namespace; empty: the container end stays here for the caller to move
 	IfName  string // name in Netns; required with Netns
 }
 
@@ -70,12 +87,13 @@ type Endpoint struct {
 type Attachment struct {
 	Owner  string // as given; sha256:<hex> where it did not fit the alias
 	Lease  string // owner of its address's lease
-	Link   string // host veth
-	Peer   string // container's end while it lies in the host's namespace, else empty
-	Bridge string // as asked for, also while the link is not in it
-	NIC    string // MAC of the bridge, lower case with colons; empty while there is no such bridge
+	Link   string // host end
+	Peer   string // container end while it lies in the host's namespace, else empty
+	Bridge string // as asked for, also while the link is not in it; empty: transparent
+	NIC    string // MAC, lower case with colons
 	Addr   netip.Prefix
 	MAC    net.HardwareAddr // container's
+	MTU    int              // bytes
 	Ports  []Port           // published
-	Away   bool             // the container's end lies in another namespace: a container has it
+	Away   bool             // the container end lies in another namespace: a container has it
 }

@@ -6,85 +6,40 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
-
-	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
+	"slices"
 )
 
-// Check tells what of owner's attachment is not as Attach left it, in the host's
-// namespace, and changes nothing: link, port, forwarding entry, neighbour and
-// table. It returns nil if all stands.
+// Check tells what of owner's attachment is not as Attach left it, in the host's namespace, and changes
+// nothing. It returns nil if all stands.
 func (h *Host) Check(ctx context.Context, owner string) error {
-	host, _ := linkNames(owner)
-	at, ok, err := h.Attachment(ctx, owner)
-	switch {
-	case err != nil:
-		return fmt.Errorf("check %s: %w", owner, err)
-	case !ok:
-		return fmt.Errorf("check %s: its link %s is gone", owner, host)
-	}
-	links, err := readLinks()
-	if err != nil {
-		return fmt.Errorf("check %s: %w", owner, err)
-	}
-	l, br := links.named(host), links.named(at.Bridge)
-	if l == nil || br == nil {
-		return fmt.Errorf("check %s: its link %s or its bridge %s is gone", owner, host, at.Bridge)
-	}
-	a, _ := endpointOf(l)
-	s := &portSync{h: h, b: Bridge{Name: at.Bridge, MTU: br.Attrs().MTU}, index: br.Attrs().Index, held: map[netip.Addr]bool{}, dry: true}
-	if s.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return fmt.Errorf("check %s: %w", owner, err)
-	}
-	defer s.nl.Close()
-	if err := s.read(); err != nil {
-		return fmt.Errorf("check %s: %w", owner, err)
-	}
-	if err := errors.Join(s.mend(l, a), h.checkElements(host, a)); err != nil {
+	if err := h.check(owner); err != nil {
 		return fmt.Errorf("check %s: %w", owner, err)
 	}
 	return nil
 }
 
-// checkElements tells which of an endpoint's elements the tables lack.
-func (h *Host) checkElements(host string, a alias) error {
-	sets := elementsOf(host, a)
-	if a.ports > 0 {
-		s, err := h.state()
-		if err != nil {
-			return err
-		}
-		if len(s.Ports[host]) == 0 {
-			return errors.New("its published ports are not written down any more")
-		}
-		sets = append(sets, publishedElements(a, s.Ports[host])...)
+func (h *Host) check(owner string) error {
+	v, err := h.read()
+	if err != nil {
+		return err
 	}
-	have := map[*nftables.Table]*tableState{}
+	name, _ := linkNames(owner)
+	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.link.Name == name && e.is(owner) })
+	if i < 0 {
+		return fmt.Errorf("its link %s is gone", name)
+	}
+	e := v.endpoints[i]
 	var errs []error
-	for _, want := range sets {
-		if have[want.table] == nil {
-			t, err := readTable(want.table)
-			if err != nil {
-				return err
-			}
-			have[want.table] = t
-		}
-		for key, value := range want.elems {
-			if !have[want.table].has(want.name, key, value) {
-				errs = append(errs, fmt.Errorf("the nft set %s of table %s lacks its element", want.name, want.table.Name))
-			}
-		}
+	for _, f := range slices.Concat(h.bridgeFaults(v, e.nic), h.endpointFaults(v, e), routingFaults(v)) {
+		errs = append(errs, errors.New(f.what))
 	}
-	return errors.Join(errs...)
-}
-
-func (t *tableState) has(set string, key elemKey, value string) bool {
-	for _, s := range t.sets {
-		if is, ok := s.elems[key]; s.name == set && ok {
-			return is == value
-		}
+	ports := v.ports()[name]
+	if e.ports > 0 && len(ports) == 0 {
+		errs = append(errs, errors.New("its published ports are not written down any more"))
 	}
-	return false
+	missing, err := v.ruleset().Missing(v.rulesOf(e.alias, name, ports))
+	for _, what := range missing {
+		errs = append(errs, errors.New(what))
+	}
+	return errors.Join(append(errs, err)...)
 }

@@ -6,94 +6,146 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/conntrack"
+	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/bridge/internal/ruleset"
 )
 
-// Detach takes owner's interface away. None is success. The link goes last, so
-// that half a detach is found again and finished.
+// Detach takes owner's interface away. None is success. The container sends nothing any more as soon as
+// its elements are gone, and the alias is cleared next: from there on the link is nobody's, and whoever
+// comes deletes it. The link itself goes last and without the lock, since the kernel takes some 20 ms.
 func (h *Host) Detach(ctx context.Context, owner string) error {
-	var nf netfilter
-	defer nf.close()
-	unlock, err := h.lockShared(ctx, "detach "+owner)
-	if err != nil {
-		return fmt.Errorf("detach %s: %w", owner, err)
-	}
-	defer unlock()
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("detach %s: %w", owner, err)
-	}
-	defer nl.Close()
-	host, _ := linkNames(owner)
-	l, err := nl.LinkByName(host)
-	if absent(err) {
-		return nil
-	}
-	if err == nil {
-		if a, whole := parseAlias(l.Attrs().Alias); whole {
-			err = h.detachLink(ctx, nl, &nf, l, a)
-		} else {
-			err = delLink(nl, l)
-		}
-	}
-	if err != nil {
+	d := &detach{h: h}
+	defer d.close()
+	if err := d.run(ctx, owner); err != nil {
 		return fmt.Errorf("detach %s: %w", owner, err)
 	}
 	return nil
 }
 
-// detachLink takes away all that was attached with l, and then l.
-func (h *Host) detachLink(ctx context.Context, nl *netlink.Handle, nf *netfilter, l netlink.Link, a alias) error {
-	sets, err := h.publishedBy(l.Attrs().Name, a)
+type detach struct {
+	h     *Host
+	link  netlink.Link
+	a     alias
+	nft   ruleset.Conn
+	flows conntrack.Conn
+}
+
+// close comes after the lock was given back: see ruleset.Conn.
+func (d *detach) close() {
+	d.nft.Close()
+	d.flows.Close()
+}
+
+func (d *detach) run(ctx context.Context, owner string) error {
+	name, _ := linkNames(owner)
+	unlock, err := d.h.lock(ctx, "detach "+owner)
 	if err != nil {
 		return err
 	}
-	if err := h.at("detach elements"); err != nil {
-		return err
+	d.link, err = netlink.LinkByName(name)
+	if err == nil {
+		var whole bool
+		switch d.a, whole = endpointOf(d.link); {
+		case whole && d.a.is(owner):
+			err = d.clear(ctx)
+		case !halfMade(d.link): // not ours, or of an owner with the same hash
+			d.link = nil
+		}
 	}
-	// In one transaction: the kernel waits for all readers at the end of each.
-	if err := nf.deleteElements(append(sets, elementsOf(l.Attrs().Name, a)...)); err != nil {
-		return err
-	}
-	if err := h.at("detach neighbour"); err != nil {
-		return err
-	}
-	b, err := nl.LinkByName(a.bridge)
-	if err != nil && !absent(err) {
-		return err
+	unlock()
+	if rtnl.NotThere(err) || err == nil && d.link == nil {
+		return nil
 	}
 	if err == nil {
-		if err := neighbours.remove(neighbourFor(b.Attrs().Index, a)); err != nil {
-			return err
-		}
+		err = d.h.hook("detach link")
 	}
-	if err := h.at("detach flows"); err != nil {
+	if err != nil {
 		return err
 	}
-	if off := (Policy{}); a.policy != off.id() {
-		if err := nf.forgetFlows(flowsFrom(a.addr.Addr())); err != nil {
-			return err
-		}
-	}
-	if a.ports > 0 {
-		if err := nf.forgetFlows(repliesOf(a.addr.Addr())); err != nil {
-			return err
-		}
-	}
-	if err := h.at("detach link"); err != nil {
-		return err
-	}
-	if err := delLink(nl, l); err != nil || a.ports == 0 {
-		return err
-	}
-	return h.disclaimPorts(ctx, l.Attrs().Name)
+	return delLink(d.link)
 }
 
-// absent tells an error that says that a link is not there.
-func absent(err error) bool {
-	var not netlink.LinkNotFoundError
-	return errors.As(err, &not) || errors.Is(err, unix.ENODEV) || errors.Is(err, os.ErrNotExist)
+// clear takes away all that was attached with the link, and the alias. The caller holds the lock.
+func (d *detach) clear(ctx context.Context) error {
+	state, err := d.h.state()
+	if err != nil {
+		return err
+	}
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"detach elements", func() error { return d.removeElements(state) }},
+		{"detach routes", func() error { return d.removeRoutes(state) }},
+		{"detach flows", d.forgetFlows},
+		{"detach ports", func() error {
+			if d.a.ports == 0 {
+				return nil
+			}
+			return d.h.releasePorts(ctx, d.link.Attrs().Name)
+		}},
+		{"detach alias", func() error { return netlink.LinkSetAlias(d.link, "") }},
+	} {
+		if err := d.h.hook(step.name); err != nil {
+			return err
+		}
+		if err := step.do(); err != nil && !rtnl.NotThere(err) {
+			return err
+		}
+	}
+	return nil
 }
+
+func (d *detach) removeElements(state *hostState) error {
+	v := &view{state: state}
+	if nic := nicByName(state, d.a.nic); nic != nil {
+		v.nics = map[string]netlink.Link{d.a.nic: nic}
+	}
+	n := policyOf(state.Policies, d.a.policy).network()
+	n.ID = d.a.policy
+	v.endpoints = []endpoint{{d.a, d.link.Attrs()}}
+	ports := v.ports()[d.link.Attrs().Name]
+	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesOf(d.a, d.link.Attrs().Name, ports))
+}
+
+// removeRoutes takes away the host's way to the container, and, transparent and on another NIC than the
+// primary, the container's own way out.
+func (d *detach) removeRoutes(state *hostState) error {
+	link := d.link.Attrs().Index
+	if d.a.bridge != "" {
+		b, err := netlink.LinkByName(d.a.bridge)
+		if rtnl.NotThere(err) {
+			return nil // and its routes with it
+		}
+		if err != nil {
+			return err
+		}
+		link = b.Attrs().Index
+	}
+	for _, table := range containerTables {
+		if err := delRoute(d.a.route(table, link, 0)); err != nil {
+			return err
+		}
+	}
+	n := rtnl.Neighbour{Link: link, Addr: d.a.addr.Addr(), MAC: d.a.mac, Protocol: ourProtocol}
+	if err := ignoreMissing(rtnl.DelNeighbour(n)); err != nil {
+		return fmt.Errorf("delete the neighbour entry of %s: %w", n.Addr, err)
+	}
+	if d.a.bridge != "" || state.NICs[d.a.nic].Primary {
+		return nil
+	}
+	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
+	var errs []error
+	for _, r := range rules {
+		if r.Protocol == ourProtocol && r.IifName == d.link.Attrs().Name {
+			errs = append(errs, ignoreMissing(netlink.RuleDel(&r)))
+		}
+	}
+	return errors.Join(append(errs, err)...)
+}
+
+func (d *detach) forgetFlows() error { return forgetFlows(&d.flows, d.a.addr.Addr()) }

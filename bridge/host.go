@@ -3,22 +3,26 @@
 package bridge
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
+
+	"azurevnet/internal/statefile"
 )
 
-// Host is the network of the host, or of the namespace, that its methods are
-// called in: they speak to the kernel from the calling thread and start no
-// goroutine that does, so a caller that locked its thread into a namespace
-// works on that one. Any number of Hosts, in any number of processes, may work
-// on one host at once.
+// Host is the network of the host, or of the namespace, that its methods are called
+// in. The methods speak to the kernel from the calling thread and start no goroutine
+// that does, so a caller that locked its thread into a namespace works on that one.
+// Any number of Hosts, in any number of processes, may work on one host at once.
 type Host struct {
 	cfg Config
 
-	// step is called before each named step of a move, and an error it returns
-	// is that step's: the seam through which tests break a move. Nil outside.
-	step func(name string) error
+	// testHook is called before each named step, and an error that it returns is
+	// that step's. It is nil outside tests.
+	testHook func(step string) error
 }
 
 // New returns the host that cfg describes. It touches nothing.
@@ -32,22 +36,52 @@ func New(cfg Config) *Host {
 	return &Host{cfg: cfg}
 }
 
+func (h *Host) hook(step string) error {
+	if h.testHook == nil {
+		return nil
+	}
+	return h.testHook(step)
+}
+
 // path is a file of ours under <run>/azure-vnet.
 func (h *Host) path(elem ...string) string {
 	return filepath.Join(append([]string{h.cfg.Run, "azure-vnet"}, elem...)...)
 }
 
-// setSysctl makes the file name below net/, such as ipv4/ip_forward, hold
-// value, and reports whether it had to be written. The error is an *fs.PathError:
-// fs.ErrNotExist where the kernel lacks the setting.
-func (h *Host) setSysctl(name, value string) (changed bool, err error) {
-	file := filepath.Join(h.cfg.Sysctl, name)
-	is, err := os.ReadFile(file)
+// lockWait bounds the wait for the host's lock. It is below the deadline of every
+// call that waits for it.
+const lockWait = 8 * time.Second
+
+// lock holds the host's network alone: whoever reads it in order to change it holds
+// the lock from the reading to the change. who is told to those who wait in vain. No
+// lock is taken while it is held but host.json's.
+func (h *Host) lock(ctx context.Context, who string) (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	unlock, err = statefile.Lock(ctx, h.path("bridge.lock"), who)
 	if err != nil {
-		return false, err
+		return nil, fmt.Errorf("%s: %w", who, err)
 	}
-	if strings.TrimSpace(string(is)) == value {
-		return false, nil
+	return unlock, nil
+}
+
+// sysctl is a setting below /proc/sys/net.
+type sysctl struct{ name, value string }
+
+// readSysctl returns "" for a setting that the kernel does not have.
+func (h *Host) readSysctl(name string) string {
+	is, _ := os.ReadFile(filepath.Join(h.cfg.Sysctl, name))
+	return strings.TrimSpace(string(is))
+}
+
+// setSysctl writes s unless it stands. A setting that the kernel does not have, such
+// as one of IPv6 where that is switched off, is success.
+func (h *Host) setSysctl(s sysctl) error {
+	if is := h.readSysctl(s.name); is == "" || is == s.value {
+		return nil
 	}
-	return true, os.WriteFile(file, []byte(value), 0)
+	if err := os.WriteFile(filepath.Join(h.cfg.Sysctl, s.name), []byte(s.value), 0); err != nil {
+		return fmt.Errorf("set %s to %s: %w", strings.ReplaceAll(s.name, "/", "."), s.value, err)
+	}
+	return nil
 }

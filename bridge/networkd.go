@@ -3,7 +3,6 @@
 package bridge
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,57 +12,60 @@ import (
 	"strings"
 )
 
-// networkd and networkManager are the drop-ins that keep those from pulling a
-// NIC out of its bridge, or addressing it again, when they are restarted. They
-// lie under /run and so end with the boot, as the bridges do.
+// The drop-ins that keep systemd-networkd and NetworkManager from addressing our links. They
+// lie under /run and so end with the boot, as the links do. The NIC stays theirs.
 const (
 	networkd       = "systemd/network/05-azure-vnet.network"
 	networkManager = "NetworkManager/conf.d/azure-vnet.conf"
 )
 
-// keepOff writes the drop-ins for the bridges of the journal, or removes them
-// with the last.
-func (h *Host) keepOff(ctx context.Context) error {
-	s, err := h.state()
-	if err != nil {
-		return err
-	}
-	var names []string
-	for name, b := range s.Bridges {
-		names = append(names, name, b.NIC)
+// dropIns are the texts of the drop-ins, by path below /run. NetworkManager's is left out
+// where there is no NetworkManager.
+func (h *Host) dropIns(v *view) map[string]string {
+	names := []string{"azure*", hostPrefix + "*", peerPrefix + "*"}
+	for _, n := range v.state.NICs {
+		if n.Bridge != "" && !strings.HasPrefix(n.Bridge, "azure") {
+			names = append(names, n.Bridge)
+		}
 	}
 	slices.Sort(names)
-	if len(names) > 0 {
-		names = append(names, "azv*")
+	const head = "# Written by azure-vnet while its links stand.\n"
+	all := map[string]string{networkd: head + "[Match]\nName=" + strings.Join(names, " ") + "\n\n[Link]\nUnmanaged=yes\n"}
+	if _, err := os.Stat(filepath.Join(h.cfg.Run, filepath.Dir(filepath.Dir(networkManager)))); err == nil {
+		all[networkManager] = head + "[keyfile]\nunmanaged-devices+=interface-name:" + strings.Join(names, ";interface-name:") + "\n"
 	}
-	if err := h.dropIn(networkd, "[Match]\nName="+strings.Join(names, " ")+"\n\n[Link]\nUnmanaged=yes\n", len(names) > 0); err != nil {
-		return err
-	}
-	if _, err := os.Stat(filepath.Join(h.cfg.Run, "NetworkManager")); err != nil {
-		return nil // no NetworkManager on this host
-	}
-	return h.dropIn(networkManager, "[keyfile]\nunmanaged-devices+=interface-name:"+strings.Join(names, ";interface-name:")+"\n", len(names) > 0)
+	return all
 }
 
-func (h *Host) dropIn(name, text string, wanted bool) error {
-	file := filepath.Join(h.cfg.Run, name)
-	text = "# Written by azure-vnet while its bridges stand.\n" + text
-	is, err := os.ReadFile(file)
-	switch {
-	case !wanted:
-		if err = os.Remove(file); errors.Is(err, fs.ErrNotExist) {
-			err = nil
+func (h *Host) dropInFaults(v *view) (all []fault) {
+	for name, text := range h.dropIns(v) {
+		file := filepath.Join(h.cfg.Run, name)
+		if is, err := os.ReadFile(file); err == nil && string(is) == text {
+			continue
 		}
-	case err == nil && string(is) == text:
-	default:
-		if err = os.MkdirAll(filepath.Dir(file), 0o755); err == nil {
-			err = replaceFile(file, []byte(text), 0o644)
+		all = append(all, fault{what: file + " is not as it should be", mend: func() error {
+			err := os.MkdirAll(filepath.Dir(file), 0o755)
+			if err == nil {
+				err = replaceFile(file, []byte(text), 0o644)
+			}
+			if err != nil {
+				return fmt.Errorf("keep systemd-networkd and NetworkManager off our links: %w", err)
+			}
+			return nil
+		}})
+	}
+	return all
+}
+
+// removeDropIns removes them. None is success.
+func (h *Host) removeDropIns() error {
+	var errs []error
+	for _, name := range []string{networkd, networkManager} {
+		if err := os.Remove(filepath.Join(h.cfg.Run, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("keep systemd-networkd and NetworkManager off the bridges: %w", err)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // replaceFile puts data in the place of file, whole or not at all.

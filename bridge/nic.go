@@ -11,138 +11,185 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/rtnl"
 )
 
-// fabricMAC answers for every address of a VNet.
-var fabricMAC = net.HardwareAddr{0x12, 0x34, 0x56, 0x78, 0x9a, 0xbc}
+// ErrTaken is in the error for a host whose NIC is in a bridge: of somebody else, or of
+// a build of azure-vnet that moved the NIC into its bridge. Such a host is not touched.
+var ErrTaken = errors.New("the NIC is a port of a bridge")
 
-// bridgeAlias begins the alias of every bridge of ours; the NIC's name and MAC
-// follow it.
-const bridgeAlias = "azv1 bridge "
-
-// linkTable is one reading of the host's links.
-type linkTable []netlink.Link
-
-// readLinks lists the links. A dump that a change cut short is asked for again.
-func readLinks() (linkTable, error) {
-	for try := 0; ; try++ {
-		all, err := netlink.LinkList()
-		if errors.Is(err, netlink.ErrDumpInterrupted) && try < 20 {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("list the host's links: %w", err)
-		}
-		return all, nil
-	}
-}
-
-func (t linkTable) named(name string) netlink.Link {
-	return t.find(func(l netlink.Link) bool { return l.Attrs().Name == name })
-}
-
-func (t linkTable) at(index int) netlink.Link {
-	return t.find(func(l netlink.Link) bool { return l.Attrs().Index == index })
-}
-
-func (t linkTable) find(is func(netlink.Link) bool) netlink.Link {
-	if i := slices.IndexFunc(t, is); i >= 0 {
-		return t[i]
-	}
-	return nil
-}
-
-// notNICs are kinds of link that carry a NIC's MAC and are not the NIC.
+// notNICs are kinds of link that may carry a NIC's MAC and are not the NIC.
 var notNICs = []string{"bridge", "vlan", "macvlan", "macvtap", "ipvlan", "bond", "team", "vxlan", "ipoib"}
 
-// nic finds the NIC with that MAC: by kind too, for under accelerated
-// networking the virtual function has the MAC of its master, and a bridge of
-// ours has it always.
-func (t linkTable) nic(mac net.HardwareAddr) (netlink.Link, error) {
+// findNIC finds the NIC with that MAC. It goes by kind too: under accelerated networking
+// the virtual function has the MAC of the NIC above it, and a container may be given the
+// MAC of the NIC.
+func findNIC(links rtnl.Links, mac string) (netlink.Link, error) {
+	hw, err := parseMAC(mac)
+	if err != nil {
+		return nil, err
+	}
 	var found []netlink.Link
-	for _, l := range t {
+	for _, l := range links {
 		a := l.Attrs()
-		if a.HardwareAddr.String() != mac.String() || a.Flags&net.FlagLoopback != 0 ||
-			slices.Contains(notNICs, l.Type()) || strings.HasPrefix(a.Name, "azv") {
+		if a.HardwareAddr.String() != hw.String() || a.Flags&net.FlagLoopback != 0 || slices.Contains(notNICs, l.Type()) ||
+			strings.HasPrefix(a.Name, hostPrefix) || strings.HasPrefix(a.Name, peerPrefix) {
 			continue
 		}
-		if m := t.at(a.MasterIndex); a.MasterIndex != 0 && (m == nil || !isMaster(m)) {
-			continue // a virtual function under its netvsc device
+		if m := links.Index(a.MasterIndex); a.MasterIndex != 0 && (m == nil || !takesPorts(m)) {
+			continue // a virtual function under its synthetic device
 		}
 		found = append(found, l)
 	}
-	if len(found) > 1 { // a container's veth may have been given the MAC of the NIC
+	if len(found) > 1 {
 		found = slices.DeleteFunc(found, func(l netlink.Link) bool { return l.Type() == "veth" })
 	}
 	switch len(found) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return nil, fmt.Errorf("no network interface of this host has the MAC %s", mac)
+		return nil, fmt.Errorf("no network interface of this host has the MAC %s", hw)
 	}
-	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told", found[0].Attrs().Name, found[1].Attrs().Name, mac)
+	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told", found[0].Attrs().Name, found[1].Attrs().Name, hw)
 }
 
-// isMaster tells links whose business it is to have ports from a NIC that has
-// a virtual function under it.
-func isMaster(l netlink.Link) bool {
+// nicByName finds the NIC by the name that it had last, which spares a list of all links. It is nil where
+// that link is another one now, or a port of something.
+func nicByName(s *hostState, mac string) netlink.Link {
+	name := s.NICs[mac].Name
+	if name == "" {
+		return nil
+	}
+	l, err := netlink.LinkByName(name)
+	if err != nil || l.Attrs().HardwareAddr.String() != mac || l.Attrs().MasterIndex != 0 || slices.Contains(notNICs, l.Type()) {
+		return nil
+	}
+	return l
+}
+
+// takesPorts tells links that have ports from a NIC that has a virtual function.
+func takesPorts(l netlink.Link) bool {
 	return slices.Contains([]string{"bridge", "bond", "team"}, l.Type())
 }
 
-// bridges lists the bridges of ours, by their alias.
-func (t linkTable) bridges() []Bridge {
-	var out []Bridge
-	for _, l := range t {
-		a := l.Attrs()
-		words, ours := strings.CutPrefix(a.Alias, bridgeAlias)
-		if nic, _, ok := strings.Cut(words, " "); ours && ok && l.Type() == "bridge" {
-			out = append(out, Bridge{Name: a.Name, NIC: nic, MAC: a.HardwareAddr, MTU: a.MTU})
+// refuseTaken is an error if the NIC is a port of any bridge. Nobody can have its
+// addresses both ways, and whoever put it there relies on it.
+func refuseTaken(links rtnl.Links, nic netlink.Link) error {
+	m := links.Index(nic.Attrs().MasterIndex)
+	if m == nil || !takesPorts(m) {
+		return nil
+	}
+	name, master := nic.Attrs().Name, m.Attrs().Name
+	if strings.HasPrefix(m.Attrs().Alias, formerAlias) {
+		return fmt.Errorf("%w: %s is in %s, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot", ErrTaken, name, master)
+	}
+	return fmt.Errorf("%w: %s is in %s, a %s that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes %s", ErrTaken, name, master, m.Type(), master)
+}
+
+// Ready is nil if containers could be attached to the NICs: it reports ErrTaken of each
+// NIC with one of these MACs, of all NICs that were told of for none.
+func (h *Host) Ready(ctx context.Context, macs ...string) error {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return err
+	}
+	if len(macs) == 0 {
+		s, err := h.state()
+		if err != nil {
+			return err
+		}
+		for mac := range s.NICs {
+			macs = append(macs, mac)
+		}
+		slices.Sort(macs)
+	}
+	var errs []error
+	for _, mac := range macs {
+		if nic, err := findNIC(links, mac); err == nil {
+			errs = append(errs, refuseTaken(links, nic))
 		}
 	}
-	return out
+	errs = append(errs, refuseFormer(links))
+	return errors.Join(errs...)
+}
+
+// refuseFormer finds a NIC that an earlier build of ours moved, also where its MAC is
+// not known.
+func refuseFormer(links rtnl.Links) error {
+	for _, l := range links {
+		if l.Type() != "bridge" || !strings.HasPrefix(l.Attrs().Alias, formerAlias) {
+			continue
+		}
+		for _, p := range links {
+			if p.Attrs().MasterIndex == l.Attrs().Index && !strings.HasPrefix(p.Attrs().Name, hostPrefix) {
+				return refuseTaken(links, p)
+			}
+		}
+	}
+	return nil
+}
+
+// NIC resolves a NIC's name or MAC, or the name of a bridge of ours, to the NIC: its
+// name and its MAC, lower case with colons.
+func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err error) {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return "", "", err
+	}
+	l := links.Named(nameOrMAC)
+	if l == nil {
+		if _, bad := parseMAC(nameOrMAC); bad != nil {
+			return "", "", fmt.Errorf("no network interface of this host is named %q", nameOrMAC)
+		}
+		if l, err = findNIC(links, nameOrMAC); err != nil {
+			return "", "", err
+		}
+	} else if nic, ours := bridgeOf(l); ours {
+		if l, err = findNIC(links, nic); err != nil {
+			return "", "", err
+		}
+	}
+	a := l.Attrs()
+	if m := links.Index(a.MasterIndex); m != nil && !takesPorts(m) {
+		return m.Attrs().Name, m.Attrs().HardwareAddr.String(), nil
+	}
+	if len(a.HardwareAddr) != 6 || slices.Contains(notNICs, l.Type()) || a.Flags&net.FlagLoopback != 0 {
+		return "", "", fmt.Errorf("%s is no NIC but a link of type %s: name the NIC under it", a.Name, l.Type())
+	}
+	return a.Name, a.HardwareAddr.String(), nil
+}
+
+// bridgeOf reads the NIC's MAC off a bridge of ours.
+func bridgeOf(l netlink.Link) (nic string, ours bool) {
+	nic, ours = strings.CutPrefix(l.Attrs().Alias, bridgeAlias)
+	return nic, ours && l.Type() == "bridge"
 }
 
 // Bridges lists the bridges of ours, from the kernel.
 func (h *Host) Bridges(ctx context.Context) ([]Bridge, error) {
-	t, err := readLinks()
-	return t.bridges(), err
+	links, err := rtnl.ReadLinks()
+	return bridgesIn(links), err
 }
 
-// NIC resolves a NIC's name or MAC, or the name of a bridge of ours, to the NIC:
-// its name and its MAC, lower case with colons.
-func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err error) {
-	t, err := readLinks()
-	if err != nil {
-		return "", "", err
-	}
-	if l := t.named(nameOrMAC); l != nil {
-		a := l.Attrs()
-		for _, b := range t.bridges() {
-			if b.Name == a.Name {
-				return b.NIC, b.MAC.String(), nil
-			}
+func bridgesIn(links rtnl.Links) []Bridge {
+	var out []Bridge
+	for _, l := range links {
+		mac, ours := bridgeOf(l)
+		if !ours {
+			continue
 		}
-		if m := t.at(a.MasterIndex); m != nil && !isMaster(m) {
-			return m.Attrs().Name, m.Attrs().HardwareAddr.String(), nil
+		b := Bridge{Name: l.Attrs().Name, MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU, NICMAC: mac}
+		if nic, err := findNIC(links, mac); err == nil {
+			b.NIC = nic.Attrs().Name
 		}
-		if len(a.HardwareAddr) != 6 || slices.Contains(notNICs, l.Type()) || a.Flags&net.FlagLoopback != 0 {
-			return "", "", fmt.Errorf("%s is no NIC but a link of type %s: name the NIC under it", a.Name, l.Type())
-		}
-		return a.Name, a.HardwareAddr.String(), nil
+		out = append(out, b)
 	}
-	hw, err := parseMAC(nameOrMAC)
-	if err != nil {
-		return "", "", fmt.Errorf("no network interface of this host is named %q", nameOrMAC)
-	}
-	l, err := t.nic(hw)
-	if err != nil {
-		return "", "", err
-	}
-	return l.Attrs().Name, l.Attrs().HardwareAddr.String(), nil
+	return out
 }
 
-// parseMAC reads an Ethernet address as people and Azure write it: with colons,
-// hyphens or nothing between the digits.
+// parseMAC reads an Ethernet address as people and Azure write it: with colons, hyphens
+// or nothing between the digits.
 func parseMAC(s string) (net.HardwareAddr, error) {
 	if len(s) == 12 {
 		s = s[0:2] + ":" + s[2:4] + ":" + s[4:6] + ":" + s[6:8] + ":" + s[8:10] + ":" + s[10:12]
@@ -154,12 +201,12 @@ func parseMAC(s string) (net.HardwareAddr, error) {
 	return mac, err
 }
 
-// checkName refuses what the kernel, a path or a line of text would not bear as
-// the name of a link.
+// checkName refuses what the kernel, a path or a line of text would not bear as the name
+// of a bridge.
 func checkName(name string) error {
-	if name == "" || len(name) > 15 || name == "." || name == ".." || strings.HasPrefix(name, "azv") ||
-		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`/\:"'%*?[];`, r) }) {
-		return fmt.Errorf("%q cannot be the name of a bridge: 1 to 15 letters, digits, '-', '_' or '.', and not azv…, which are endpoints", name)
+	if name == "" || len(name) > 15 || name == "." || name == ".." || strings.HasPrefix(name, hostPrefix) || strings.HasPrefix(name, peerPrefix) ||
+		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`/\:"'%*?[];+!`, r) }) {
+		return fmt.Errorf("%q cannot be the name of a bridge: 1 to 15 letters, digits, '-', '_' or '.', and not azv… or azc…, which are endpoints", name)
 	}
 	return nil
 }

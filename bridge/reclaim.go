@@ -4,117 +4,101 @@ package bridge
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
 )
 
-// Reclaim takes addrs, which must be none of the host's own, off the NIC with
-// that MAC and off its bridge, and returns those that were there. What cloud-init
-// put on the host is then free for containers. An address that a default route
-// leaves from is refused, for it is the host's own.
+// Reclaim takes addrs off the NIC with that MAC, and returns those that were there. What cloud-init put on
+// the host is then free for containers. addrs must be none of the host's own: an address that a default
+// route leaves from, and the last one of the NIC, are refused.
+//
+// This is the one thing that changes a NIC's addresses, and the administrator asks for it.
 func (h *Host) Reclaim(ctx context.Context, mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
-	unlock, err := h.lockExclusive(ctx, "reclaim")
+	unlock, err := h.lock(ctx, "reclaim")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	s, err := h.known()
-	if err != nil {
-		return nil, fmt.Errorf("reclaim: %w", err)
-	}
-	t, err := readLinks()
-	if err != nil {
-		return nil, fmt.Errorf("reclaim: %w", err)
-	}
-	hw, err := parseMAC(mac)
-	if err != nil {
-		return nil, fmt.Errorf("reclaim: %w", err)
-	}
-	nic, err := t.nic(hw)
-	if err != nil {
-		return nil, fmt.Errorf("reclaim: %w", err)
-	}
-	on := []link{{nic.Attrs().Index, nic.Attrs().Name}}
-	name, st := s.of(hw.String())
-	if l := t.named(name); st != nil && l != nil {
-		on = append(on, link{l.Attrs().Index, name})
-	}
-	for i, l := range on {
-		gone, err := h.takeOff(l, addrs, i == len(on)-1)
-		if err != nil {
-			return removed, fmt.Errorf("reclaim: %w", err)
-		}
-		removed = append(removed, gone...)
-	}
-	if st == nil || len(removed) == 0 {
-		return removed, nil
-	}
-	err = h.updateState(ctx, "reclaim", func(s *hostState) error {
-		st.forget(removed)
-		s.Bridges[name] = st
-		return nil
-	})
-	for _, b := range t.bridges() {
-		if err == nil && b.Name == name {
-			_, err = h.syncTable(b)
-		}
-	}
-	if err != nil {
+	if removed, err = h.reclaim(mac, addrs); err != nil {
 		return removed, fmt.Errorf("reclaim: %w", err)
 	}
 	return removed, nil
 }
 
-// forget takes addrs out of the identity that a bridge carries.
-func (st *bridgeState) forget(addrs []netip.Addr) {
-	for _, a := range addrs {
-		st.Moved, st.Joined = st.Moved.without(a), st.Joined.without(a)
-	}
-}
-
-// takeOff takes addrs off l and returns those it had. home says that the host
-// lives on l, whose last address is then its own. With the first address of a
-// subnet the kernel would drop the others, unless told to promote them.
-func (h *Host) takeOff(l link, addrs []netip.Addr, home bool) (gone []netip.Addr, err error) {
-	has, err := capture(l, false)
+func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
+	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range has.Addresses {
-		a := addressOf(m).Addr()
-		if !slices.Contains(addrs, a) {
+	nic, err := findNIC(links, mac)
+	if err != nil {
+		return nil, err
+	}
+	has, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list the addresses of %s: %w", nic.Attrs().Name, err)
+	}
+	own, err := sourceOf(nic, has)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range has {
+		addr := prefixOf(a.IPNet).Addr()
+		if !slices.Contains(addrs, addr) {
 			continue
 		}
-		if slices.ContainsFunc(has.Routes, func(r message) bool {
-			return r[1] == 0 && tableOf(r) == unix.RT_TABLE_MAIN && has.source(r) == a
-		}) || home && len(has.Addresses) == 1 {
-			return gone, fmt.Errorf("%s is the host's own address on %s and stays there", a, l.name)
+		if addr == own || len(removed) == len(has)-1 {
+			return removed, fmt.Errorf("%s is the host's own address on %s and stays there", addr, nic.Attrs().Name)
 		}
-		if _, err := h.setSysctl("ipv4/conf/"+l.name+"/promote_secondaries", "1"); err != nil {
-			return gone, fmt.Errorf("keep the other addresses of %s: %w", l.name, err)
+		if err := h.delAddr(nic, a); err != nil {
+			return removed, fmt.Errorf("take %s off %s: %w", addr, nic.Attrs().Name, err)
 		}
-		if err := addresses.remove(addressOn(m, l, true)); err != nil {
-			return gone, fmt.Errorf("take from %s its %w", l.name, err)
-		}
-		gone = append(gone, a)
+		removed = append(removed, addr)
 	}
-	return gone, nil
+	return removed, nil
 }
 
-// source is the address that packets of the host leave with by route r: the
-// one that it names, else the first that shares a subnet with its gateway.
-func (id identity) source(r message) netip.Addr {
-	if named := ipOf(routes.attr(r, unix.RTA_PREFSRC)); named.IsValid() {
-		return named
+// delAddr deletes one address. With the first of a subnet the kernel would delete the others, unless it is
+// told to promote them: it is told so for the moment.
+func (h *Host) delAddr(nic netlink.Link, a netlink.Addr) (err error) {
+	promote := sysctl{"ipv4/conf/" + nic.Attrs().Name + "/promote_secondaries", "1"}
+	before := h.readSysctl(promote.name)
+	if a.Flags&unix.IFA_F_SECONDARY == 0 && before == "0" {
+		if err := h.setSysctl(promote); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, h.setSysctl(sysctl{promote.name, before})) }()
 	}
-	via := ipOf(routes.attr(r, unix.RTA_GATEWAY))
-	for _, m := range id.Addresses {
-		if a := addressOf(m); a.Masked().Contains(via) {
-			return a.Addr()
+	a.Label = "" // the kernel compares it where it is given
+	return ignoreMissing(netlink.AddrDel(nic, &a))
+}
+
+// sourceOf is the address that the host's packets leave with by the NIC's default route: the one that the
+// route names, else the first that shares a subnet with its gateway.
+func sourceOf(nic netlink.Link, has []netlink.Addr) (netip.Addr, error) {
+	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nic, netlink.FAMILY_V4) })
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("list the routes of %s: %w", nic.Attrs().Name, err)
+	}
+	for _, r := range routes {
+		if prefixOf(r.Dst).Bits() != 0 {
+			continue
+		}
+		if src, ok := netip.AddrFromSlice(r.Src); ok {
+			return src.Unmap(), nil
+		}
+		for _, a := range has {
+			if a.Contains(r.Gw) {
+				return prefixOf(a.IPNet).Addr(), nil
+			}
 		}
 	}
-	return netip.Addr{}
+	return netip.Addr{}, nil
 }

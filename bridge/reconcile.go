@@ -9,93 +9,153 @@ import (
 	"os"
 	"slices"
 	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/rtnl"
 )
 
-// Reconcile makes everything of ours stand as it should, whoever broke it, and
-// finishes what a crash left. It returns a sentence for each thing it mended,
-// none when all stood. It works on after an error, and returns all of them.
+// passes bounds how often a round reads and mends: a bridge that was gone brings its ports to
+// light, these their neighbour entries, and the last pass finds nothing.
+const passes = 4
+
+// mendAll makes everything stand as it should, and says what it mended. The caller holds the
+// lock. It works on after an error. hostErr is of what containers cannot do without, and
+// endpointErr of single endpoints.
+func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointErr error) {
+	failed := map[string]bool{}
+	for range passes {
+		v, err := h.read()
+		if err != nil {
+			return mended, err, nil
+		}
+		all, err := h.faults(v)
+		if err != nil {
+			return mended, err, nil
+		}
+		did := false
+		for _, f := range all {
+			if f.mend == nil || failed[f.what] || slices.Contains(mended, f.what) {
+				continue
+			}
+			if err := ctx.Err(); err != nil {
+				return mended, errors.Join(hostErr, err), endpointErr
+			}
+			if err := f.mend(); err != nil {
+				failed[f.what] = true
+				if err = fmt.Errorf("%s: %w", f.what, err); f.endpoint {
+					endpointErr = errors.Join(endpointErr, err)
+				} else {
+					hostErr = errors.Join(hostErr, err)
+				}
+				continue
+			}
+			mended, did = append(mended, f.what), true
+		}
+		if !did {
+			break
+		}
+	}
+	return mended, hostErr, endpointErr
+}
+
+// Reconcile makes everything of ours stand as it should, whoever broke it, and finishes what a
+// crash left. It returns a sentence for each thing that it mended, none when all stood. It works
+// on after an error, and returns all of them.
 func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
-	unlock, err := h.lockExclusive(ctx, "reconcile")
+	if used, err := h.inUse(); err != nil || !used {
+		return nil, err // nor is a lock made on a host that has nothing of ours
+	}
+	unlock, err := h.lock(ctx, "reconcile")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	h.lookedOver()
-	s, err := h.known()
-	if err != nil {
-		return nil, fmt.Errorf("reconcile: %w", err)
+	h.noteRound()
+	mended, hostErr, endpointErr := h.mendAll(ctx)
+	if err := errors.Join(hostErr, endpointErr); err != nil {
+		return mended, fmt.Errorf("reconcile: %w", err)
 	}
-	var errs []error
-	if err := h.keepPorts(ctx); err != nil {
-		errs = append(errs, fmt.Errorf("reconcile: %w", err))
-	}
-	for _, name := range s.names() {
-		what, err := h.reconcile(ctx, name, s.Bridges[name])
-		mended = append(mended, what...)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("reconcile %s: %w", name, err))
-		}
-	}
-	return mended, errors.Join(errs...)
+	return mended, nil
 }
 
-// The plugin, or a timer, looks the host over each 30 s. Where there is neither,
-// whoever attaches does: see Ensure.
-const lookEvery = time.Minute
+// inUse reports whether anything of ours stands or was asked for since the boot.
+func (h *Host) inUse() (bool, error) {
+	s, err := h.state()
+	if err != nil || s.asked() {
+		return err == nil, err
+	}
+	links, err := rtnl.ReadLinks()
+	return slices.ContainsFunc(links, func(l netlink.Link) bool {
+		_, bridge := bridgeOf(l)
+		_, end := endpointOf(l)
+		return bridge || end || halfMade(l)
+	}), err
+}
 
-// lookTime bounds what a call that attaches gives to the host.
-const lookTime = 5 * time.Second
+// brokenWait bounds how long Broken waits for those who are changing the host.
+const brokenWait = 3 * time.Second
 
-// lookOver reconciles a host that nobody reconciles, and returns what it mended. Of
-// many calls at once one does it; what ails, and who holds the lock, keeps no
-// container away that can do without.
-func (h *Host) lookOver(ctx context.Context) (mended []string) {
-	if h.reconciled() {
+// Broken names what is not as it should be, in sentences, and changes nothing: what Reconcile
+// would mend, and what only a person can. It holds the lock meanwhile, since what is half made
+// is not broken. The error names who keeps it waiting.
+func (h *Host) Broken(ctx context.Context) ([]string, error) {
+	if err := h.Ready(ctx); err != nil {
+		return []string{err.Error()}, nil
+	}
+	if used, err := h.inUse(); err != nil || !used {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, brokenWait)
+	defer cancel()
+	unlock, err := h.lock(ctx, "look for what is broken")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	v, err := h.read()
+	if err != nil {
+		return nil, err
+	}
+	all, err := h.faults(v)
+	var out []string
+	for _, f := range all {
+		out = append(out, f.what)
+	}
+	return out, err
+}
+
+// The plugin, or a timer, reconciles every 30 s. Where there is neither, whoever attaches does:
+// see Ensure.
+const roundEvery = time.Minute
+
+// roundTime bounds what a call that attaches spends on a round.
+const roundTime = 5 * time.Second
+
+// reconcileIfNobodyDoes reconciles a host that nobody reconciles, and returns what it mended. Of
+// many calls at once one does it. Its failure keeps no container away that can do without.
+func (h *Host) reconcileIfNobodyDoes(ctx context.Context) (mended []string) {
+	if h.roundIsRecent() {
 		return nil
 	}
-	h.lookedOver()
-	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	h.noteRound()
+	ctx, cancel := context.WithTimeout(ctx, roundTime)
 	defer cancel()
 	mended, _ = h.Reconcile(ctx)
 	return mended
 }
 
-// lookedOver notes that somebody looks the host over now. That it cannot be noted
-// costs time and no more.
-func (h *Host) lookedOver() {
+// noteRound notes that a round runs now. Where it cannot be noted, the next call costs more.
+func (h *Host) noteRound() {
 	_ = os.WriteFile(h.path("reconciled"), nil, 0o600)
 	_ = os.Chtimes(h.path("reconciled"), time.Now(), time.Now())
 }
 
-// reconciled tells whether somebody looks the host over.
-func (h *Host) reconciled() bool {
+func (h *Host) roundIsRecent() bool {
 	info, err := os.Stat(h.path("reconciled"))
 	if err != nil {
 		return false
 	}
 	age := time.Since(info.ModTime())
-	return age >= 0 && age < lookEvery
-}
-
-func (s *hostState) names() []string {
-	var out []string
-	for name := range s.Bridges {
-		out = append(out, name)
-	}
-	slices.Sort(out)
-	return out
-}
-
-func (h *Host) reconcile(ctx context.Context, name string, st *bridgeState) ([]string, error) {
-	if st.Phase == leaving {
-		if err := h.lower(ctx, name, st); err != nil {
-			return nil, err
-		}
-		return []string{"the removal of " + name + " had not been finished"}, nil
-	}
-	m, err := h.raise(ctx, name, st)
-	if m == nil {
-		return nil, err
-	}
-	return m.mended, errors.Join(err, m.ailing)
+	return age >= 0 && age < roundEvery
 }

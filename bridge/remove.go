@@ -10,119 +10,121 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/forward"
+	"azurevnet/bridge/internal/ruleset"
 )
 
-// Remove undoes the bridge: the NIC is the host's own again, and nothing of the
-// bridge is left. It refuses while endpoints are attached. No such bridge is
-// success. On failure the host is back on the bridge, or, where only traces of
-// the bridge are left, the next Remove or Reconcile finishes.
+// Remove takes away the bridge of that name. It refuses while endpoints are attached to it. No
+// such bridge is success.
 func (h *Host) Remove(ctx context.Context, name string) error {
-	unlock, err := h.lockExclusive(ctx, "remove "+name)
+	unlock, err := h.lock(ctx, "remove "+name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	s, err := h.known()
+	v, err := h.read()
 	if err != nil {
 		return err
 	}
-	return h.removeKnown(ctx, s, name)
-}
-
-// RemoveAll is Remove for every bridge of ours, also one that a crash left half
-// made or half removed and of which only traces are there. It returns the links
-// that the host is home on. forget is called when all is gone and nobody else can
-// begin anew yet: a state that is deleted later may be another's.
-func (h *Host) RemoveAll(ctx context.Context, forget func() error) (homes []string, err error) {
-	unlock, err := h.lockExclusive(ctx, "remove all bridges")
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	s, err := h.known()
-	if err != nil {
-		return nil, err
-	}
-	for _, name := range s.names() {
-		if err := h.removeKnown(ctx, s, name); err != nil {
-			return homes, err
-		}
-		homes = append(homes, s.Bridges[name].NIC)
-	}
-	return homes, forget()
-}
-
-func (h *Host) removeKnown(ctx context.Context, s *hostState, name string) error {
-	st := s.Bridges[name]
-	if st == nil {
-		return nil
-	}
-	on, err := h.endpointsOn(ctx, name)
-	if err != nil {
-		return err
-	}
-	if len(on) > 0 {
-		return fmt.Errorf("remove %s: attached to it: %s", name, strings.Join(on, ", "))
-	}
-	if err := removeHalfMade(); err != nil {
-		return fmt.Errorf("remove %s: %w", name, err)
-	}
-	if err := h.lower(ctx, name, st); err != nil {
-		return fmt.Errorf("remove %s: %w", name, err)
-	}
-	return nil
-}
-
-// removeHalfMade deletes the links that an attach died over. The caller holds
-// the exclusive lock, under which no attach is on its way.
-func removeHalfMade() error {
-	links, err := readLinks()
-	if err != nil {
-		return err
-	}
-	for _, l := range links {
-		if !halfMade(l) {
+	for mac, n := range v.state.NICs {
+		if n.Bridge != name {
 			continue
 		}
-		if err := netlink.LinkDel(l); err != nil && !absent(err) {
-			return fmt.Errorf("delete %s, which is half made: %w", l.Attrs().Name, err)
+		if on := v.attached(func(e endpoint) bool { return e.bridge == name }); len(on) > 0 {
+			return fmt.Errorf("remove %s: attached to it: %s", name, strings.Join(on, ", "))
+		}
+		n.Bridge = ""
+		if err := h.unask(ctx, mac, n); err != nil {
+			return fmt.Errorf("remove %s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// lower walks down, and back up if that fails while the bridge is still there.
-func (h *Host) lower(ctx context.Context, name string, st *bridgeState) error {
-	m, err := h.newMove(name, st)
-	if err != nil {
-		return err
-	}
-	if err = m.walk(ctx, m.down()); err == nil {
-		return nil
-	}
-	if m.gone || m.bridge.index == 0 {
-		return err
-	}
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
-	defer cancel()
-	if _, bad := h.raise(undo, name, st); bad != nil {
-		err = errors.Join(err, fmt.Errorf("and then undo it: %w", bad))
-	}
-	return err
-}
-
-// endpointsOn names the endpoints attached to a bridge.
-func (h *Host) endpointsOn(ctx context.Context, name string) ([]string, error) {
-	all, err := h.Attachments(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var out []string
-	for _, a := range all {
-		if a.Bridge == name {
-			out = append(out, fmt.Sprintf("%s (%s)", a.Owner, a.Addr.Addr()))
+// attached names the endpoints that want chooses.
+func (v *view) attached(want func(endpoint) bool) (out []string) {
+	for _, e := range v.endpoints {
+		if want(e) {
+			out = append(out, fmt.Sprintf("%s (%s)", e.owner, e.addr.Addr()))
 		}
 	}
 	slices.Sort(out)
-	return out, nil
+	return out
+}
+
+// RemoveAll takes away all of ours, also what a crash left half made, and returns the names of the
+// bridges that it removed. It refuses while endpoints are attached. forget is called when all is
+// gone and nobody else can begin anew yet: a state that is deleted later may be another's.
+//
+// ip_forward and the NICs' forwarding stay: an engine or a kubelet that came since may rely on
+// them.
+func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []string, err error) {
+	unlock, err := h.lock(ctx, "remove all")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	v, err := h.read()
+	if err != nil {
+		return nil, err
+	}
+	if on := v.attached(func(endpoint) bool { return true }); len(on) > 0 {
+		return nil, fmt.Errorf("containers are attached: %s: end them first", strings.Join(on, ", "))
+	}
+	for _, l := range v.links {
+		if _, ours := bridgeOf(l); !ours && !halfMade(l) {
+			continue
+		}
+		if err := h.hook("remove " + l.Type()); err != nil {
+			return removed, err
+		}
+		if err := delLink(l); err != nil {
+			return removed, err
+		}
+		if l.Type() == "bridge" {
+			removed = append(removed, l.Attrs().Name)
+		}
+	}
+	if err := h.hook("remove rules"); err != nil {
+		return removed, err
+	}
+	if err := h.sweepAll(); err != nil {
+		return removed, err
+	}
+	if err := h.hook("forget"); err != nil {
+		return removed, err
+	}
+	return removed, forget()
+}
+
+// sweep takes away what nobody asks for any more. The caller holds the lock.
+func (h *Host) sweep(ctx context.Context) error {
+	s, err := h.state()
+	if err != nil {
+		return err
+	}
+	if !s.asked() {
+		return h.sweepAll()
+	}
+	_, hostErr, endpointErr := h.mendAll(ctx)
+	return errors.Join(hostErr, endpointErr)
+}
+
+// sweepAll takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,
+// and the drop-ins.
+func (h *Host) sweepAll() error {
+	v, err := h.read()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range v.rules {
+		errs = append(errs, netlink.RuleDel(&r))
+	}
+	none := &view{state: &hostState{}, links: v.links, routes: v.routes, neighbours: v.neighbours}
+	for _, f := range strayFaults(none) {
+		errs = append(errs, f.mend())
+	}
+	return errors.Join(append(errs, forward.Drop(), ruleset.Drop(), h.removeDropIns())...)
 }

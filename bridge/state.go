@@ -14,34 +14,22 @@ import (
 
 // hostState is host.json: what of the host's network the kernel cannot tell.
 type hostState struct {
-	Version  int                     `json:"version"`
-	Boot     string                  `json:"boot"` // the kernel's boot id; a state of another boot is void
-	Bridges  map[string]*bridgeState `json:"bridges,omitempty"`
-	Policies map[string]Policy       `json:"policies,omitempty"`
-	Ports    map[string][]Port       `json:"ports,omitempty"` // published, by host veth; those of a link whose alias has none are void
-	NICs     []string                `json:"nics,omitempty"`  // see Spec
+	Version  int                 `json:"version"`
+	Boot     string              `json:"boot"`               // the kernel's boot id; a state of another boot is void
+	NICs     map[string]nicState `json:"nics,omitempty"`     // by MAC: those of the VM, as far as known
+	Policies map[string]Policy   `json:"policies,omitempty"` // by id
+	Ports    map[string][]Port   `json:"ports,omitempty"`    // claimed, by host end; those of a link whose alias has none are void
 }
 
-// A bridge's phase is the journal of its NIC's move.
-const (
-	moving   = "moving"   // begun: finish it, or undo it
-	standing = "standing" // done and verified
-	leaving  = "leaving"  // the way back is begun: finish it
-)
-
-// bridgeState is what was wished of a bridge and the identity it carries.
-type bridgeState struct {
-	Phase  string   `json:"phase"`
-	NIC    string   `json:"nic"`           // name
-	MAC    string   `json:"mac"`           // lower case with colons
-	MTU    int      `json:"mtu,omitempty"` // bytes as asked for; 0: the NIC's
-	Moved  identity `json:"moved"`         // came from the NIC and must stand
-	Joined identity `json:"joined"`        // others gave it to the bridge since: theirs to take away, ours to bring back with a lost bridge
-
-	unsaved bool // host.json does not say it yet: it was read from the kernel, or another MTU is wished
+// nicState is what was asked of a NIC.
+type nicState struct {
+	Name        string `json:"name,omitempty"`        // as last seen: a hint, since a NIC may be renamed
+	Bridge      string `json:"bridge,omitempty"`      // name of its bridge; empty: none is asked for
+	Primary     bool   `json:"primary,omitempty"`     // the VM's
+	Transparent bool   `json:"transparent,omitempty"` // transparent endpoints are asked for
 }
 
-const stateVersion = 1
+const stateVersion = 2
 
 // Check makes a file of another version unreadable.
 func (s hostState) Check() error {
@@ -60,8 +48,8 @@ func (s *hostState) renew() error {
 	if s.Boot != boot {
 		*s = hostState{Version: stateVersion, Boot: boot}
 	}
-	if s.Bridges == nil {
-		s.Bridges = map[string]*bridgeState{}
+	if s.NICs == nil {
+		s.NICs = map[string]nicState{}
 	}
 	if s.Policies == nil {
 		s.Policies = map[string]Policy{}
@@ -72,7 +60,17 @@ func (s *hostState) renew() error {
 	return nil
 }
 
-// state reads host.json. None, one of another boot and one that cannot be
+// asked reports whether anything was asked of the host since its boot.
+func (s *hostState) asked() bool {
+	for _, n := range s.NICs {
+		if n.Bridge != "" || n.Transparent {
+			return true
+		}
+	}
+	return false
+}
+
+// state reads host.json. No file, one of another boot and one that cannot be
 // understood are an empty state: the kernel tells the rest.
 func (h *Host) state() (*hostState, error) {
 	s, err := statefile.Read[hostState](h.path("host.json"))
@@ -85,10 +83,9 @@ func (h *Host) state() (*hostState, error) {
 	return &s, s.renew()
 }
 
-// updateState changes host.json under its own lock; who is named to those who
-// wait. A file that cannot be understood is set aside first. Nothing is written
-// when change returns an error, which comes back as it is. The file and its
-// directory are on disk when updateState returns.
+// updateState changes host.json under its own lock; who is told to those who wait. A
+// file that cannot be understood is set aside first. Nothing is written when change
+// returns an error, which comes back as it is.
 func (h *Host) updateState(ctx context.Context, who string, change func(*hostState) error) error {
 	file := h.path("host.json")
 	renewed := func(s *hostState) error {
@@ -97,10 +94,10 @@ func (h *Host) updateState(ctx context.Context, who string, change func(*hostSta
 		}
 		return change(s)
 	}
-	err := statefile.Durable(ctx, file, who, renewed)
+	err := statefile.Update(ctx, file, who, renewed)
 	if errors.Is(err, statefile.ErrUnreadable) {
 		if err = statefile.SetAside[hostState](ctx, file, who); err == nil {
-			err = statefile.Durable(ctx, file, who, renewed)
+			err = statefile.Update(ctx, file, who, renewed)
 		}
 	}
 	return err

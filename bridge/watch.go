@@ -4,29 +4,35 @@ package bridge
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/bridge/internal/ruleset"
 )
 
 // watchPause is how long Watch lets events gather before it tells of them.
 const watchPause = 200 * time.Millisecond
 
-// Watch calls changed whenever something that Reconcile looks after may have
-// changed: our links, their addresses and routes, our nft tables. Events of
-// 200 ms are one call, and events that the kernel could not deliver are one too.
-// An endpoint that comes to stand within that time is no event, nor are elements
-// of the tables, which come and go with endpoints.
-// It works on the calling goroutine alone, so that it stays in the caller's
-// namespace, and returns ctx's error when ctx ends.
+// Watch calls changed whenever something that Reconcile looks after may have changed: our links, the NICs, our
+// routes and rules, our nft tables, and the rules of iptables-nft's FORWARD. Events of 200 ms are one call, and
+// events that the kernel could not deliver are one too. An endpoint that comes to stand within that time is no
+// event, nor are elements of the tables, which come and go with endpoints. Legacy iptables tells nobody.
+//
+// It works on the calling goroutine alone, so that it stays in the caller's namespace, and returns ctx's error
+// when ctx ends.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, ours: map[int32]bool{}, unready: map[int32]bool{}}
+	w := &watcher{host: h, known: map[int32]kind{}, unready: map[int32]bool{}}
 	if err := w.open(); err != nil {
 		w.close()
 		return fmt.Errorf("watch the host's network: %w", err)
@@ -70,12 +76,22 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 
 type watcher struct {
 	host        *Host
-	fds         []unix.PollFd // the pipe's end, then a socket for links and one for nft
+	fds         []unix.PollFd // the pipe's end, then a socket for rtnetlink and one for nf_tables
 	woken, wake *os.File
-	ours        map[int32]bool // indexes of our bridges and NICs
+	known       map[int32]kind // links by index
 	unready     map[int32]bool // indexes of endpoints' links that do not stand yet, or no more
 	buf         [1 << 16]byte
 }
+
+// kind is what a link is to us.
+type kind int
+
+const (
+	foreign kind = iota + 1
+	nicLink
+	bridgeLink
+	endLink // the host end of an endpoint
+)
 
 // open subscribes first and then reads what is there, so that nothing falls
 // between.
@@ -88,7 +104,7 @@ func (w *watcher) open() (err error) {
 		family int
 		groups []int
 	}{
-		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE}},
+		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE}},
 		{unix.NETLINK_NETFILTER, []int{unix.NFNLGRP_NFTABLES}},
 	} {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
@@ -118,17 +134,32 @@ func (w *watcher) close() {
 	}
 }
 
-// relearn notes which links are ours.
+// relearn notes what each link is.
 func (w *watcher) relearn() error {
-	t, err := readLinks()
+	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return err
 	}
-	for _, b := range t.bridges() {
-		for _, name := range []string{b.Name, b.NIC} {
-			if l := t.named(name); l != nil {
-				w.ours[int32(l.Attrs().Index)] = true
-			}
+	s, err := w.host.state()
+	if err != nil {
+		return err
+	}
+	clear(w.known)
+	for _, l := range links {
+		w.known[int32(l.Attrs().Index)] = foreign
+		if _, ours := bridgeOf(l); ours {
+			w.known[int32(l.Attrs().Index)] = bridgeLink
+		} else if l.Attrs().Group == ruleset.GroupBridge || l.Attrs().Group == ruleset.GroupTransparent {
+			w.known[int32(l.Attrs().Index)] = endLink
+		}
+	}
+	macs := slices.Collect(maps.Keys(s.NICs))
+	for _, b := range bridgesIn(links) {
+		macs = append(macs, b.NICMAC)
+	}
+	for _, mac := range macs {
+		if nic, err := findNIC(links, mac); err == nil {
+			w.known[int32(nic.Attrs().Index)] = nicLink
 		}
 	}
 	return nil
@@ -161,9 +192,9 @@ func (w *watcher) read() (seen bool, err error) {
 			}
 			for _, m := range messages {
 				if i == 0 {
-					seen = w.ofLink(m) || seen
+					seen = w.concerns(m) || seen
 				} else {
-					seen = ofTable(m) || seen
+					seen = concernsTable(m) || seen
 				}
 			}
 		}
@@ -171,58 +202,86 @@ func (w *watcher) read() (seen bool, err error) {
 	return seen, nil
 }
 
-// ofLink tells whether an event is of a link of ours: all about bridges and
-// NICs, and of endpoints the link alone.
-func (w *watcher) ofLink(m syscall.NetlinkMessage) bool {
+// concerns reports whether an event of rtnetlink may have broken something of ours, or asks for something new.
+func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		if len(m.Data) < unix.SizeofIfInfomsg {
-			return false
-		}
-		index := int32(native.Uint32(m.Data[4:]))
-		name, alias, master := "", "", 0
-		for a, v := range (noun{header: unix.SizeofIfInfomsg}).attrs(m.Data) {
-			switch a {
-			case unix.IFLA_IFNAME:
-				name = unix.ByteSliceToString(v)
-			case unix.IFLA_IFALIAS:
-				alias = unix.ByteSliceToString(v)
-			case unix.IFLA_MASTER:
-				master = wordOf(v)
-			}
-		}
-		if strings.HasPrefix(alias, bridgeAlias) || w.ours[int32(master)] && !strings.HasPrefix(name, hostPrefix) {
-			w.ours[index] = true // a bridge, or the NIC in it
-		}
-		was := w.ours[index]
-		if m.Header.Type == unix.RTM_DELLINK && m.Data[0] == unix.AF_UNSPEC {
-			delete(w.ours, index)
-			delete(w.unready, index)
-			return was || strings.HasPrefix(name, hostPrefix)
-		}
-		if strings.HasPrefix(name, hostPrefix) && m.Data[0] == unix.AF_UNSPEC {
-			_, whole := parseAlias(alias)
-			if w.unready[index] = true; whole && w.ours[int32(master)] && native.Uint32(m.Data[8:])&unix.IFF_UP != 0 {
-				delete(w.unready, index)
-			}
-		}
-		return was
-	case unix.RTM_DELRULE:
-		return len(m.Data) >= rules.header && isEgress(m.Data)
+		return len(m.Data) >= unix.SizeofIfInfomsg && m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		return len(m.Data) >= addresses.header && w.ours[int32(native.Uint32(m.Data[4:]))]
-	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return len(m.Data) >= routes.header && w.ours[int32(wordOf(routes.attr(m.Data, unix.RTA_OIF)))]
+		return len(m.Data) >= unix.SizeofIfAddrmsg && w.known[int32(native.Uint32(m.Data[4:]))] > foreign
+	case unix.RTM_DELROUTE, unix.RTM_DELRULE:
+		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) == ourProtocol
 	}
 	return false
 }
 
-// ofTable tells whether an nft event is of a table of ours. Every object but a
-// transaction's end has its table's name as attribute 1.
-func ofTable(m syscall.NetlinkMessage) bool {
+// concernsLink keeps account of the links. A link that is new may be a NIC, or a VPN's that containers are to
+// leave by.
+func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
+	index := int32(native.Uint32(m.Data[4:]))
+	up := native.Uint32(m.Data[8:])&unix.IFF_UP != 0
+	name, alias, group := "", "", uint32(0)
+	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
+		switch kind {
+		case unix.IFLA_IFNAME:
+			name = unix.ByteSliceToString(v)
+		case unix.IFLA_IFALIAS:
+			alias = unix.ByteSliceToString(v)
+		case unix.IFLA_GROUP:
+			group = native.Uint32(v)
+		}
+	}
+	was, seen := w.known[index]
+	if m.Header.Type == unix.RTM_DELLINK {
+		delete(w.known, index)
+		delete(w.unready, index)
+		return was > foreign
+	}
+	end := was == endLink || strings.HasPrefix(name, hostPrefix) && (group == ruleset.GroupBridge || group == ruleset.GroupTransparent)
+	switch {
+	case strings.HasPrefix(alias, bridgeAlias):
+		w.known[index] = bridgeLink
+	case end:
+		w.known[index] = endLink
+		w.unready[index] = true
+		if _, whole := parseAlias(alias); whole && up && group != 0 {
+			delete(w.unready, index)
+		}
+		return false
+	case !seen:
+		w.known[index] = foreign
+		return !strings.HasPrefix(name, peerPrefix)
+	}
+	return was > foreign
+}
+
+// protocolOf is who made the route or rule of an event.
+func protocolOf(m syscall.NetlinkMessage) byte {
+	if m.Header.Type != unix.RTM_DELRULE {
+		return m.Data[5] // struct rtmsg
+	}
+	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofRtMsg) {
+		if kind == unix.FRA_PROTOCOL && len(v) == 1 {
+			return v[0]
+		}
+	}
+	return 0
+}
+
+// concernsTable reports whether an event of nf_tables is of a table of ours, or of the one that has iptables-nft's
+// FORWARD chain. Every object but a transaction's end has its table's name as attribute 1.
+func concernsTable(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWGEN, unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
 		return false
 	}
-	return strings.HasPrefix(unix.ByteSliceToString(noun{header: nl.SizeofNfgenmsg}.attr(m.Data, 1)), tableName)
+	for kind, v := range rtnl.Attributes(m.Data, nl.SizeofNfgenmsg) {
+		if kind == 1 {
+			name := unix.ByteSliceToString(v)
+			return name == ruleset.Name || name == "filter" && m.Data[0] == unix.NFPROTO_IPV4
+		}
+	}
+	return false
 }
+
+var native = binary.NativeEndian

@@ -1,0 +1,477 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"unicode"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/conntrack"
+	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/bridge/internal/ruleset"
+)
+
+// ErrAttached says that a container has the endpoint already: its end of the veth lies in another
+// namespace, and was left as it is.
+var ErrAttached = errors.New("a running container has it")
+
+// Attach makes a container's interface whole, or not at all. It decides first and acts then; its last
+// act is the alias, which says that the interface is whole. A repeat for the same owner clears away
+// what a crash left and succeeds. It fails with ErrAttached where a container has the endpoint, and
+// with an error that names the other where another owner's link has the address or the MAC.
+func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
+	a, err := e.normal()
+	if err != nil {
+		return Attachment{}, fmt.Errorf("attach %q: %w", e.Owner, err)
+	}
+	at := &attach{h: h, e: e, a: a}
+	at.link, at.peer = linkNames(e.Owner)
+	at.e.Ports, _ = normalPorts(e.Ports) // looked at by normal
+	defer at.close()
+	out, err := at.run(ctx)
+	if err != nil {
+		return Attachment{}, fmt.Errorf("attach %s: %w", e.Owner, err)
+	}
+	return out, nil
+}
+
+// normal checks the wish, and returns what the endpoint's link will say.
+func (e Endpoint) normal() (alias, error) {
+	if e.Lease == "" {
+		e.Lease = e.Owner
+	}
+	if e.MAC == nil && e.Addr.Addr().Is4() {
+		e.MAC = MACFor(e.Addr.Addr())
+	}
+	nic, macErr := parseMAC(e.NIC)
+	switch bad := func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }; {
+	case e.Owner == "" || len(e.Owner) > 255 || strings.ContainsFunc(e.Owner, bad):
+		return alias{}, errors.New("the owner must have 1 to 255 bytes and no space")
+	case len(e.Lease) > 255 || strings.ContainsFunc(e.Lease, bad):
+		return alias{}, errors.New("the lease's owner must have at most 255 bytes and no space")
+	case macErr != nil:
+		return alias{}, fmt.Errorf("the NIC: %w", macErr)
+	case !e.Addr.Addr().Is4() || e.Addr.Bits() < 0:
+		return alias{}, fmt.Errorf("%v is not an IPv4 address with its mask", e.Addr)
+	case len(e.MAC) != 6 || e.MAC[0]&1 != 0 || slices.Equal(e.MAC, make([]byte, 6)):
+		return alias{}, fmt.Errorf("%s is not the MAC of one interface", e.MAC)
+	case e.Netns != "" && (e.IfName == "" || len(e.IfName) >= unix.IFNAMSIZ || e.IfName == "." || e.IfName == ".." || strings.ContainsAny(e.IfName, "/: \t\n")):
+		return alias{}, fmt.Errorf("%q is not a name for an interface: it must have 1 to 15 bytes, and no slash, colon or space", e.IfName)
+	case e.Netns != "" && !e.Policy.Internal && !e.Gateway.Is4():
+		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway")
+	}
+	ports, err := normalPorts(e.Ports)
+	return alias{addr: e.Addr, mac: e.MAC, nic: nic.String(), bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(ports)}, err
+}
+
+// attach is one Attach on its way.
+type attach struct {
+	h    *Host
+	e    Endpoint
+	a    alias
+	link string // name of the host end
+	peer string // name of the container end, while it lies here
+
+	ns     netns.NsHandle   // the container's; not open if the container end stays here
+	bridge int              // index of the bridge; 0: transparent
+	mtu    int              // bytes
+	ports  []Port           // claimed
+	rules  ruleset.Endpoint // the endpoint as the nft tables take it
+
+	index, peerIndex int // of the ends, once they are made; peerIndex is of ns
+	undo             []func() error
+
+	nft   ruleset.Conn
+	flows conntrack.Conn
+}
+
+// close comes after the lock was given back: see ruleset.Conn.
+func (at *attach) close() {
+	at.nft.Close()
+	at.flows.Close()
+	if at.ns.IsOpen() {
+		at.ns.Close()
+	}
+}
+
+func (at *attach) run(ctx context.Context) (Attachment, error) {
+	at.ns = netns.None()
+	if at.e.Netns != "" {
+		var err error
+		if at.ns, err = containerNamespace(at.e.Netns); err != nil {
+			return Attachment{}, err
+		}
+	}
+	unlock, err := at.h.lock(ctx, "attach "+at.e.Owner)
+	if err != nil {
+		return Attachment{}, err
+	}
+	defer unlock()
+	if err := at.clearOld(ctx); err != nil {
+		return Attachment{}, err
+	}
+	secondNIC, err := at.decide(ctx)
+	if err != nil {
+		return Attachment{}, err
+	}
+	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
+	if err := at.act(secondNIC); err != nil {
+		return Attachment{}, errors.Join(err, at.undoAll())
+	}
+	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
+		MAC: at.a.mac, MTU: at.mtu, Ports: at.ports, Away: at.ns.IsOpen()}
+	if out.Away {
+		out.Peer = ""
+	}
+	return out, nil
+}
+
+// clearOld takes away what an earlier attach or half a detach of this owner left.
+func (at *attach) clearOld(ctx context.Context) error {
+	l, err := netlink.LinkByName(at.link)
+	if rtnl.NotThere(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for %s: %w", at.link, err)
+	}
+	old, whole := endpointOf(l)
+	switch {
+	case !whole && halfMade(l): // nobody was told of it
+		return delLink(l)
+	case !whole:
+		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end its container", at.link)
+	case !old.is(at.e.Owner):
+		return fmt.Errorf("the link %s is of %s, whose name has the same hash", at.link, old.owner)
+	case l.Attrs().NetNsID >= 0:
+		return fmt.Errorf("%s with %s: %w", at.link, old.addr, ErrAttached)
+	}
+	d := &detach{h: at.h, link: l, a: old}
+	defer d.close()
+	if err := d.clear(ctx); err != nil {
+		return err
+	}
+	return delLink(l)
+}
+
+// decide finds what the endpoint needs and makes sure that it can have it: the NIC and its bridge, the
+// address and the MAC, the ports, and tables that have its policy. secondNIC says that its NIC is not the
+// primary one.
+func (at *attach) decide(ctx context.Context) (secondNIC bool, err error) {
+	v, ready, err := at.look()
+	if err != nil {
+		return false, err
+	}
+	if ready {
+		return at.settle(v)
+	}
+	if v, err = at.h.read(); err != nil {
+		return false, err
+	}
+	secondNIC, err = at.prepare(ctx, v)
+	if err != nil {
+		err = errors.Join(err, at.undoAll())
+	}
+	return secondNIC, err
+}
+
+// look reads as little as can tell whether all that nearly every attach needs stands already: then v has
+// the NIC and its bridge.
+func (at *attach) look() (v *view, ready bool, err error) {
+	state, err := at.h.state()
+	if err != nil {
+		return nil, false, err
+	}
+	v = &view{state: state, nics: map[string]netlink.Link{}}
+	nic := nicByName(state, at.a.nic)
+	if _, known := state.Policies[at.a.policy]; !known || nic == nil || len(at.e.Ports) > 0 {
+		return v, false, nil
+	}
+	v.links, v.nics[at.a.nic] = rtnl.Links{nic}, nic
+	part := ruleset.ForTransparent
+	if at.a.bridge != "" {
+		part = ruleset.ForBridges
+		l, err := netlink.LinkByName(at.a.bridge)
+		if err != nil {
+			return v, false, ignoreMissing(err)
+		}
+		v.links = append(v.links, l)
+	}
+	if ready, err = ruleset.Stands(at.e.Policy.network(), part); !ready || err != nil {
+		return v, false, err
+	}
+	ready, err = addressIsFree(at.a.addr.Addr())
+	return v, ready, err
+}
+
+// prepare refuses what another endpoint or the host has, claims the ports, and makes the tables what the
+// endpoint's policy needs.
+func (at *attach) prepare(ctx context.Context, v *view) (secondNIC bool, err error) {
+	addr := at.a.addr.Addr()
+	for _, e := range v.endpoints {
+		if e.addr.Addr() == addr {
+			return false, fmt.Errorf("%s has the address %s (link %s): detach it first", e.owner, addr, e.link.Name)
+		}
+	}
+	if dev := v.holds(addr); dev != "" {
+		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or set reclaim", dev, addr)
+	}
+	if at.ports, err = at.h.claimPorts(ctx, v, at.e, at.link); err != nil {
+		return false, err
+	}
+	if len(at.ports) > 0 {
+		at.undo = append(at.undo, func() error { return at.h.releasePorts(context.WithoutCancel(ctx), at.link) })
+	}
+	if _, known := v.state.Policies[at.a.policy]; !known {
+		if err := at.h.note(ctx, at.e.Policy, v.links); err != nil {
+			return false, err
+		}
+		v.state.Policies[at.a.policy] = at.e.Policy
+	}
+	if secondNIC, err = at.settle(v); err != nil {
+		return false, err
+	}
+	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
+	return secondNIC, at.syncTables(v)
+}
+
+// syncTables makes the tables what the host needs and the endpoint will.
+func (at *attach) syncTables(v *view) error {
+	c := v.ruleset()
+	c.Endpoints = append(c.Endpoints, at.rules)
+	_, err := c.Sync()
+	return err
+}
+
+// config is as much of the tables' input as the endpoint's own elements rest on.
+func (at *attach) config() ruleset.Config {
+	return ruleset.Config{Networks: []ruleset.Network{at.e.Policy.network()}}
+}
+
+func (at *attach) undoAll() error {
+	var errs []error
+	for _, undo := range slices.Backward(at.undo) {
+		errs = append(errs, undo())
+	}
+	at.undo = nil
+	return errors.Join(errs...)
+}
+
+// settle takes from the view what the endpoint's parts rest on.
+func (at *attach) settle(v *view) (secondNIC bool, err error) {
+	nic := v.nics[at.a.nic]
+	if nic == nil {
+		return false, fmt.Errorf("no network interface of this host has the MAC %s", at.a.nic)
+	}
+	if err := errors.Join(refuseTaken(v.links, nic), refuseFormer(v.links)); err != nil {
+		return false, err
+	}
+	at.mtu = nic.Attrs().MTU
+	if at.e.MTU > at.mtu {
+		return false, fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish", at.e.MTU, at.mtu, nic.Attrs().Name)
+	}
+	if at.e.MTU != 0 {
+		at.mtu = at.e.MTU
+	}
+	if at.a.bridge != "" {
+		l := v.links.Named(at.a.bridge)
+		if l == nil {
+			return false, fmt.Errorf("there is no bridge %s: make it first", at.a.bridge)
+		}
+		if mac, ours := bridgeOf(l); !ours || mac != at.a.nic {
+			return false, fmt.Errorf("%s is not azure-vnet's bridge of the NIC %s", at.a.bridge, at.a.nic)
+		}
+		at.bridge = l.Attrs().Index
+		if err := at.macIsFree(); err != nil {
+			return false, err
+		}
+	}
+	at.rules = v.rulesOf(at.a, at.link, at.ports)
+	p := at.e.Policy
+	at.rules.Internal, at.rules.NoMetadata = p.Internal, p.NoMetadata
+	return !v.state.NICs[at.a.nic].Primary, nil
+}
+
+// macIsFree refuses a MAC that the bridge has already: the kernel would move it to the new port, and
+// the other container would be cut off.
+func (at *attach) macIsFree() error {
+	f, found, err := rtnl.FindForwarding(at.bridge, at.a.mac)
+	if err != nil || !found {
+		return err
+	}
+	holder := fmt.Sprintf("link %d", f.Port)
+	if l, err := netlink.LinkByIndex(f.Port); err == nil {
+		holder = l.Attrs().Name
+		if a, ok := endpointOf(l); ok {
+			holder = fmt.Sprintf("%s (%s)", a.owner, a.addr.Addr())
+		}
+	}
+	return fmt.Errorf("the MAC %s is that of %s on %s already: ask for another, or for none", at.a.mac, holder, at.a.bridge)
+}
+
+// act makes what decide found to be possible.
+func (at *attach) act(secondNIC bool) error {
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"elements", at.addElements},
+		{"link", at.makeLink},
+		{"port", at.plug},
+		{"route", at.addRoutes},
+		{"namespace", at.configure},
+		{"flows", at.forgetDatagrams},
+		{"alias", at.sign},
+	} {
+		if err := at.h.hook(step.name); err != nil {
+			return err
+		}
+		if err := step.do(); err != nil {
+			return err
+		}
+	}
+	if secondNIC { // its way out rests on what containers it has
+		return at.h.mendRouting()
+	}
+	return nil
+}
+
+func (at *attach) addElements() error {
+	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
+	if at.nft.Add(at.config(), at.rules) == nil {
+		return nil
+	}
+	// An element that a killed process left for this address is in the way.
+	v, err := at.h.read()
+	if err != nil {
+		return err
+	}
+	return at.syncTables(v)
+}
+
+// makeLink makes the pair, with the container end in its namespace.
+func (at *attach) makeLink() error {
+	pair := rtnl.Veth{Name: at.link, MAC: hostMAC(at.a.addr.Addr()), Group: at.a.group(), Master: at.bridge, Up: at.bridge != 0,
+		PeerName: at.peer, PeerMAC: at.a.mac, PeerNS: -1, MTU: at.mtu}
+	if at.ns.IsOpen() {
+		pair.PeerName, pair.PeerNS = at.e.IfName, int(at.ns)
+	}
+	err := pair.Create()
+	switch {
+	case errors.Is(err, unix.EEXIST) && at.ns.IsOpen():
+		return fmt.Errorf("make %s: %w; is there a %s in %s already?", at.link, err, pair.PeerName, at.e.Netns)
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("make %s: %w: the kernel has no veth: load the module veth", at.link, err)
+	case errors.Is(err, unix.EXFULL) || errors.Is(err, unix.EBUSY) && at.bridge != 0:
+		return fmt.Errorf("make %s a port of %s: %w: a bridge takes 1,023 ports", at.link, at.a.bridge, err)
+	case err != nil:
+		return fmt.Errorf("make %s and %s: %w", at.link, pair.PeerName, err)
+	}
+	l, err := netlink.LinkByName(at.link)
+	if err != nil {
+		return fmt.Errorf("find %s again: %w", at.link, err)
+	}
+	at.undo = append(at.undo, func() error { return delLink(l) })
+	at.index, at.peerIndex = l.Attrs().Index, l.Attrs().ParentIndex
+	return nil
+}
+
+// plug makes the host end a well-behaved port, or, transparent, a link that stands alone.
+func (at *attach) plug() error {
+	if at.bridge != 0 {
+		if err := rtnl.SetPortFlags(at.index, portFlags); err != nil {
+			return fmt.Errorf("set up the port %s: %w", at.link, err)
+		}
+		if err := rtnl.AddForwarding(rtnl.ForwardingEntry{Port: at.index, MAC: at.a.mac}); err != nil {
+			return fmt.Errorf("forwarding entry of %s: %w", at.a.mac, err)
+		}
+		if len(at.ports) == 0 {
+			return nil
+		}
+		return at.h.setSysctl(sysctl{"ipv4/conf/" + at.a.bridge + "/route_localnet", "1"})
+	}
+	for _, s := range linkSysctls(at.link, len(at.ports) > 0) { // before it is up
+		if err := at.h.setSysctl(s); err != nil {
+			return err
+		}
+	}
+	if err := netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.index}}); err != nil {
+		return fmt.Errorf("set %s up: %w", at.link, err)
+	}
+	return nil
+}
+
+// addRoutes tells the host its way to the container.
+func (at *attach) addRoutes() error {
+	link := at.bridge
+	if link == 0 {
+		link = at.index
+	}
+	n := rtnl.Neighbour{Link: link, Addr: at.a.addr.Addr(), MAC: at.a.mac, Protocol: ourProtocol}
+	if err := rtnl.PutNeighbour(n); err != nil {
+		return fmt.Errorf("neighbour entry of %s: %w", n.Addr, err)
+	}
+	at.undo = append(at.undo, func() error { return ignoreMissing(rtnl.DelNeighbour(n)) })
+	for _, table := range containerTables {
+		r := at.a.route(table, link, at.mtu)
+		if err := putRoute(r); err != nil {
+			return err
+		}
+		at.undo = append(at.undo, func() error { return delRoute(r) })
+	}
+	return nil
+}
+
+// forgetDatagrams has datagrams that were sent to a published port all along find the container: else
+// they go on to where they went.
+func (at *attach) forgetDatagrams() error {
+	for _, p := range at.ports {
+		if p.Proto != "udp" {
+			continue
+		}
+		if err := at.flows.Delete(conntrack.Flows{UDPPort: p.HostPort}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sign says that the interface is whole.
+func (at *attach) sign() error {
+	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.index}}, at.a.String())
+}
+
+func ignoreMissing(err error) error {
+	if rtnl.NotThere(err) {
+		return nil
+	}
+	return err
+}
+
+// addressIsFree asks the kernel's routes, which know of every address that the host or a container of
+// ours has.
+func addressIsFree(addr netip.Addr) (bool, error) {
+	routes, err := netlink.RouteGetWithOptions(net.IP(addr.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
+	if rtnl.NotThere(err) || errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for a route to %s: %w", addr, err)
+	}
+	for _, r := range routes {
+		if r.Dst != nil && prefixOf(r.Dst).Bits() == 32 {
+			return false, nil
+		}
+	}
+	return true, nil
+}

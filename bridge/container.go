@@ -1,0 +1,142 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// containerNamespace opens the namespace at path, which must not be the host's. A path that is no
+// namespace is refused at once, and a FIFO keeps nobody waiting.
+func containerNamespace(path string) (netns.NsHandle, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return netns.None(), fmt.Errorf("the container's network namespace: %w", &os.PathError{Op: "open", Path: path, Err: err})
+	}
+	ns := netns.NsHandle(fd)
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
+		ns.Close()
+		return netns.None(), fmt.Errorf("the container's network namespace: %s is not a namespace", path)
+	}
+	if kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err == nil && kind != unix.CLONE_NEWNET {
+		ns.Close()
+		return netns.None(), fmt.Errorf("the container's network namespace: %s is a namespace of another kind", path)
+	}
+	own, err := netns.Get()
+	if err != nil {
+		ns.Close()
+		return netns.None(), err
+	}
+	defer own.Close()
+	if ns.Equal(own) {
+		ns.Close()
+		return netns.None(), fmt.Errorf("%s is the host's own network namespace", path)
+	}
+	return ns, nil
+}
+
+// configure gives the container end its address and, unless its network is internal, its routes. All
+// goes by the gateway, the subnet too: so the container holds one neighbour entry, and all that it
+// sends meets in the host's IP layer. lo is the runtime's.
+func (at *attach) configure() error {
+	if !at.ns.IsOpen() {
+		return nil
+	}
+	if err := at.configureIn(at.ns); err != nil {
+		return fmt.Errorf("%s in %s: %w", at.e.IfName, at.e.Netns, err)
+	}
+	return nil
+}
+
+func (at *attach) configureIn(ns netns.NsHandle) error {
+	in, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	// A router advertisement would give the container another gateway.
+	if err := doIn(ns, func() error { return writeIfThere("/proc/sys/net/ipv6/conf/"+at.e.IfName+"/accept_ra", "0") }); err != nil {
+		return err
+	}
+	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.peerIndex, Name: at.e.IfName}}
+	if err := in.AddrAdd(l, &netlink.Addr{IPNet: ipNet(at.e.Addr), Flags: unix.IFA_F_NOPREFIXROUTE}); err != nil {
+		return fmt.Errorf("address %s: %w", at.e.Addr, err)
+	}
+	if err := in.LinkSetUp(l); err != nil {
+		return fmt.Errorf("up: %w", err)
+	}
+	if !at.e.Gateway.Is4() {
+		return nil
+	}
+	gateway := &netlink.Neigh{LinkIndex: at.peerIndex, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: at.e.Gateway.AsSlice(), HardwareAddr: at.gatewayMAC()}
+	if err := in.NeighSet(gateway); err != nil {
+		return fmt.Errorf("neighbour entry of the gateway: %w", err)
+	}
+	routes := []netlink.Route{
+		{Dst: ipNet(netip.PrefixFrom(at.e.Gateway, 32)), Scope: netlink.SCOPE_LINK},
+		{Dst: ipNet(at.e.Addr.Masked()), Gw: at.e.Gateway.AsSlice()},
+	}
+	if !at.e.Policy.Internal {
+		routes = append(routes, netlink.Route{Gw: at.e.Gateway.AsSlice()})
+	}
+	for _, r := range routes {
+		r.LinkIndex, r.Src = at.peerIndex, at.e.Addr.Addr().AsSlice()
+		err := in.RouteAdd(&r)
+		if errors.Is(err, unix.EEXIST) { // of another interface of the container, which goes before
+			r.Priority = at.peerIndex
+			err = in.RouteAdd(&r)
+		}
+		if err != nil {
+			return fmt.Errorf("route to %s: %w", prefixOf(r.Dst), err)
+		}
+	}
+	return nil
+}
+
+// gatewayMAC answers the container for Azure's gateway.
+func (at *attach) gatewayMAC() []byte {
+	if at.bridge == 0 {
+		return hostMAC(at.a.addr.Addr())
+	}
+	return at.rules.BridgeMAC
+}
+
+// doIn runs f on a thread in the namespace. f starts no goroutine.
+func doIn(ns netns.NsHandle, f func() error) error {
+	runtime.LockOSThread()
+	own, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer own.Close()
+	if err := netns.Set(ns); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter the container's network namespace: %w", err)
+	}
+	err = f()
+	if back := netns.Set(own); back != nil {
+		return errors.Join(err, back) // the thread stays locked, and ends with its goroutine
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
+// writeIfThere writes a setting that the kernel may not have.
+func writeIfThere(file, value string) error {
+	err := os.WriteFile(file, []byte(value), 0)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.EINVAL) {
+		return nil
+	}
+	return err
+}

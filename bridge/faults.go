@@ -1,0 +1,383 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/bridge/internal/ruleset"
+)
+
+// fault is one thing that is not as it should be.
+type fault struct {
+	what     string       // in a sentence's words: "azure0 is down"
+	mend     func() error // nil: only a person can
+	endpoint bool         // of one endpoint: the host and other containers do without
+}
+
+// faults says what is wrong with the host. This is the one place that says what ought to
+// stand: Ensure, Reconcile, Check and status all go by it. Mending a fault may bring others
+// to light, such as the ports of a bridge that was gone, so whoever mends reads again.
+//
+// The order is that of mending: what restricts comes before what opens.
+func (h *Host) faults(v *view) (all []fault, err error) {
+	if !v.state.asked() {
+		return nil, nil
+	}
+	add := func(more ...fault) { all = append(all, more...) }
+	for _, mac := range v.macs() {
+		if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
+			continue
+		}
+		if nic := v.nics[mac]; nic == nil {
+			add(fault{what: fmt.Sprintf("the NIC with the MAC %s is gone: its containers reach nobody until it is attached again", mac)})
+		} else if err := refuseTaken(v.links, nic); err != nil {
+			add(fault{what: err.Error()})
+		} else {
+			add(h.sysctlFault(sysctl{"ipv4/conf/" + nic.Attrs().Name + "/forwarding", "1"})...)
+		}
+	}
+	add(h.sysctlFault(sysctl{"ipv4/ip_forward", "1"})...)
+	tables, err := v.ruleset().Differences()
+	if err != nil {
+		return all, err
+	}
+	for _, what := range tables {
+		add(fault{what: what, mend: func() error { _, err := v.ruleset().Sync(); return err }})
+	}
+	for _, mac := range v.macs() {
+		add(h.bridgeFaults(v, mac)...)
+	}
+	for _, l := range v.links {
+		if halfMade(l) {
+			add(fault{what: fmt.Sprintf("%s is half made and nobody's", l.Attrs().Name), mend: func() error { return delLink(l) }})
+		}
+	}
+	add(routingFaults(v)...)
+	for _, e := range v.endpoints {
+		for _, f := range h.endpointFaults(v, e) {
+			f.endpoint = true
+			add(f)
+		}
+	}
+	add(strayFaults(v)...)
+	add(h.portFaults(v)...)
+	accepts, err := v.forward().Differences()
+	for _, what := range accepts {
+		add(fault{what: what, mend: func() error { _, err := v.forward().Sync(); return err }})
+	}
+	if err != nil { // what ails iptables keeps nothing else from being mended
+		add(fault{what: err.Error(), mend: func() error { return err }})
+	}
+	add(h.dropInFaults(v)...)
+	return all, nil
+}
+
+// sysctlFault is a setting that is not s. One that the kernel does not have is none.
+func (h *Host) sysctlFault(s sysctl) []fault {
+	if is := h.readSysctl(s.name); is == "" || is == s.value {
+		return nil
+	}
+	return []fault{{what: fmt.Sprintf("%s is not %s", strings.ReplaceAll(s.name, "/", "."), s.value), mend: func() error { return h.setSysctl(s) }}}
+}
+
+// linkSysctls are the settings of a link that leads to containers. It answers ARP in Azure's
+// place and at once; it takes from a container what has the container's address alone; it
+// speaks no IPv6, which is not served yet.
+func linkSysctls(link string, published bool) []sysctl {
+	conf, local := "ipv4/conf/"+link, "0"
+	if published {
+		local = "1" // the host reaches published ports at 127.0.0.1
+	}
+	return []sysctl{
+		{"ipv6/conf/" + link + "/disable_ipv6", "1"},
+		{conf + "/rp_filter", "1"},
+		{conf + "/forwarding", "1"},
+		{conf + "/proxy_arp", "1"},
+		{conf + "/proxy_arp_pvlan", "1"},
+		{"ipv4/neigh/" + link + "/proxy_delay", "0"}, // the kernel's default is 0.8 s
+		{conf + "/send_redirects", "0"},
+		{conf + "/route_localnet", local},
+	}
+}
+
+// publishes reports whether a published port leads to a container by that link.
+func (v *view) publishes(link string) bool {
+	return slices.ContainsFunc(v.endpoints, func(e endpoint) bool {
+		return e.ports > 0 && (e.bridge == link || e.bridge == "" && e.link.Name == link)
+	})
+}
+
+// bridgeFaults are those of a NIC's bridge.
+func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
+	name, nic := v.state.NICs[mac].Bridge, v.nics[mac]
+	if name == "" {
+		return nil
+	}
+	hw, err := parseMAC(mac)
+	if err != nil {
+		return []fault{{what: err.Error()}}
+	}
+	want := bridgeMAC(hw)
+	l := v.links.Named(name)
+	switch {
+	case l == nil && nic == nil:
+		return nil // said already
+	case l == nil:
+		return []fault{{what: name + " is gone", mend: func() error { return h.createBridge(name, mac, want, nic.Attrs().MTU) }}}
+	case v.bridge(mac) == nil:
+		return []fault{{what: fmt.Sprintf("%s is a link of type %s that is not ours: remove it, or give the network's bridge another name", name, l.Type())}}
+	}
+	a := l.Attrs()
+	add := func(wrong bool, what string, mend func() error) {
+		if wrong {
+			all = append(all, fault{what: what, mend: mend})
+		}
+	}
+	add(a.Group != ruleset.GroupBridge, name+" is not in its link group", func() error { return netlink.LinkSetGroup(l, ruleset.GroupBridge) })
+	add(a.HardwareAddr.String() != want.String(), fmt.Sprintf("%s has the MAC %s and not %s", name, a.HardwareAddr, want), func() error { return netlink.LinkSetHardwareAddr(l, want) })
+	if nic != nil {
+		mtu := nic.Attrs().MTU
+		add(a.MTU != mtu, fmt.Sprintf("%s has an MTU of %d bytes and not the %d of %s", name, a.MTU, mtu, nic.Attrs().Name), func() error { return netlink.LinkSetMTU(l, mtu) })
+	}
+	br := l.(*netlink.Bridge)
+	add(br.MulticastSnooping != nil && *br.MulticastSnooping, name+" snoops multicast", func() error { return netlink.BridgeSetMcastSnoop(l, false) })
+	for _, s := range linkSysctls(name, v.publishes(name)) {
+		all = append(all, h.sysctlFault(s)...)
+	}
+	add(a.Flags&net.FlagUp == 0, name+" is down", func() error { return netlink.LinkSetUp(l) })
+	return append(all, addressFaults(v, l)...)
+}
+
+// createBridge makes a bridge. A bridge follows the MTU of its ports until its own is
+// changed, and the kernel takes a change to what it is for none: so it is made with one that
+// is smaller by a byte, and changed.
+func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) error {
+	if err := h.hook("bridge"); err != nil {
+		return err
+	}
+	off := false
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr, attrs.MTU, attrs.Group = name, mac, mtu-1, ruleset.GroupBridge
+	l := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &off}
+	if err := netlink.LinkAdd(l); err != nil {
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			err = fmt.Errorf("%w: the kernel has no bridges: load the module bridge", err)
+		}
+		return fmt.Errorf("make the bridge %s: %w", name, err)
+	}
+	for _, step := range []func() error{
+		func() error { return netlink.LinkSetAlias(l, bridgeAlias+nic) },
+		func() error { return netlink.LinkSetMTU(l, mtu) },
+		func() error {
+			for _, s := range linkSysctls(name, false) {
+				if err := h.setSysctl(s); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		func() error { return netlink.LinkSetUp(l) },
+	} {
+		if err := step(); err != nil {
+			return errors.Join(fmt.Errorf("set up the bridge %s: %w", name, err), delLink(l))
+		}
+	}
+	return nil
+}
+
+// addressFaults are the addresses of a link that must have none: with the last of them the
+// kernel takes away its routes and neighbours, and while it has one, its source checks follow
+// the settings of all links.
+func addressFaults(v *view, l netlink.Link) (all []fault) {
+	for _, a := range v.addrs {
+		if a.LinkIndex == l.Attrs().Index {
+			all = append(all, fault{what: fmt.Sprintf("%s has the address %s", l.Attrs().Name, a.IPNet), mend: func() error {
+				if err := netlink.AddrDel(l, &a); err != nil && !rtnl.NotThere(err) {
+					return err
+				}
+				return nil
+			}})
+		}
+	}
+	return all
+}
+
+// portFlags are what a container's bridge port differs in from a new one. Nothing is learnt
+// from it and nothing is flooded to it: its MAC is in the forwarding table. With hairpin,
+// br_netfilter can lead a service back to the container that asked.
+var portFlags = []rtnl.PortFlag{
+	{Kind: nl.IFLA_BRPORT_MODE, Name: "hairpin", Value: 1},
+	{Kind: nl.IFLA_BRPORT_LEARNING, Name: "learning", Value: 0},
+	{Kind: nl.IFLA_BRPORT_UNICAST_FLOOD, Name: "flood", Value: 0},
+	{Kind: nl.IFLA_BRPORT_MCAST_FLOOD, Name: "mcast_flood", Value: 0},
+	{Kind: nl.IFLA_BRPORT_BCAST_FLOOD, Name: "bcast_flood", Value: 0},
+}
+
+// endpointFaults are those of one container's interface, as far as the host has it.
+func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
+	name, addr := e.link.Name, e.addr.Addr()
+	l := &netlink.Device{LinkAttrs: *e.link}
+	add := func(wrong bool, what string, mend func() error) {
+		if wrong {
+			all = append(all, fault{what: name + " (" + addr.String() + "): " + what, mend: mend})
+		}
+	}
+	if dev := v.holds(addr); dev != "" && !v.isOurs(dev) {
+		add(true, fmt.Sprintf("%s holds its address too, so the host answers in its place: ip addr del %s dev %s, or set reclaim", dev, addr, dev), nil)
+	}
+	add(e.link.Group != e.group(), "not in its link group", func() error { return netlink.LinkSetGroup(l, int(e.group())) })
+	if e.bridge == "" {
+		add(e.link.MasterIndex != 0, "in a bridge", func() error { return netlink.LinkSetNoMaster(l) })
+		for _, s := range linkSysctls(name, e.ports > 0) {
+			all = append(all, h.sysctlFault(s)...)
+		}
+		all = append(all, addressFaults(v, l)...)
+	} else {
+		br := v.bridge(e.nic)
+		if br == nil || br.Name != e.bridge {
+			return all // said already
+		}
+		joined := e.link.MasterIndex == br.Index
+		add(!joined, "not in "+e.bridge, func() error { return netlink.LinkSetMasterByIndex(l, br.Index) })
+		for _, f := range portFlags {
+			if is, ok := v.flags[e.link.Index][f.Kind]; joined && (!ok || is != f.Value) {
+				add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portFlags) })
+				break
+			}
+		}
+		if joined {
+			what, mend := e.forwardingFault(v, br)
+			add(what != "", what, mend)
+		}
+	}
+	add(e.link.Flags&net.FlagUp == 0, "down", func() error { return netlink.LinkSetUp(l) })
+	n := rtnl.Neighbour{Link: v.linkTo(e), Addr: addr, MAC: e.mac, Protocol: ourProtocol}
+	add(!slices.ContainsFunc(v.neighbours, n.Same), "no neighbour entry", func() error { return rtnl.PutNeighbour(n) })
+	for _, table := range containerTables {
+		r := e.route(table, n.Link, e.link.MTU)
+		there := slices.ContainsFunc(v.routes, func(o netlink.Route) bool { return sameRoute(r, o) })
+		add(!there, fmt.Sprintf("no route in table %d", table), func() error { return putRoute(r) })
+	}
+	return all
+}
+
+// isOurs reports whether that link bears our mark.
+func (v *view) isOurs(name string) bool {
+	l := v.links.Named(name)
+	if l == nil {
+		return false
+	}
+	_, ours := bridgeOf(l)
+	_, end := endpointOf(l)
+	return ours || end
+}
+
+// forwardingFault is what ails the entry that leads the bridge's frames to the container.
+func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, mend func() error) {
+	i := slices.IndexFunc(v.forwarding, func(f rtnl.ForwardingEntry) bool {
+		return f.Bridge == br.Index && f.MAC.String() == e.mac.String()
+	})
+	own := rtnl.ForwardingEntry{Port: e.link.Index, MAC: e.mac}
+	switch {
+	case i < 0:
+		return "no forwarding entry", func() error { return rtnl.AddForwarding(own) }
+	case v.forwarding[i].Port != e.link.Index:
+		return fmt.Sprintf("its MAC %s is %s's", e.mac, v.nameOf(v.forwarding[i].Port)), nil
+	}
+	return "", nil
+}
+
+func (v *view) nameOf(index int) string {
+	if l := v.links.Index(index); l != nil {
+		return l.Attrs().Name
+	}
+	return fmt.Sprintf("link %d", index)
+}
+
+// routingFaults are those of the rules, and of the tables that lead out by other NICs.
+func routingFaults(v *view) (all []fault) {
+	want := v.wantedRules()
+	for _, r := range v.wantedRoutes() {
+		if r.Table > nicTables && !slices.ContainsFunc(v.routes, func(o netlink.Route) bool { return sameRoute(r, o) }) {
+			all = append(all, fault{what: fmt.Sprintf("no way out by %s in table %d", v.nameOf(r.LinkIndex), r.Table), mend: func() error { return putRoute(r) }})
+		}
+	}
+	for _, r := range want {
+		if !slices.ContainsFunc(v.rules, func(o netlink.Rule) bool { return sameRule(r, o) }) {
+			all = append(all, fault{what: "no routing rule " + ruleText(r), mend: func() error {
+				if err := netlink.RuleAdd(&r); err != nil && !errors.Is(err, unix.EEXIST) {
+					return fmt.Errorf("add the routing rule %s: %w", ruleText(r), err)
+				}
+				return nil
+			}})
+		}
+	}
+	seen := []netlink.Rule{}
+	for _, r := range v.rules {
+		same := func(o netlink.Rule) bool { return sameRule(r, o) }
+		if !slices.ContainsFunc(want, same) || slices.ContainsFunc(seen, same) {
+			all = append(all, fault{what: "the routing rule " + ruleText(r) + " is nobody's", mend: func() error {
+				if err := netlink.RuleDel(&r); err != nil && !rtnl.NotThere(err) {
+					return fmt.Errorf("delete the routing rule %s: %w", ruleText(r), err)
+				}
+				return nil
+			}})
+		}
+		seen = append(seen, r)
+	}
+	return all
+}
+
+// strayFaults are routes and neighbour entries of ours that no link speaks for. In bridge mode
+// they name the bridge, and do not die with the container's link.
+func strayFaults(v *view) (all []fault) {
+	routes := v.wantedRoutes()
+	for _, r := range v.routes {
+		if !slices.ContainsFunc(routes, func(w netlink.Route) bool { return sameDst(w, r) && w.LinkIndex == r.LinkIndex }) {
+			all = append(all, fault{what: fmt.Sprintf("the route to %s in table %d is nobody's", prefixOf(r.Dst), r.Table), mend: func() error { return delRoute(r) }})
+		}
+	}
+	for _, n := range v.neighbours {
+		wanted := slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.addr.Addr() == n.Addr && v.linkTo(e) == n.Link })
+		if n.Protocol == ourProtocol && !wanted {
+			all = append(all, fault{what: fmt.Sprintf("the neighbour entry of %s on %s is nobody's", n.Addr, v.nameOf(n.Link)), mend: func() error {
+				if err := rtnl.DelNeighbour(n); err != nil && !rtnl.NotThere(err) {
+					return err
+				}
+				return nil
+			}})
+		}
+	}
+	return all
+}
+
+func delLink(l netlink.Link) error {
+	if err := netlink.LinkDel(l); err != nil && !rtnl.NotThere(err) {
+		return fmt.Errorf("delete %s: %w", l.Attrs().Name, err)
+	}
+	return nil
+}
+
+// mendRouting makes the rules and the ways out by other NICs what they should be.
+func (h *Host) mendRouting() error {
+	v, err := h.read()
+	if err != nil {
+		return err
+	}
+	for _, f := range routingFaults(v) {
+		if err := f.mend(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,108 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package rtnl
+
+import (
+	"encoding/binary"
+	"net"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Veth describes a pair of veth links. Both MACs are given, because udev rewrites
+// a MAC that the kernel chose.
+type Veth struct {
+	Name   string           // of the end that stays in this namespace
+	MAC    net.HardwareAddr // of that end
+	Group  uint32           // of that end: a mark that it has from its first moment
+	Master int              // index of the bridge that it becomes a port of; 0: none
+	Up     bool             // that end is up at once
+
+	PeerName string           // of the other end
+	PeerMAC  net.HardwareAddr // of the other end
+	PeerNS   int              // file descriptor of the other end's namespace; negative: this namespace
+
+	MTU int // of both ends, in bytes
+}
+
+// Create makes the pair in one message. The other end is down: the kernel refuses
+// to create it up.
+func (v Veth) Create() error {
+	r := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	if v.Up {
+		msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
+	}
+	r.AddData(msg)
+	mtu := nl.Uint32Attr(uint32(v.MTU))
+	r.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(v.Name)))
+	r.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, v.MAC))
+	r.AddData(nl.NewRtAttr(unix.IFLA_MTU, mtu))
+	r.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(v.Group)))
+	if v.Master != 0 {
+		r.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(v.Master))))
+	}
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
+	peer := info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(nl.VETH_INFO_PEER, nil)
+	nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	if v.PeerNS >= 0 {
+		peer.AddRtAttr(unix.IFLA_NET_NS_FD, nl.Uint32Attr(uint32(v.PeerNS)))
+	}
+	peer.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(v.PeerName))
+	peer.AddRtAttr(unix.IFLA_ADDRESS, v.PeerMAC)
+	peer.AddRtAttr(unix.IFLA_MTU, mtu)
+	r.AddData(info)
+	return send(r)
+}
+
+// PortFlag is a setting of a bridge port, such as IFLA_BRPORT_LEARNING.
+type PortFlag struct {
+	Kind  uint16
+	Name  string // as the command bridge spells it
+	Value byte
+}
+
+// SetPortFlags sets the flags of the port with that link index.
+func SetPortFlags(index int, flags []PortFlag) error {
+	r := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
+	msg.Index = int32(index)
+	r.AddData(msg)
+	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
+	for _, f := range flags {
+		port.AddRtAttr(int(f.Kind), []byte{f.Value})
+	}
+	r.AddData(port)
+	return send(r)
+}
+
+// ReadPortFlags reads the flags of every port of every bridge, by link index and
+// then by kind.
+func ReadPortFlags() (map[int]map[uint16]byte, error) {
+	messages, err := RetryDump(func() ([][]byte, error) {
+		r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+		r.AddData(nl.NewIfInfomsg(unix.AF_BRIDGE))
+		return r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	})
+	if err != nil {
+		return nil, err
+	}
+	all := map[int]map[uint16]byte{}
+	for _, m := range messages {
+		flags := map[uint16]byte{}
+		for kind, value := range Attributes(m, unix.SizeofIfInfomsg) {
+			if kind != unix.IFLA_PROTINFO {
+				continue
+			}
+			for kind, value := range attributes(value) {
+				if len(value) == 1 {
+					flags[kind] = value[0]
+				}
+			}
+		}
+		all[int(int32(binary.NativeEndian.Uint32(m[4:])))] = flags
+	}
+	return all, nil
+}

@@ -1,0 +1,174 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package rtnl
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Attributes of a neighbour that golang.org/x/sys/unix does not name.
+const (
+	ndaMaster   = 9
+	ndaProtocol = 12
+)
+
+// Neighbour is a permanent neighbour entry of IPv4.
+type Neighbour struct {
+	Link     int // index
+	Addr     netip.Addr
+	MAC      net.HardwareAddr
+	Protocol byte // who made the entry; 0: not told
+}
+
+// PutNeighbour makes the entry, in place of any other of that address on that link.
+func PutNeighbour(n Neighbour) error {
+	return send(neighbourRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, n))
+}
+
+// DelNeighbour deletes the entry. None is an error that NotThere knows.
+func DelNeighbour(n Neighbour) error {
+	return send(neighbourRequest(unix.RTM_DELNEIGH, 0, n))
+}
+
+func neighbourRequest(kind, flags int, n Neighbour) *nl.NetlinkRequest {
+	r := request(kind, flags|unix.NLM_F_ACK, ndmsg(unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0))
+	r.AddData(nl.NewRtAttr(unix.NDA_DST, n.Addr.AsSlice()))
+	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, n.MAC))
+	r.AddData(nl.NewRtAttr(ndaProtocol, []byte{n.Protocol}))
+	return r
+}
+
+// ReadNeighbours lists the permanent entries of IPv4.
+func ReadNeighbours() ([]Neighbour, error) {
+	messages, err := dumpNeighbours(unix.AF_INET)
+	if err != nil {
+		return nil, err
+	}
+	var all []Neighbour
+	for _, m := range messages {
+		if binary.NativeEndian.Uint16(m[8:]) != unix.NUD_PERMANENT || m[10]&unix.NTF_PROXY != 0 {
+			continue
+		}
+		n := Neighbour{Link: int(int32(binary.NativeEndian.Uint32(m[4:])))}
+		for kind, value := range Attributes(m, unix.SizeofNdMsg) {
+			switch {
+			case kind == unix.NDA_DST:
+				n.Addr, _ = netip.AddrFromSlice(value)
+			case kind == unix.NDA_LLADDR:
+				n.MAC = net.HardwareAddr(value)
+			case kind == ndaProtocol && len(value) == 1:
+				n.Protocol = value[0]
+			}
+		}
+		all = append(all, n)
+	}
+	return all, nil
+}
+
+// ForwardingEntry is a static entry of a bridge's forwarding table: frames to the
+// MAC go to the port.
+type ForwardingEntry struct {
+	Port   int // link index
+	Bridge int // link index; set by ReadForwarding alone
+	MAC    net.HardwareAddr
+}
+
+// AddForwarding makes the entry. Where the bridge has the MAC already, on
+// whichever port, the error is unix.EEXIST and nothing changes.
+func AddForwarding(e ForwardingEntry) error {
+	r := request(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
+	return send(r)
+}
+
+// DelForwarding deletes the entry. None is an error that NotThere knows.
+func DelForwarding(e ForwardingEntry) error {
+	r := request(unix.RTM_DELNEIGH, unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
+	return send(r)
+}
+
+// FindForwarding looks for the MAC in the forwarding table of the bridge with that index. A kernel before
+// 5.0 cannot tell and has none.
+func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
+	r := request(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
+	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
+	r.AddData(nl.NewRtAttr(ndaMaster, nl.Uint32Attr(uint32(bridge))))
+	messages, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+	if NotThere(err) || errors.Is(err, unix.EOPNOTSUPP) || err == nil && len(messages) == 0 {
+		return ForwardingEntry{}, false, nil
+	}
+	if err != nil {
+		return ForwardingEntry{}, false, fmt.Errorf("look for %s in the forwarding table: %w", mac, err)
+	}
+	if len(messages[0]) < unix.SizeofNdMsg {
+		return ForwardingEntry{}, false, unix.EBADMSG
+	}
+	return ForwardingEntry{Port: int(int32(binary.NativeEndian.Uint32(messages[0][4:]))), Bridge: bridge, MAC: mac}, true, nil
+}
+
+// ReadForwarding lists the entries of all bridges that neither age nor were
+// learnt: the static ones and those of the ports' own MACs.
+func ReadForwarding() ([]ForwardingEntry, error) {
+	messages, err := dumpNeighbours(unix.AF_BRIDGE)
+	if err != nil {
+		return nil, err
+	}
+	var all []ForwardingEntry
+	for _, m := range messages {
+		if binary.NativeEndian.Uint16(m[8:])&(unix.NUD_NOARP|unix.NUD_PERMANENT) == 0 {
+			continue
+		}
+		e := ForwardingEntry{Port: int(int32(binary.NativeEndian.Uint32(m[4:])))}
+		tagged := false
+		for kind, value := range Attributes(m, unix.SizeofNdMsg) {
+			switch {
+			case kind == unix.NDA_LLADDR:
+				e.MAC = net.HardwareAddr(value)
+			case kind == ndaMaster && len(value) == 4:
+				e.Bridge = int(binary.NativeEndian.Uint32(value))
+			case kind == unix.NDA_VLAN:
+				tagged = true
+			}
+		}
+		if !tagged && e.Bridge != 0 {
+			all = append(all, e)
+		}
+	}
+	return all, nil
+}
+
+func dumpNeighbours(family byte) ([][]byte, error) {
+	messages, err := RetryDump(func() ([][]byte, error) {
+		return request(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, ndmsg(family, 0, 0, 0)).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+	})
+	for _, m := range messages {
+		if len(m) < unix.SizeofNdMsg {
+			return nil, unix.EBADMSG
+		}
+	}
+	return messages, err
+}
+
+// ndmsg is struct ndmsg: family, three bytes of padding, link index, state, flags
+// and type.
+func ndmsg(family byte, index int, state uint16, flags byte) []byte {
+	b := make([]byte, unix.SizeofNdMsg)
+	b[0] = family
+	binary.NativeEndian.PutUint32(b[4:], uint32(index))
+	binary.NativeEndian.PutUint16(b[8:], state)
+	b[10] = flags
+	return b
+}
+
+// Same reports whether o is the same entry.
+func (n Neighbour) Same(o Neighbour) bool {
+	return n.Link == o.Link && n.Addr == o.Addr && n.MAC.String() == o.MAC.String() && n.Protocol == o.Protocol
+}

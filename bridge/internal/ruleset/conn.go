@@ -1,0 +1,173 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ruleset
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Conn changes single endpoints in tables that stand. Its zero value is ready for
+// use.
+//
+// Close waits until all that transactions of this namespace deleted is destroyed,
+// 8 to 17 ms after a deletion (nft_rcv_nl_event in Linux), and keeps other
+// transactions waiting meanwhile. So close it last, without any lock: of 30 calls
+// that delete at once, one then waits for all.
+type Conn struct {
+	nft *nftables.Conn
+}
+
+// Close gives the socket back.
+func (c *Conn) Close() {
+	if c.nft != nil {
+		_ = c.nft.CloseLasting()
+		c.nft = nil
+	}
+}
+
+// Add adds the elements of an endpoint of cfg in one transaction. The tables must
+// stand: see Stands.
+func (c *Conn) Add(cfg Config, e Endpoint) error {
+	err := c.commit(func(nft *nftables.Conn) error {
+		for _, s := range cfg.elements(e) {
+			if err := s.change(nft, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("add %s to the nft tables: %w", e.Addr, err)
+	}
+	return nil
+}
+
+// Remove takes the elements of an endpoint of cfg out of the tables. None is
+// success.
+func (c *Conn) Remove(cfg Config, e Endpoint) error {
+	all := cfg.elements(e)
+	if c.remove(all...) == nil {
+		return nil
+	}
+	for _, s := range all { // one that is missing undoes the transaction: so one by one
+		if err := c.remove(s); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("take %s out of the set %s of the nft table %s: %w", e.Addr, s.name, title(s.table), err)
+		}
+	}
+	return nil
+}
+
+func (c *Conn) remove(all ...*set) error {
+	return c.commit(func(nft *nftables.Conn) error {
+		for _, s := range all {
+			none := &set{table: s.table, name: s.name, data: s.data}
+			if err := none.change(nft, s.elems); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// commit sends what fill buffers as one transaction.
+func (c *Conn) commit(fill func(*nftables.Conn) error) (err error) {
+	if c.nft == nil {
+		if c.nft, err = nftables.New(nftables.AsLasting()); err != nil {
+			return err
+		}
+	}
+	if err = fill(c.nft); err == nil {
+		err = c.nft.Flush()
+	}
+	if err != nil { // more answers to what failed may be on their way
+		c.Close()
+	}
+	return err
+}
+
+// Missing names the sets that lack an element of an endpoint of cfg.
+func (c Config) Missing(e Endpoint) ([]string, error) {
+	have := map[*nftables.Table]*table{}
+	var out []string
+	for _, want := range c.elements(e) {
+		if have[want.table] == nil {
+			t, err := read(want.table)
+			if err != nil {
+				return out, err
+			}
+			have[want.table] = t
+		}
+		s := have[want.table].sets[want.name]
+		for k, v := range want.elems {
+			if s == nil || !s.has(k, v) {
+				out = append(out, fmt.Sprintf("the set %s of the nft table %s lacks the element of %s", want.name, title(want.table), e.Addr))
+				break
+			}
+		}
+	}
+	return out, nil
+}
+
+func (s *set) has(k key, value string) bool {
+	is, ok := s.elems[k]
+	return ok && is == value
+}
+
+// Published reads from the ip table which ports it leads to containers, by the
+// containers' addresses.
+func Published() (map[netip.Addr][]Port, error) {
+	t, err := read(ipTable)
+	if err != nil {
+		return nil, err
+	}
+	out := map[netip.Addr][]Port{}
+	for _, name := range []string{"published_at", "published"} {
+		s := t.sets[name]
+		if s == nil {
+			continue
+		}
+		for k, v := range s.elems {
+			from, p := k.bytes, Port{}
+			if name == "published_at" && len(from) == 12 {
+				p.HostAddr, _ = netip.AddrFromSlice([]byte(from[:4]))
+				from = from[4:]
+			}
+			if len(from) != 8 || len(v) != 8 {
+				continue // of another release
+			}
+			to, _ := netip.AddrFromSlice([]byte(v[:4]))
+			p.UDP, p.HostPort, p.Port = from[0] == unix.IPPROTO_UDP, portOf(from[4:]), portOf(v[4:])
+			out[to] = append(out[to], p)
+		}
+	}
+	for _, ports := range out {
+		slices.SortFunc(ports, func(a, b Port) int {
+			return slices.Compare([]uint16{a.Port, a.HostPort}, []uint16{b.Port, b.HostPort})
+		})
+	}
+	return out, nil
+}
+
+func portOf(key string) uint16 { return uint16(key[0])<<8 | uint16(key[1]) }
+
+// chainStands asks for one chain, which is the cheapest question that tells whether
+// a table stands and is whole enough.
+func chainStands(t *nftables.Table, name string) (bool, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(t.Family), Version: nl.NFNETLINK_V0})
+	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(t.Name)))
+	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
+	_, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}

@@ -1,0 +1,465 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ruleset
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// table is a table as wanted or as found.
+type table struct {
+	is     *nftables.Table
+	chains []*chain
+	sets   map[string]*set
+}
+
+type chain struct {
+	name  string
+	kind  nftables.ChainType      // with hook
+	hook  *nftables.ChainHook     // nil: reached by a goto or a jump
+	prio  *nftables.ChainPriority // with hook
+	rules [][]expr.Any
+}
+
+type set struct {
+	table    *nftables.Table
+	name     string
+	key      nftables.SetDatatype
+	data     nftables.SetDatatype // zero: a set and no map
+	interval bool
+	elems    map[key]string // value: bytes, or a verdict in nft's words
+}
+
+// key is an element's key. end marks the first address after an interval.
+type key struct {
+	bytes string
+	end   bool
+}
+
+func (t *table) base(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
+	t.chains = append(t.chains, &chain{name, kind, hook, &prio, rules})
+}
+
+func (t *table) chain(name string, rules ...[]expr.Any) {
+	t.chains = append(t.chains, &chain{name: name, rules: rules})
+}
+
+func (t *table) set(name string, of nftables.SetDatatype) *set {
+	return t.mapTo(name, of, nftables.SetDatatype{})
+}
+
+func (t *table) mapTo(name string, from, to nftables.SetDatatype) *set {
+	if t.sets == nil {
+		t.sets = map[string]*set{}
+	}
+	s := &set{table: t.is, name: name, key: from, data: to, elems: map[key]string{}}
+	t.sets[name] = s
+	return s
+}
+
+// addSpans adds the spans. One that ends with the last address has no end element.
+func (s *set) addSpans(list []span) {
+	for _, sp := range list {
+		s.elems[key{bytes: numberKey(sp.first)}] = ""
+		if sp.last < 1<<32-1 {
+			s.elems[key{bytes: numberKey(sp.last + 1), end: true}] = ""
+		}
+	}
+}
+
+// Sync makes the kernel's tables what c asks for and names those that were
+// something else. Each table changes in one transaction, so no packet sees it half
+// made. Where the chains and rules stand, only elements that differ are touched.
+func (c Config) Sync() (changed []string, err error) {
+	wanted := c.tables()
+	for _, t := range wanted {
+		did, err := t.write()
+		if did {
+			changed = append(changed, "the nft table "+title(t.is))
+		}
+		if err != nil {
+			return changed, fmt.Errorf("write the nft table %s: %w", title(t.is), err)
+		}
+	}
+	for _, is := range allTables() {
+		if slices.ContainsFunc(wanted, func(t *table) bool { return t.is == is }) {
+			continue
+		}
+		did, err := dropTable(is)
+		if did {
+			changed = append(changed, "the nft table "+title(is))
+		}
+		if err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}
+
+// Differences names the tables that are not what c asks for.
+func (c Config) Differences() ([]string, error) {
+	var out []string
+	for _, want := range c.tables() {
+		have, err := read(want.is)
+		switch {
+		case err != nil:
+			return out, err
+		case len(have.chains) == 0:
+			out = append(out, fmt.Sprintf("the nft table %s is gone", title(want.is)))
+		case !have.same(want):
+			out = append(out, fmt.Sprintf("the nft table %s is not as it should be", title(want.is)))
+		}
+	}
+	return out, nil
+}
+
+// Drop deletes the tables. None is success.
+func Drop() error {
+	var errs []error
+	for _, t := range slices.Backward(allTables()) {
+		_, err := dropTable(t)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+func dropTable(is *nftables.Table) (did bool, err error) {
+	all, err := listTables(is.Family)
+	if err != nil || !slices.Contains(all, is.Name) {
+		return false, err
+	}
+	c, err := dial()
+	if err != nil {
+		return false, err
+	}
+	c.DelTable(is)
+	if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return false, fmt.Errorf("delete the nft table %s: %w", title(is), err)
+	}
+	return true, nil
+}
+
+// listTables names the tables of a family. A kernel without that family has none.
+func listTables(family nftables.TableFamily) ([]string, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, noModule(err)
+	}
+	all, err := c.ListTablesOfFamily(family)
+	if err != nil {
+		return nil, noModule(err)
+	}
+	var names []string
+	for _, t := range all {
+		names = append(names, t.Name)
+	}
+	return names, nil
+}
+
+// Part is a table beside the ip table that some endpoints need.
+type Part int
+
+const (
+	ForBridges     Part = iota // family bridge
+	ForTransparent             // family arp
+)
+
+// Stands reports whether the tables stand with the chain of that network, so that an
+// endpoint of it can be added. The ip table is always asked for.
+func Stands(n Network, parts ...Part) (bool, error) {
+	first := "postrouting"
+	if n.SNAT {
+		first = snatChain(n.ID)
+	}
+	ok, err := chainStands(ipTable, first)
+	for _, part := range parts {
+		if !ok || err != nil {
+			break
+		}
+		if part == ForBridges {
+			ok, err = chainStands(bridgeTable, "prerouting")
+		} else {
+			ok, err = chainStands(arpTable, "input")
+		}
+	}
+	return ok, err
+}
+
+func title(t *nftables.Table) string {
+	return map[nftables.TableFamily]string{
+		nftables.TableFamilyBridge: "bridge ", nftables.TableFamilyARP: "arp ", nftables.TableFamilyIPv4: "ip ",
+	}[t.Family] + t.Name
+}
+
+// elemsPerMessage keeps a message's list of elements under the 64 KiB that the
+// length of a netlink attribute can say. An element has at most about 150 bytes.
+const elemsPerMessage = 250
+
+// dial opens a connection for one transaction of any size. A whole table is one
+// datagram, and each message of it is acknowledged.
+func dial() (*nftables.Conn, error) {
+	return nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		_ = c.SetWriteBuffer(4 << 20)
+		_ = c.SetReadBuffer(4 << 20)
+		return nil
+	}))
+}
+
+// write makes the kernel's table t and reports whether it was something else.
+func (t *table) write() (changed bool, err error) {
+	have, err := read(t.is)
+	if err != nil {
+		return false, err
+	}
+	if !have.sameRules(t) {
+		return true, t.replace()
+	}
+	c, err := dial()
+	if err != nil {
+		return false, err
+	}
+	for name, s := range t.sets {
+		if maps.Equal(s.elems, have.sets[name].elems) {
+			continue
+		}
+		changed = true
+		if err := s.change(c, have.sets[name].elems); err != nil {
+			return false, err
+		}
+	}
+	if !changed {
+		return false, nil
+	}
+	if c.Flush() != nil {
+		// A set of another release may have our name and another type.
+		return true, t.replace()
+	}
+	return true, nil
+}
+
+// replace puts t in the place of whatever table there is.
+func (t *table) replace() error {
+	c, err := dial()
+	if err != nil {
+		return noModule(err)
+	}
+	c.AddTable(t.is) // deleting a table that is not there would fail
+	c.DelTable(t.is)
+	c.AddTable(t.is)
+	for _, ch := range t.chains {
+		c.AddChain(ch.nft(t.is))
+	}
+	for i, name := range slices.Sorted(maps.Keys(t.sets)) {
+		set := t.sets[name].nft()
+		set.ID = uint32(i + 1) // else the library counts in a global variable without a lock
+		if err := c.AddSet(set, nil); err != nil {
+			return err
+		}
+	}
+	for _, ch := range t.chains {
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: t.is, Chain: ch.nft(t.is), Exprs: r})
+		}
+	}
+	for _, s := range t.sets {
+		if err := s.change(c, nil); err != nil {
+			return err
+		}
+	}
+	return noModule(c.Flush())
+}
+
+// noModule explains the errors of a kernel that lacks what the tables need.
+func noModule(err error) error {
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: the kernel lacks nf_tables or one of its parts: load the modules nf_tables, nft_nat, nft_masq, nft_fib_ipv4 and nft_meta_bridge, or install the kernel package that has them", err)
+	}
+	return err
+}
+
+// change buffers what turns the elements have into those of s.
+func (s *set) change(c *nftables.Conn, have map[key]string) error {
+	var add, del []nftables.SetElement
+	for k, v := range s.elems {
+		if was, ok := have[k]; !ok || was != v || s.interval {
+			add = append(add, s.element(k, v))
+		}
+	}
+	for k, was := range have {
+		if v, ok := s.elems[k]; !ok || was != v {
+			del = append(del, s.element(k, was))
+		}
+	}
+	if s.interval && len(have) > 0 { // intervals that change may overlap meanwhile
+		c.FlushSet(s.nft())
+		del = nil
+	}
+	for part := range slices.Chunk(del, elemsPerMessage) {
+		if err := c.SetDeleteElements(s.nft(), part); err != nil {
+			return err
+		}
+	}
+	// In order, and an interval's end before the start of the one that follows at
+	// once: else the kernel sees the two overlap.
+	slices.SortFunc(add, func(a, b nftables.SetElement) int {
+		order := slices.Compare(a.Key, b.Key)
+		if order == 0 && a.IntervalEnd {
+			order = -1
+		}
+		return order
+	})
+	for part := range slices.Chunk(add, elemsPerMessage) {
+		if err := c.SetAddElements(s.nft(), part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *set) element(k key, v string) nftables.SetElement {
+	e := nftables.SetElement{Key: []byte(k.bytes), IntervalEnd: k.end}
+	word, chain, _ := strings.Cut(v, " ")
+	switch {
+	case k.end || s.data.Name == "":
+	case s.data.Name != nftables.TypeVerdict.Name:
+		e.Val = []byte(v)
+	case word == "jump":
+		e.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: chain}
+	default:
+		e.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}
+	}
+	return e
+}
+
+func (s *set) nft() *nftables.Set {
+	set := &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data,
+		IsMap: s.data.Name != "", Interval: s.interval, Concatenation: strings.Contains(s.key.Name, " . ")}
+	if s.key.Name == nftables.TypeIFName.Name {
+		set.KeyByteOrder = binaryutil.NativeEndian // else nft lists the name as empty
+	}
+	return set
+}
+
+func (c *chain) nft(t *nftables.Table) *nftables.Chain {
+	ch := &nftables.Chain{Table: t, Name: c.name}
+	if c.hook != nil {
+		ch.Type, ch.Hooknum, ch.Priority = c.kind, c.hook, c.prio
+	}
+	return ch
+}
+
+// read is the table as the kernel holds it. One that is not there has no chains.
+func read(is *nftables.Table) (*table, error) {
+	c, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, noModule(err)
+	}
+	defer func() { _ = c.CloseLasting() }()
+	t := &table{is: is, sets: map[string]*set{}}
+	chains, err := c.ListChainsOfTableFamily(is.Family)
+	if err != nil {
+		return nil, noModule(err)
+	}
+	for _, ch := range chains {
+		if ch.Table.Name != is.Name {
+			continue
+		}
+		rules, err := c.GetRules(is, ch)
+		if err != nil {
+			return nil, err
+		}
+		tc := &chain{name: ch.Name, kind: ch.Type, hook: ch.Hooknum, prio: ch.Priority}
+		for _, r := range rules {
+			tc.rules = append(tc.rules, r.Exprs)
+		}
+		t.chains = append(t.chains, tc)
+	}
+	if len(t.chains) == 0 {
+		return t, nil
+	}
+	sets, err := c.GetSets(is)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sets {
+		s.Table = is
+		elems, err := c.GetSetElements(s)
+		if err != nil {
+			return nil, err
+		}
+		ts := &set{table: is, name: s.Name, interval: s.Interval, elems: map[key]string{}}
+		for _, e := range elems {
+			ts.elems[key{string(e.Key), e.IntervalEnd}] = valueOf(s, e)
+		}
+		t.sets[s.Name] = ts
+	}
+	return t, nil
+}
+
+// valueOf spells an element's value as set.elems does. The kernel gives a verdict
+// as nested attributes, which the library leaves as they are.
+func valueOf(s *nftables.Set, e nftables.SetElement) string {
+	if len(e.Val) == 0 || s.DataType.Name != "" { // the library leaves the name empty for verdicts
+		return string(e.Val)
+	}
+	attrs, err := netlink.UnmarshalAttributes(e.Val)
+	if err != nil {
+		return ""
+	}
+	word, chain := "goto", ""
+	for _, a := range attrs {
+		switch a.Type {
+		case unix.NFTA_VERDICT_CODE:
+			if code := int32(binaryutil.BigEndian.Uint32(a.Data)); code == unix.NFT_JUMP {
+				word = "jump"
+			}
+		case unix.NFTA_VERDICT_CHAIN:
+			chain = string(a.Data[:len(a.Data)-1])
+		}
+	}
+	return word + " " + chain
+}
+
+// same reports whether both tables are alike, down to the elements.
+func (t *table) same(want *table) bool {
+	if !t.sameRules(want) {
+		return false
+	}
+	for name, s := range want.sets {
+		if !maps.Equal(s.elems, t.sets[name].elems) {
+			return false
+		}
+	}
+	return true
+}
+
+// sameRules reports whether both tables have the same chains, rules and sets.
+func (t *table) sameRules(want *table) bool {
+	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
+		return false
+	}
+	for _, w := range want.chains {
+		i := slices.IndexFunc(t.chains, func(c *chain) bool { return c.name == w.name })
+		if i < 0 || !reflect.DeepEqual(t.chains[i], w) {
+			return false
+		}
+	}
+	for name, w := range want.sets {
+		if s := t.sets[name]; s == nil || s.interval != w.interval {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,59 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ruleset
+
+import (
+	"cmp"
+	"encoding/binary"
+	"net/netip"
+	"slices"
+)
+
+// span is the IPv4 addresses from first to last, both included. The numbers are
+// uint64 so that the one after 255.255.255.255 has one.
+type span struct{ first, last uint64 }
+
+// spans is the prefixes' IPv4 addresses, ascending. No two spans touch.
+func spans(prefixes ...netip.Prefix) []span {
+	var all []span
+	for _, p := range prefixes {
+		if !p.Addr().Is4() {
+			continue
+		}
+		b := p.Masked().Addr().As4()
+		first := uint64(binary.BigEndian.Uint32(b[:]))
+		all = append(all, span{first, first + 1<<(32-p.Bits()) - 1})
+	}
+	slices.SortFunc(all, func(a, b span) int { return cmp.Compare(a.first, b.first) })
+	var out []span
+	for _, s := range all {
+		if n := len(out); n > 0 && s.first <= out[n-1].last+1 {
+			out[n-1].last = max(out[n-1].last, s.last)
+			continue
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+// subtract is a without b. Both are ascending and disjoint.
+func subtract(a, b []span) []span {
+	var out []span
+	for _, s := range a {
+		for _, cut := range b {
+			if cut.last < s.first || cut.first > s.last || s.first > s.last {
+				continue
+			}
+			if cut.first > s.first {
+				out = append(out, span{s.first, cut.first - 1})
+			}
+			s.first = cut.last + 1
+		}
+		if s.first <= s.last {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+func numberKey(n uint64) string { return string(binary.BigEndian.AppendUint32(nil, uint32(n))) }

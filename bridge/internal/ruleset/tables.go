@@ -1,0 +1,259 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ruleset
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Hook priorities. Those of iptables' tables are -300 (raw), -100 (DNAT), 0 (filter)
+// and 100 (SNAT). Ours are beside them, before the stage that must find our work
+// done.
+const (
+	beforeBrNetfilter = -300 // br_netfilter's own hook is at 0 in the bridge family
+	beforeRaw         = -310 // no rule of another may accept what we drop
+	beforeDNAT        = -101
+	atFilter          = 0
+	beforeSNAT        = 99
+)
+
+// Of linux/rtnetlink.h.
+const rtnLocal = 2
+
+var (
+	macType   = nftables.TypeEtherAddr
+	ownType   = nftables.MustConcatSetType(nftables.TypeIFName, macType, macType, nftables.TypeIPAddr)
+	ownARP    = nftables.MustConcatSetType(nftables.TypeIFName, macType, macType, macType, nftables.TypeIPAddr)
+	ownL3Type = nftables.MustConcatSetType(nftables.TypeIFName, macType, nftables.TypeIPAddr)
+	selfType  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeIPAddr)
+
+	targetType   = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	portType     = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	addrPortType = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+	nicPortType  = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeInetProto, nftables.TypeInetService)
+)
+
+// bridgeTable lets a port of ours send what is its own, addressed to its bridge,
+// and nothing else. So no frame goes from one port to another by itself: all pass
+// the host's IP layer, with br_netfilter or without. A VLAN tag, IPv6, STP, LLDP,
+// another's MAC or address: none of these is an element, and all are dropped.
+//
+// The bridge's port group comes last, so that a container's packet costs one look-up.
+func (c Config) bridgeTable() *table {
+	t := &table{is: bridgeTable}
+	t.set("own", ownType)
+	t.set("own_arp", ownARP)
+	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeBrNetfilter,
+		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(12), etherDaddr(14), ipSaddr(16), inSet("own"), accept()),
+		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(12), etherDaddr(14), arpSaddrEther(16), arpSaddrIP(18), inSet("own_arp"), accept()),
+		rule(iifgroup(GroupBridge), drop()))
+	c.fill(t)
+	return t
+}
+
+// arpTable is for transparent links, whose ARP no bridge table sees.
+func (c Config) arpTable() *table {
+	t := &table{is: arpTable}
+	t.set("own", ownL3Type)
+	t.base("input", filter, nftables.ChainHookInput, atFilter,
+		rule(iifgroup(GroupTransparent), iifname(1), arpSaddrEther(12), arpSaddrIP(14), inSet("own"), accept()),
+		rule(iifgroup(GroupTransparent), drop()))
+	c.fill(t)
+	return t
+}
+
+// ipTable does all that is not about one link: see each chain.
+func (c Config) ipTable() *table {
+	t := &table{is: ipTable}
+	t.set("nics", nftables.TypeIFName)
+	t.set("own", ownL3Type)
+	t.set("internal", nftables.TypeIPAddr)
+	t.set("no_metadata", nftables.TypeIPAddr)
+	t.set("self", selfType)
+	t.mapTo("snat", nftables.TypeIPAddr, nftables.TypeVerdict)
+	t.mapTo("published_at", addrPortType, targetType)
+	t.mapTo("published_by", nicPortType, targetType)
+	t.mapTo("published", portType, targetType)
+	t.mapTo("guarded", nftables.TypeIPAddr, nftables.TypeVerdict)
+	t.sets["guarded"].elems = map[key]string{
+		{bytes: ipKey(hostAgent)}: "jump host_agent",
+		{bytes: ipKey(metadata)}:  "jump metadata",
+	}
+	for _, nic := range c.NICs {
+		t.sets["nics"].elems[key{bytes: nameKey(nic)}] = ""
+	}
+	c.prerouting(t)
+	c.forward(t)
+	c.publish(t)
+	c.postrouting(t)
+	// The kernel tells a container a shorter way to another one of its bridge. There
+	// is none: it reaches both by the host.
+	t.base("output", filter, nftables.ChainHookOutput, atFilter,
+		rule(oifgroup(GroupBridge), icmpType(5), drop()))
+	c.fill(t)
+	return t
+}
+
+// prerouting checks what comes up from our links before any rule of others.
+func (c Config) prerouting(t *table) {
+	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
+		// With route_localnet the host's 127.0.0.1 would be reached by containers.
+		rule(iifours(), ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), drop()),
+		rule(iifgroup(GroupTransparent), iifname(1), etherSaddr(12), ipSaddr(14), inSet("own"), accept()),
+		rule(iifgroup(GroupTransparent), drop()))
+}
+
+// forward drops what no container may reach. It comes after every DNAT, whoever
+// made it. It accepts nothing: that is left to the firewall of the host.
+func (c Config) forward(t *table) {
+	t.base("forward", filter, nftables.ChainHookForward, atFilter,
+		rule(ipDaddr(1), verdictFrom("guarded")),
+		rule(ipSaddr(1), inSet("internal"), oifgroupNot(), drop()),
+		rule(ipDaddr(1), inSet("internal"), iifgroupNot(), drop()))
+	// The host agent's HTTP is for the host's own agents. Another VM's containers
+	// come by a NIC, when a service of this VM leads there.
+	t.chain("host_agent",
+		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(80)), gotoChain("containers")),
+		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(32526)), gotoChain("containers")))
+	t.chain("containers",
+		rule(iifours(), drop()),
+		rule(iifname(1), inSet("nics"), drop()))
+	t.chain("metadata",
+		rule(ipSaddr(1), inSet("no_metadata"), drop()))
+}
+
+// publish leads ports of the host to containers. What comes by a NIC is led to
+// containers of that NIC alone: the answer leaves by the container's own NIC, and
+// Azure drops a packet whose source address does not belong to the NIC that sends it.
+func (c Config) publish(t *table) {
+	local := rule(fibDaddrType(), equal(be32host(rtnLocal)), gotoChain("publish"))
+	t.base("dnat", nat, nftables.ChainHookPrerouting, beforeDNAT, local)
+	t.base("dnat_output", nat, nftables.ChainHookOutput, beforeDNAT, local)
+	t.chain("publish",
+		rule(ipDaddr(1), l4proto(9), destPort(10), valueFrom("published_at"), dnat()),
+		rule(iifname(1), l4proto(12), destPort(13), valueFrom("published_by"), dnat()),
+		rule(iifname(1), inSet("nics"), returnVerdict()),
+		rule(l4proto(1), destPort(9), valueFrom("published"), dnat()))
+}
+
+// postrouting decides what leaves with which source address. It comes after every
+// DNAT and asks for no packet mark.
+func (c Config) postrouting(t *table) {
+	t.base("postrouting", nat, nftables.ChainHookPostrouting, beforeSNAT,
+		// Through a published port, a container would receive from itself, or from 127.0.0.1.
+		rule(ipSaddr(1), ipDaddr(9), inSet("self"), masquerade()),
+		rule(oifours(), ipSaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), masquerade()),
+		rule(oifours(), accept()),
+		rule(ipSaddr(1), verdictFrom("snat")))
+	for _, n := range c.Networks {
+		if !n.SNAT {
+			continue
+		}
+		direct := t.set("direct_"+n.ID, nftables.TypeIPAddr)
+		direct.interval = true
+		direct.addSpans(n.direct(c.Subnets))
+		accepted := rule(ipDaddr(1), inSet(direct.name), accept())
+		if n.Direct != nil { // a VM may be a site's gateway: by whatever link
+			t.chain(snatChain(n.ID), accepted, rule(masquerade()))
+			continue
+		}
+		t.chain(snatChain(n.ID), rule(oifname(1), notInSet("nics"), masquerade()), accepted, rule(masquerade()))
+	}
+}
+
+// direct is what leaves as it is. The metadata service never answers a secondary
+// address, and the host agent always does.
+func (n Network) direct(subnets []netip.Prefix) []span {
+	list := n.Direct
+	if list == nil {
+		list = slices.Concat(defaultDirect, subnets)
+	}
+	list = append(slices.Clone(list), netip.PrefixFrom(hostAgent, 32))
+	return subtract(spans(list...), spans(netip.PrefixFrom(metadata, 32)))
+}
+
+func snatChain(network string) string { return "snat_" + network }
+
+// fill adds the endpoints' elements of the table.
+func (c Config) fill(t *table) {
+	for _, e := range c.Endpoints {
+		for _, s := range c.elements(e) {
+			if s.table != t.is {
+				continue
+			}
+			for k, v := range s.elems {
+				t.sets[s.name].elems[k] = v
+			}
+		}
+	}
+}
+
+// elements are all that programs the endpoint, each set with the endpoint's
+// elements alone.
+func (c Config) elements(e Endpoint) []*set {
+	port, mac, ip := nameKey(e.Link), macKey(e.MAC), ipKey(e.Addr)
+	var all []*set
+	add := func(t *nftables.Table, name string, data nftables.SetDatatype, elems map[key]string) {
+		all = append(all, &set{table: t, name: name, data: data, elems: elems})
+	}
+	plain := func(keys ...string) map[key]string {
+		elems := map[key]string{}
+		for _, k := range keys {
+			elems[key{bytes: k}] = ""
+		}
+		return elems
+	}
+	none := nftables.SetDatatype{}
+	if e.transparent() {
+		add(arpTable, "own", none, plain(port+mac+ip))
+		add(ipTable, "own", none, plain(port+mac+ip))
+	} else {
+		to, all := macKey(e.BridgeMAC), macKey(net.HardwareAddr{255, 255, 255, 255, 255, 255})
+		add(bridgeTable, "own", none, plain(port+mac+to+ip))
+		add(bridgeTable, "own_arp", none, plain(port+mac+to+mac+ip, port+mac+all+mac+ip))
+	}
+	if e.Internal {
+		add(ipTable, "internal", none, plain(ip))
+	} else if i := slices.IndexFunc(c.Networks, func(n Network) bool { return n.ID == e.Network }); i >= 0 && c.Networks[i].SNAT {
+		add(ipTable, "snat", nftables.TypeVerdict, map[key]string{{bytes: ip}: "goto " + snatChain(e.Network)})
+	}
+	if e.NoMetadata {
+		add(ipTable, "no_metadata", none, plain(ip))
+	}
+	if len(e.Ports) > 0 {
+		at, by, any := map[key]string{}, map[key]string{}, map[key]string{}
+		for _, p := range e.Ports {
+			from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
+			switch {
+			case p.HostAddr.IsValid():
+				at[key{bytes: ipKey(p.HostAddr) + from}] = to
+			default:
+				any[key{bytes: from}] = to
+				if e.NIC != "" {
+					by[key{bytes: nameKey(e.NIC) + from}] = to
+				}
+			}
+		}
+		add(ipTable, "self", none, plain(ip+ip))
+		add(ipTable, "published_at", targetType, at)
+		add(ipTable, "published_by", targetType, by)
+		add(ipTable, "published", targetType, any)
+	}
+	return slices.DeleteFunc(all, func(s *set) bool { return len(s.elems) == 0 })
+}
+
+func verdict(kind expr.VerdictKind, chain string) []expr.Any {
+	return one(&expr.Verdict{Kind: kind, Chain: chain})
+}
+func accept() []expr.Any        { return verdict(expr.VerdictAccept, "") }
+func drop() []expr.Any          { return verdict(expr.VerdictDrop, "") }
+func returnVerdict() []expr.Any { return verdict(expr.VerdictReturn, "") }
+func gotoChain(name string) []expr.Any {
+	return verdict(expr.VerdictGoto, name)
+}

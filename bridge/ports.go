@@ -1,0 +1,240 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"azurevnet/bridge/internal/listen"
+	"azurevnet/bridge/internal/ruleset"
+)
+
+// Port is a port of the host that leads to one of a container.
+type Port struct {
+	Proto       string     `json:"proto"`                 // tcp or udp
+	HostAddr    netip.Addr `json:"hostAddr,omitzero"`     // of the host; none: each of its IPv4 addresses, 127.0.0.1 too, but those of NICs that are not the container's
+	HostPort    uint16     `json:"hostPort"`              // 0 in a wish: a free one of 32768 to 60999
+	HostPortEnd uint16     `json:"hostPortEnd,omitempty"` // in a wish: the first free one from HostPort to this; 0: HostPort alone
+	Port        uint16     `json:"port"`                  // the container's
+}
+
+// String is the port as docker ps writes it.
+func (p Port) String() string {
+	host := p.HostAddr
+	if !host.IsValid() {
+		host = netip.IPv4Unspecified()
+	}
+	return fmt.Sprintf("%s:%d->%d/%s", host, p.HostPort, p.Port, p.Proto)
+}
+
+// The range that engines take free host ports from, and Linux its own.
+const firstFree, lastFree = 32768, 60999
+
+// normal checks the wish and spells it in one way.
+func (p Port) normal() (Port, error) {
+	p.HostAddr = p.HostAddr.Unmap()
+	if p.HostAddr == netip.IPv4Unspecified() {
+		p.HostAddr = netip.Addr{}
+	}
+	p.HostPortEnd = cmp.Or(p.HostPortEnd, p.HostPort)
+	switch {
+	case p.Proto != "tcp" && p.Proto != "udp":
+		return p, fmt.Errorf("port %d: tcp and udp can be published, and %q cannot", p.Port, p.Proto)
+	case p.Port == 0:
+		return p, fmt.Errorf("port 0 of a container cannot be published")
+	case p.HostAddr.IsValid() && !p.HostAddr.Is4():
+		return p, fmt.Errorf("port %d: the host address %s is not IPv4, and IPv6 is not served yet", p.Port, p.HostAddr)
+	case p.HostPortEnd < p.HostPort || p.HostPort == 0 && p.HostPortEnd != 0:
+		return p, fmt.Errorf("port %d: %d-%d is no range of host ports", p.Port, p.HostPort, p.HostPortEnd)
+	}
+	return p, nil
+}
+
+func normalPorts(ports []Port) ([]Port, error) {
+	var out []Port
+	for _, p := range ports {
+		p, err := p.normal()
+		if err != nil {
+			return nil, fmt.Errorf("publish: %w", err)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// conflicts reports whether both want the same port of one address.
+func (p Port) conflicts(o Port) bool {
+	return p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
+}
+
+// claimPorts chooses the endpoint's ports of the host and writes down that it has them. It
+// decides before anything is made for the endpoint.
+func (h *Host) claimPorts(ctx context.Context, v *view, e Endpoint, link string) ([]Port, error) {
+	if len(e.Ports) == 0 {
+		return nil, nil
+	}
+	for _, p := range e.Ports {
+		if err := v.checkHostAddr(p, e.NIC); err != nil {
+			return nil, err
+		}
+	}
+	sockets, err := listen.Sockets()
+	if err != nil {
+		return nil, err
+	}
+	taken := v.ports()
+	delete(taken, link)
+	var mine []Port
+	for i, wish := range e.Ports {
+		got, err := choosePort(wish, e.Owner, i, func(p Port) error {
+			if i := slices.IndexFunc(mine, p.conflicts); i >= 0 {
+				return fmt.Errorf("it is asked for twice, for %d and %d", mine[i].Port, p.Port)
+			}
+			return errors.Join(v.published(p, taken), listens(sockets, p))
+		})
+		if err != nil {
+			return nil, err
+		}
+		mine = append(mine, got)
+	}
+	if err := h.hook("ports"); err != nil {
+		return nil, err
+	}
+	err = h.updateState(ctx, "publish ports of "+e.Owner, func(s *hostState) error {
+		s.Ports = taken // without what a crash left
+		s.Ports[link] = mine
+		return nil
+	})
+	return mine, err
+}
+
+// choosePort finds the wished port of the host, or the first of several, that refuse has nothing
+// against. Where any will do, the search begins at a place that depends on the owner, so that a
+// repeat finds the same.
+func choosePort(wish Port, owner string, nth int, refuse func(Port) error) (Port, error) {
+	first, last, skip := uint32(wish.HostPort), uint32(wish.HostPortEnd), uint32(0)
+	if wish.HostPort == 0 {
+		first, last = firstFree, lastFree
+		sum := fnv.New32a()
+		fmt.Fprintf(sum, "%s %d", owner, nth)
+		skip = sum.Sum32()
+	}
+	wish.HostPortEnd = 0
+	var why error
+	for n, count := uint32(0), last-first+1; n < count; n++ {
+		wish.HostPort = uint16(first + (skip%count+n)%count)
+		if why = refuse(wish); why == nil {
+			return wish, nil
+		}
+	}
+	if first == last {
+		return wish, fmt.Errorf("publish port %d/%s of the host: %w; publish another, or none: containers are reached at their own addresses", wish.HostPort, wish.Proto, why)
+	}
+	return wish, fmt.Errorf("publish a port %d-%d/%s of the host: none is free; of the last, %w", first, last, wish.Proto, why)
+}
+
+// published says which endpoint has p already.
+func (v *view) published(p Port, taken map[string][]Port) error {
+	for link, ports := range taken {
+		if !slices.ContainsFunc(ports, p.conflicts) {
+			continue
+		}
+		for _, e := range v.endpoints {
+			if e.link.Name == link {
+				return fmt.Errorf("it is published to %s already (%s)", e.addr.Addr(), e.owner)
+			}
+		}
+	}
+	return nil
+}
+
+func listens(sockets []listen.Socket, p Port) error {
+	for _, s := range sockets {
+		if s.Proto != p.Proto || s.At.Port() != p.HostPort {
+			continue
+		}
+		if s.At.Addr().IsUnspecified() || !p.HostAddr.IsValid() || s.At.Addr() == p.HostAddr {
+			return fmt.Errorf("the host itself listens at %s", s)
+		}
+	}
+	return nil
+}
+
+// checkHostAddr refuses an address that is not the host's, and one of another NIC: the answers
+// would leave by the container's own.
+func (v *view) checkHostAddr(p Port, nic string) error {
+	if !p.HostAddr.IsValid() || p.HostAddr.IsLoopback() {
+		return nil
+	}
+	dev := v.holds(p.HostAddr)
+	if dev == "" {
+		var held []netip.Addr
+		for _, a := range v.addrs {
+			held = append(held, prefixOf(a.IPNet).Addr())
+		}
+		return fmt.Errorf("publish port %d: %s is not an address of this host, which has %v", p.Port, p.HostAddr, held)
+	}
+	for mac := range v.state.NICs {
+		if mac != nic && v.nicName(mac) == dev {
+			return fmt.Errorf("publish port %d: %s is an address of %s, and the container's address is of %s: answers would leave by another NIC than the questions came by, and Azure drops them; publish at an address of %s, or at none", p.Port, p.HostAddr, dev, v.nicName(nic), v.nicName(nic))
+		}
+	}
+	return nil
+}
+
+// ports are the published ports of the endpoints that stand, by host end. host.json knows them; where
+// it was lost, the table still does.
+func (v *view) ports() map[string][]Port {
+	out := map[string][]Port{}
+	var table map[netip.Addr][]ruleset.Port
+	for _, e := range v.endpoints {
+		if e.ports == 0 {
+			continue
+		}
+		ports, known := v.state.Ports[e.link.Name]
+		if !known {
+			if table == nil {
+				table, _ = ruleset.Published() // unreadable: keepPorts says which are lost
+			}
+			for _, p := range table[e.addr.Addr()] {
+				ports = append(ports, Port{Proto: map[bool]string{true: "udp", false: "tcp"}[p.UDP], HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
+			}
+		}
+		if len(ports) > 0 {
+			out[e.link.Name] = ports
+		}
+	}
+	return out
+}
+
+// portFaults are what host.json says of published ports too much or too little: claims that a crash
+// left, and those that it lost and the table still tells.
+func (h *Host) portFaults(v *view) (all []fault) {
+	ports := v.ports()
+	if !maps.EqualFunc(v.state.Ports, ports, slices.Equal) {
+		all = append(all, fault{what: "host.json does not say which ports are published", mend: func() error {
+			return h.updateState(context.Background(), "keep ports", func(s *hostState) error { s.Ports = ports; return nil })
+		}})
+	}
+	for _, e := range v.endpoints {
+		if e.ports > 0 && len(ports[e.link.Name]) == 0 {
+			all = append(all, fault{what: fmt.Sprintf("the published ports of %s (%s) are not known any more: restart its container", e.owner, e.addr.Addr())})
+		}
+	}
+	return all
+}
+
+// releasePorts forgets the claim of an endpoint. None is success.
+func (h *Host) releasePorts(ctx context.Context, link string) error {
+	return h.updateState(ctx, "forget ports of "+link, func(s *hostState) error {
+		delete(s.Ports, link)
+		return nil
+	})
+}

@@ -1,0 +1,204 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+)
+
+// Routing tables and rules of ours.
+//
+// The first rule leads to a table of containers alone: rules of others, such as those of
+// multi-NIC guides (from <host> lookup T), would else take what goes to containers. It
+// takes nothing from anybody.
+//
+// Azure's default route is on the primary NIC alone. What another NIC's containers send
+// must leave by that NIC, because Azure drops a packet whose source address does not
+// belong to the NIC that sends it. The rules for it stand just before main's, so that a
+// VPN's keep their place.
+const (
+	containerTable = 16863    // a route to each container
+	nicTables      = 16863000 // and the NIC's index: the way out of a NIC that is not the primary
+
+	containerRule = 10
+	azureRule     = 32760 // to the host agent and the metadata service: Azure's DHCP has routes to both by the primary NIC
+	hostRule      = 32761 // to what the host has a route of its own to, such as a pod of another plugin
+	subnetRule    = 32762 // to the NICs' subnets
+	otherRule     = 32763 // to what the host reaches otherwise, such as by a VPN
+	outRule       = 32764 // to all the rest
+)
+
+var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
+
+// route is a route to a container, in one of the two tables that have it. It has the
+// container's MTU: a bridge drops a packet that is too large for a port without a word.
+func (a alias) route(table, link, mtu int) netlink.Route {
+	return netlink.Route{Table: table, Dst: ipNet(netip.PrefixFrom(a.addr.Addr(), 32)), LinkIndex: link, Scope: netlink.SCOPE_LINK, Protocol: ourProtocol, MTU: mtu, Type: unix.RTN_UNICAST}
+}
+
+// containerTables are where a container's route stands. The main table has it for others
+// who look there.
+var containerTables = []int{containerTable, unix.RT_TABLE_MAIN}
+
+// putRoute makes the route, in place of another one of ours. One of somebody else's to the
+// same destination is not replaced.
+func putRoute(r netlink.Route) error {
+	err := netlink.RouteAdd(&r)
+	if !errors.Is(err, unix.EEXIST) {
+		return wrapRoute(r, err)
+	}
+	same, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: r.Table, Dst: r.Dst}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+	})
+	if err != nil {
+		return wrapRoute(r, err)
+	}
+	for _, s := range same {
+		if s.Protocol != ourProtocol {
+			return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %s): whoever made it uses that address", prefixOf(r.Dst), r.Table, prefixOf(r.Dst))
+		}
+	}
+	return wrapRoute(r, netlink.RouteReplace(&r))
+}
+
+func wrapRoute(r netlink.Route, err error) error {
+	if err != nil {
+		return fmt.Errorf("route to %s in table %d: %w", prefixOf(r.Dst), r.Table, err)
+	}
+	return nil
+}
+
+func delRoute(r netlink.Route) error {
+	if err := netlink.RouteDel(&r); err != nil && !rtnl.NotThere(err) {
+		return fmt.Errorf("delete the route to %s in table %d: %w", prefixOf(r.Dst), r.Table, err)
+	}
+	return nil
+}
+
+// sameRoute compares what we set of a route.
+func sameRoute(a, b netlink.Route) bool {
+	return sameDst(a, b) && a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.MTU == b.MTU
+}
+
+func sameDst(a, b netlink.Route) bool {
+	return a.Table == b.Table && prefixOf(a.Dst) == prefixOf(b.Dst)
+}
+
+// wantedRoutes are all that our protocol number may stand on.
+func (v *view) wantedRoutes() []netlink.Route {
+	var all []netlink.Route
+	for _, e := range v.endpoints {
+		if link := v.linkTo(e); link != 0 {
+			for _, table := range containerTables {
+				all = append(all, e.route(table, link, e.link.MTU))
+			}
+		}
+	}
+	for _, mac := range v.macs() {
+		if gateway, ok := v.ownWay(mac); ok {
+			index := v.nics[mac].Attrs().Index
+			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), LinkIndex: index, Gw: gateway.AsSlice(),
+				Flags: int(netlink.FLAG_ONLINK), Protocol: ourProtocol, Type: unix.RTN_UNICAST})
+		}
+	}
+	return all
+}
+
+// linkTo is the index of the link that leads to the endpoint; 0 while its bridge is gone.
+func (v *view) linkTo(e endpoint) int {
+	if e.bridge == "" {
+		return e.link.Index
+	}
+	if b := v.bridge(e.nic); b != nil && b.Name == e.bridge {
+		return b.Index
+	}
+	return 0
+}
+
+// ownWay is the gateway of a NIC that is not the primary and has containers; not ok for any
+// other NIC.
+func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
+	n, subnets := v.state.NICs[mac], v.subnets(mac)
+	if v.nics[mac] == nil || n.Primary || n.Bridge == "" && !n.Transparent || len(subnets) == 0 {
+		return netip.Addr{}, false
+	}
+	return subnets[0].Addr().Next(), true
+}
+
+// wantedRules are all that our protocol number may stand on.
+func (v *view) wantedRules() []netlink.Rule {
+	var all []netlink.Rule
+	add := func(priority, table, suppress int, iif string, from, to netip.Prefix) {
+		r := netlink.NewRule()
+		r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
+		if from.IsValid() {
+			r.Src = ipNet(from)
+		}
+		if to.IsValid() {
+			r.Dst = ipNet(to)
+		}
+		all = append(all, *r)
+	}
+	everything := netip.Prefix{}
+	if v.state.asked() {
+		add(containerRule, containerTable, -1, "", everything, everything)
+	}
+	var subnets []netip.Prefix
+	for _, mac := range v.macs() {
+		subnets = append(subnets, v.subnets(mac)...)
+	}
+	slices.SortFunc(subnets, netip.Prefix.Compare)
+	subnets = slices.Compact(subnets)
+	// A rule that names azv+ would mean a link of that very name, so each transparent
+	// link has rules of its own.
+	way := func(mac, iif string, from netip.Prefix) {
+		table := nicTables + v.nics[mac].Attrs().Index
+		for _, to := range azureAddrs {
+			add(azureRule, table, -1, iif, from, to)
+		}
+		add(hostRule, unix.RT_TABLE_MAIN, 31, iif, from, everything)
+		for _, to := range subnets {
+			add(subnetRule, table, -1, iif, from, to)
+		}
+		add(otherRule, unix.RT_TABLE_MAIN, 0, iif, from, everything)
+		add(outRule, table, -1, iif, from, everything)
+	}
+	for _, mac := range v.macs() {
+		if _, ok := v.ownWay(mac); ok && v.state.NICs[mac].Bridge != "" {
+			way(mac, v.state.NICs[mac].Bridge, everything)
+		}
+	}
+	for _, e := range v.endpoints {
+		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" {
+			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
+		}
+	}
+	return all
+}
+
+func sameRule(a, b netlink.Rule) bool {
+	return a.Priority == b.Priority && a.Table == b.Table && a.SuppressPrefixlen == b.SuppressPrefixlen && a.IifName == b.IifName &&
+		prefixOf(a.Src) == prefixOf(b.Src) && prefixOf(a.Dst) == prefixOf(b.Dst)
+}
+
+func ruleText(r netlink.Rule) string {
+	text := fmt.Sprintf("%d:", r.Priority)
+	if r.Src != nil {
+		text += " from " + prefixOf(r.Src).String()
+	}
+	if r.Dst != nil {
+		text += " to " + prefixOf(r.Dst).String()
+	}
+	if r.IifName != "" {
+		text += " iif " + r.IifName
+	}
+	return fmt.Sprintf("%s lookup %d", text, r.Table)
+}

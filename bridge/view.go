@@ -1,0 +1,306 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/forward"
+	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/bridge/internal/ruleset"
+)
+
+// ourProtocol marks the routes, rules and neighbour entries that we made.
+const ourProtocol = 168
+
+// view is one reading of the host: each kind of kernel state once. What ought to stand is
+// decided on it alone.
+type view struct {
+	state      *hostState // with what the links tell of a state that was lost
+	links      rtnl.Links
+	addrs      []netlink.Addr  // IPv4
+	defaults   []netlink.Route // default routes of the main table
+	routes     []netlink.Route // with our protocol, in every table
+	rules      []netlink.Rule  // with our protocol
+	neighbours []rtnl.Neighbour
+	forwarding []rtnl.ForwardingEntry
+	flags      map[int]map[uint16]byte // of bridge ports, by link index
+
+	nics      map[string]netlink.Link // by MAC; those that are gone are missing
+	endpoints []endpoint
+}
+
+// endpoint is a host end that its alias speaks for.
+type endpoint struct {
+	alias
+	link *netlink.LinkAttrs
+}
+
+// read reads the host. The caller holds the lock, unless it changes nothing and bears with
+// an endpoint that is half made.
+func (h *Host) read() (*view, error) {
+	v := &view{nics: map[string]netlink.Link{}}
+	var err error
+	if v.state, err = h.state(); err != nil {
+		return nil, err
+	}
+	if v.links, err = rtnl.ReadLinks(); err != nil {
+		return nil, err
+	}
+	if v.addrs, err = rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
+		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the host's routes: %w", err)
+	}
+	for _, r := range routes {
+		switch bits := prefixOf(r.Dst).Bits(); {
+		case r.Protocol == ourProtocol:
+			v.routes = append(v.routes, r)
+		case r.Table == unix.RT_TABLE_MAIN && bits == 0:
+			v.defaults = append(v.defaults, r)
+		}
+	}
+	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list the host's routing rules: %w", err)
+	}
+	v.rules = slices.DeleteFunc(rules, func(r netlink.Rule) bool { return r.Protocol != ourProtocol })
+	if v.neighbours, err = rtnl.ReadNeighbours(); err != nil {
+		return nil, fmt.Errorf("list the host's neighbour entries: %w", err)
+	}
+	if v.forwarding, err = rtnl.ReadForwarding(); err != nil {
+		return nil, fmt.Errorf("list the bridges' forwarding entries: %w", err)
+	}
+	if v.flags, err = rtnl.ReadPortFlags(); err != nil {
+		return nil, fmt.Errorf("list the bridges' ports: %w", err)
+	}
+	v.adopt()
+	return v, nil
+}
+
+// adopt takes from the links what the state does not know: the file is lost sooner than
+// they are.
+func (v *view) adopt() {
+	for _, l := range v.links {
+		if a, ok := endpointOf(l); ok {
+			v.endpoints = append(v.endpoints, endpoint{a, l.Attrs()})
+		}
+	}
+	ask := func(mac string, want func(*nicState)) {
+		n := v.state.NICs[mac]
+		want(&n)
+		v.state.NICs[mac] = n
+	}
+	for _, b := range bridgesIn(v.links) {
+		ask(b.NICMAC, func(n *nicState) {
+			if n.Bridge == "" {
+				n.Bridge = b.Name
+			}
+		})
+	}
+	for _, e := range v.endpoints {
+		ask(e.nic, func(n *nicState) {
+			n.Transparent = n.Transparent || e.bridge == ""
+			if n.Bridge == "" {
+				n.Bridge = e.bridge
+			}
+		})
+	}
+	for mac := range v.state.NICs {
+		if nic, err := findNIC(v.links, mac); err == nil {
+			v.nics[mac] = nic
+		}
+	}
+	if !v.knowsPrimary() {
+		for mac, nic := range v.nics {
+			if nic.Attrs().Index == v.defaultLink() {
+				ask(mac, func(n *nicState) { n.Primary = true })
+			}
+		}
+	}
+}
+
+func (v *view) knowsPrimary() bool {
+	for _, n := range v.state.NICs {
+		if n.Primary {
+			return true
+		}
+	}
+	return false
+}
+
+// defaultLink is the index of the link that the host's best default route leaves by; 0 if
+// there is none.
+func (v *view) defaultLink() int {
+	if len(v.defaults) == 0 {
+		return 0
+	}
+	return slices.MinFunc(v.defaults, func(a, b netlink.Route) int { return a.Priority - b.Priority }).LinkIndex
+}
+
+// macs are the NICs' MACs, in order.
+func (v *view) macs() []string { return slices.Sorted(maps.Keys(v.state.NICs)) }
+
+// nicName is empty for a NIC that is gone.
+func (v *view) nicName(mac string) string {
+	if nic := v.nics[mac]; nic != nil {
+		return nic.Attrs().Name
+	}
+	return ""
+}
+
+// bridge is the NIC's bridge as it stands, nil if it does not. One of that name which is
+// not ours is not it.
+func (v *view) bridge(mac string) *netlink.LinkAttrs {
+	l := v.links.Named(v.state.NICs[mac].Bridge)
+	if l == nil {
+		return nil
+	}
+	if nic, ours := bridgeOf(l); !ours || nic != mac {
+		return nil
+	}
+	return l.Attrs()
+}
+
+// subnets are the IPv4 subnets of the NIC, from its addresses and its containers'.
+func (v *view) subnets(mac string) []netip.Prefix {
+	var out []netip.Prefix
+	if nic := v.nics[mac]; nic != nil {
+		for _, a := range v.addrs {
+			if a.LinkIndex == nic.Attrs().Index {
+				out = append(out, prefixOf(a.IPNet).Masked())
+			}
+		}
+	}
+	for _, e := range v.endpoints {
+		if e.nic == mac {
+			out = append(out, e.addr.Masked())
+		}
+	}
+	out = slices.DeleteFunc(out, func(p netip.Prefix) bool { return p.Bits() == 32 })
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return slices.Compact(out)
+}
+
+// ruleset is what the nft tables derive from.
+func (v *view) ruleset() ruleset.Config {
+	c := ruleset.Config{}
+	for _, mac := range v.macs() {
+		if name := v.nicName(mac); name != "" {
+			c.NICs = append(c.NICs, name)
+		}
+		c.Bridges = c.Bridges || v.state.NICs[mac].Bridge != ""
+		c.Subnets = append(c.Subnets, v.subnets(mac)...)
+	}
+	policies := maps.Clone(v.state.Policies)
+	for _, e := range v.endpoints {
+		policies[e.policy] = policyOf(v.state.Policies, e.policy)
+	}
+	for _, id := range slices.Sorted(maps.Keys(policies)) {
+		n := policies[id].network()
+		n.ID = id // a policy that is taken for the default keeps its id
+		c.Networks = append(c.Networks, n)
+	}
+	ports := v.ports()
+	for _, e := range v.endpoints {
+		c.Endpoints = append(c.Endpoints, v.rulesOf(e.alias, e.link.Name, ports[e.link.Name]))
+	}
+	return c
+}
+
+// rulesOf is an endpoint as the rules take it.
+func (v *view) rulesOf(a alias, link string, ports []Port) ruleset.Endpoint {
+	p := policyOf(v.state.Policies, a.policy)
+	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), Network: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}
+	if a.bridge != "" {
+		e.BridgeMAC = net.HardwareAddr{}
+		if mac, err := parseMAC(a.nic); err == nil {
+			e.BridgeMAC = bridgeMAC(mac)
+		}
+	}
+	for _, p := range ports {
+		e.Ports = append(e.Ports, ruleset.Port{UDP: p.Proto == "udp", HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
+	}
+	return e
+}
+
+// forward is what iptables is to accept.
+func (v *view) forward() forward.Config {
+	c := forward.Config{}
+	transparent := false
+	for _, mac := range v.macs() {
+		n := v.state.NICs[mac]
+		if n.Bridge != "" {
+			c.Links = append(c.Links, n.Bridge)
+		}
+		transparent = transparent || n.Transparent
+	}
+	if transparent {
+		c.Links = append(c.Links, hostPrefix+"+")
+	}
+	if len(c.Links) == 0 {
+		return c
+	}
+	for _, l := range v.links {
+		if a := l.Attrs(); v.isNIC(a.Index) || leadsOut(l) {
+			c.Out = append(c.Out, a.Name)
+		}
+	}
+	slices.Sort(c.Out)
+	return c
+}
+
+func (v *view) isNIC(index int) bool {
+	for _, nic := range v.nics {
+		if nic.Attrs().Index == index {
+			return true
+		}
+	}
+	return false
+}
+
+// leadsOut tells a link that may lead to another network, such as a VPN's, from one that
+// leads to somebody's containers: bridges and veths do.
+func leadsOut(l netlink.Link) bool {
+	a := l.Attrs()
+	return a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && a.MasterIndex == 0 &&
+		l.Type() != "bridge" && l.Type() != "veth" && !strings.HasPrefix(a.Name, hostPrefix)
+}
+
+// holds is the name of the host's link that has the address; empty: none has.
+func (v *view) holds(addr netip.Addr) string {
+	for _, a := range v.addrs {
+		if prefixOf(a.IPNet).Addr() == addr {
+			if l := v.links.Index(a.LinkIndex); l != nil {
+				return l.Attrs().Name
+			}
+		}
+	}
+	return ""
+}
+
+// prefixOf reads an IPv4 prefix; none is every address.
+func prefixOf(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	addr, _ := netip.AddrFromSlice(n.IP)
+	bits, _ := n.Mask.Size()
+	return netip.PrefixFrom(addr.Unmap(), bits)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
+}
