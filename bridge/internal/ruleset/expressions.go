@@ -19,8 +19,9 @@ import (
 // Registers: 1 to 4 have 16 bytes each. 8 to 23 are their quarters of 4 bytes: 1 is 8
 // to 11, 2 is 12 to 15, and so on. A key of several parts lies in consecutive
 // registers, each part rounded up to 4 bytes: a link's name takes four quarters, a MAC
-// two, an address, a protocol and a port one each. A condition compares register 1,
-// which the next one overwrites.
+// two, an address, a protocol and a port one each. The first quarter of a register is
+// spelled as the register, since the kernel tells it so. A condition compares register
+// 1, which the next one overwrites.
 
 func rule(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
@@ -39,18 +40,15 @@ func oifgroup(group uint32) []expr.Any {
 	return rule(loadMeta(expr.MetaKeyOIFGROUP, 1), equal(be32host(group)))
 }
 
-// The groups of our links differ in one bit, which this mask clears.
-const groupMask = ^uint32(GroupBridge ^ GroupTransparent)
+func fromOurs() []expr.Any    { return rule(loadMeta(expr.MetaKeyIIFGROUP, 1), inSet("links")) }
+func toOurs() []expr.Any      { return rule(loadMeta(expr.MetaKeyOIFGROUP, 1), inSet("links")) }
+func notFromOurs() []expr.Any { return rule(loadMeta(expr.MetaKeyIIFGROUP, 1), notInSet("links")) }
+func notToOurs() []expr.Any   { return rule(loadMeta(expr.MetaKeyOIFGROUP, 1), notInSet("links")) }
 
-func ours(k expr.MetaKey, op expr.CmpOp) []expr.Any {
-	return rule(loadMeta(k, 1),
-		one(&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: be32host(groupMask), Xor: make([]byte, 4)}),
-		compare(op, be32host(GroupBridge&groupMask)))
+// ethernet is what nft writes before it looks at a MAC outside the bridge family.
+func ethernet() []expr.Any {
+	return rule(loadMeta(expr.MetaKeyIIFTYPE, 1), equal(binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)))
 }
-func iifours() []expr.Any     { return ours(expr.MetaKeyIIFGROUP, expr.CmpOpEq) }
-func oifours() []expr.Any     { return ours(expr.MetaKeyOIFGROUP, expr.CmpOpEq) }
-func iifgroupNot() []expr.Any { return ours(expr.MetaKeyIIFGROUP, expr.CmpOpNeq) }
-func oifgroupNot() []expr.Any { return ours(expr.MetaKeyOIFGROUP, expr.CmpOpNeq) }
 
 func compare(op expr.CmpOp, data []byte) []expr.Any {
 	return one(&expr.Cmp{Op: op, Register: 1, Data: data})

@@ -26,6 +26,9 @@ const (
 // Of linux/rtnetlink.h.
 const rtnLocal = 2
 
+// arpInput is the hook of incoming ARP (NF_ARP_IN), which is not numbered as that of IP.
+var arpInput = nftables.ChainHookRef(0)
+
 var (
 	macType   = nftables.TypeEtherAddr
 	ownType   = nftables.MustConcatSetType(nftables.TypeIFName, macType, macType, nftables.TypeIPAddr)
@@ -50,8 +53,8 @@ func (c Config) bridgeTable() *table {
 	t.set("own", ownType)
 	t.set("own_arp", ownARP)
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeBrNetfilter,
-		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(12), etherDaddr(14), ipSaddr(16), inSet("own"), accept()),
-		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(12), etherDaddr(14), arpSaddrEther(16), arpSaddrIP(18), inSet("own_arp"), accept()),
+		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(2), etherDaddr(14), ipSaddr(3), inSet("own"), accept()),
+		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(2), etherDaddr(14), arpSaddrEther(3), arpSaddrIP(18), inSet("own_arp"), accept()),
 		rule(iifgroup(GroupBridge), drop()))
 	c.fill(t)
 	return t
@@ -61,8 +64,8 @@ func (c Config) bridgeTable() *table {
 func (c Config) arpTable() *table {
 	t := &table{is: arpTable}
 	t.set("own", ownL3Type)
-	t.base("input", filter, nftables.ChainHookInput, atFilter,
-		rule(iifgroup(GroupTransparent), iifname(1), arpSaddrEther(12), arpSaddrIP(14), inSet("own"), accept()),
+	t.base("input", filter, arpInput, atFilter,
+		rule(iifgroup(GroupTransparent), iifname(1), arpSaddrEther(2), arpSaddrIP(14), inSet("own"), accept()),
 		rule(iifgroup(GroupTransparent), drop()))
 	c.fill(t)
 	return t
@@ -72,11 +75,15 @@ func (c Config) arpTable() *table {
 func (c Config) ipTable() *table {
 	t := &table{is: ipTable}
 	t.set("nics", nftables.TypeIFName)
+	t.set("links", nftables.TypeDevGroup).elems = map[key]string{
+		{bytes: string(be32host(GroupBridge))}:      "",
+		{bytes: string(be32host(GroupTransparent))}: "",
+	}
 	t.set("own", ownL3Type)
 	t.set("internal", nftables.TypeIPAddr)
 	t.set("no_metadata", nftables.TypeIPAddr)
 	t.set("self", selfType)
-	t.mapTo("snat", nftables.TypeIPAddr, nftables.TypeVerdict)
+	t.mapTo("sources", nftables.TypeIPAddr, nftables.TypeVerdict)
 	t.mapTo("published_at", addrPortType, targetType)
 	t.mapTo("published_by", nicPortType, targetType)
 	t.mapTo("published", portType, targetType)
@@ -104,8 +111,8 @@ func (c Config) ipTable() *table {
 func (c Config) prerouting(t *table) {
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
 		// With route_localnet the host's 127.0.0.1 would be reached by containers.
-		rule(iifours(), ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), drop()),
-		rule(iifgroup(GroupTransparent), iifname(1), etherSaddr(12), ipSaddr(14), inSet("own"), accept()),
+		rule(fromOurs(), ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), drop()),
+		rule(iifgroup(GroupTransparent), ethernet(), iifname(1), etherSaddr(2), ipSaddr(14), inSet("own"), accept()),
 		rule(iifgroup(GroupTransparent), drop()))
 }
 
@@ -114,15 +121,15 @@ func (c Config) prerouting(t *table) {
 func (c Config) forward(t *table) {
 	t.base("forward", filter, nftables.ChainHookForward, atFilter,
 		rule(ipDaddr(1), verdictFrom("guarded")),
-		rule(ipSaddr(1), inSet("internal"), oifgroupNot(), drop()),
-		rule(ipDaddr(1), inSet("internal"), iifgroupNot(), drop()))
+		rule(ipSaddr(1), inSet("internal"), notToOurs(), drop()),
+		rule(ipDaddr(1), inSet("internal"), notFromOurs(), drop()))
 	// The host agent's HTTP is for the host's own agents. Another VM's containers
 	// come by a NIC, when a service of this VM leads there.
 	t.chain("host_agent",
 		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(80)), gotoChain("containers")),
 		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(32526)), gotoChain("containers")))
 	t.chain("containers",
-		rule(iifours(), drop()),
+		rule(fromOurs(), drop()),
 		rule(iifname(1), inSet("nics"), drop()))
 	t.chain("metadata",
 		rule(ipSaddr(1), inSet("no_metadata"), drop()))
@@ -133,11 +140,11 @@ func (c Config) forward(t *table) {
 // Azure drops a packet whose source address does not belong to the NIC that sends it.
 func (c Config) publish(t *table) {
 	local := rule(fibDaddrType(), equal(be32host(rtnLocal)), gotoChain("publish"))
-	t.base("dnat", nat, nftables.ChainHookPrerouting, beforeDNAT, local)
-	t.base("dnat_output", nat, nftables.ChainHookOutput, beforeDNAT, local)
+	t.base("ports_prerouting", nat, nftables.ChainHookPrerouting, beforeDNAT, local)
+	t.base("ports_output", nat, nftables.ChainHookOutput, beforeDNAT, local)
 	t.chain("publish",
 		rule(ipDaddr(1), l4proto(9), destPort(10), valueFrom("published_at"), dnat()),
-		rule(iifname(1), l4proto(12), destPort(13), valueFrom("published_by"), dnat()),
+		rule(iifname(1), l4proto(2), destPort(13), valueFrom("published_by"), dnat()),
 		rule(iifname(1), inSet("nics"), returnVerdict()),
 		rule(l4proto(1), destPort(9), valueFrom("published"), dnat()))
 }
@@ -148,9 +155,9 @@ func (c Config) postrouting(t *table) {
 	t.base("postrouting", nat, nftables.ChainHookPostrouting, beforeSNAT,
 		// Through a published port, a container would receive from itself, or from 127.0.0.1.
 		rule(ipSaddr(1), ipDaddr(9), inSet("self"), masquerade()),
-		rule(oifours(), ipSaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), masquerade()),
-		rule(oifours(), accept()),
-		rule(ipSaddr(1), verdictFrom("snat")))
+		rule(toOurs(), ipSaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), masquerade()),
+		rule(toOurs(), accept()),
+		rule(ipSaddr(1), verdictFrom("sources")))
 	for _, n := range c.Networks {
 		if !n.SNAT {
 			continue
@@ -221,7 +228,7 @@ func (c Config) elements(e Endpoint) []*set {
 	if e.Internal {
 		add(ipTable, "internal", none, plain(ip))
 	} else if i := slices.IndexFunc(c.Networks, func(n Network) bool { return n.ID == e.Network }); i >= 0 && c.Networks[i].SNAT {
-		add(ipTable, "snat", nftables.TypeVerdict, map[key]string{{bytes: ip}: "goto " + snatChain(e.Network)})
+		add(ipTable, "sources", nftables.TypeVerdict, map[key]string{{bytes: ip}: "goto " + snatChain(e.Network)})
 	}
 	if e.NoMetadata {
 		add(ipTable, "no_metadata", none, plain(ip))
