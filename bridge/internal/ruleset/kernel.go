@@ -345,7 +345,7 @@ func (s *set) element(k key, v string) nftables.SetElement {
 
 func (s *set) nft() *nftables.Set {
 	set := &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data,
-		IsMap: s.data.Name != "", Interval: s.interval, Concatenation: strings.Contains(s.key.Name, " . ")}
+		IsMap: s.data.Name != "", Interval: s.interval}
 	if s.key.Name == nftables.TypeIFName.Name || s.key.Name == nftables.TypeDevGroup.Name {
 		set.KeyByteOrder = binaryutil.NativeEndian // else nft lists another name or number
 	}
