@@ -3,7 +3,6 @@
 package vnetsim
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -11,45 +10,41 @@ import (
 	"strings"
 )
 
-// violations are what a port counts: offences that no VM's own boot commits
-// and that Azure would drop in silence.
-var violations = []string{
-	"source_mac",  // a frame from another MAC than the NIC's
-	"arp_mac",     // an ARP packet that names another MAC as its sender's
-	"arp_ip",      // an ARP packet that names an address as its sender's that is not the NIC's
-	"source_ip",   // an IPv4 packet from an address that is not the NIC's
-	"multicast",   // an IPv4 frame to a multicast or broadcast MAC, but for DHCP
-	"destination", // a frame to a MAC that is not the fabric's
-	"ipv6",        // IPv6 from another link-local address than the NIC's own
-	"protocol",    // neither ARP nor IP
-	"host_agent",  // HTTP to the host agent from a secondary address
-}
-
-// portRules are Azure's rules for what a VM sends, in a table per port so that
-// the counters live as long as the VM. What ends in a plain drop is not an
-// offence: Azure does not answer it either. The VM's own primary address is
-// not answered for by anyone.
-const portRules = `
+// portTable is the table of a port. It lives as long as the VNet, so that its
+// counters survive power cuts and the end of the NIC.
+const portTable = `
 table netdev %[1]s {
 	%[2]s
 	counter own_ipv6 { }
 	set own { type ipv4_addr; }
+	set primary { type ipv4_addr; }
+	set accepted { type ipv4_addr; size 65535; flags dynamic; }
+}
+`
+
+// portRules are Azure's rules for what a VM sends. What ends in a plain drop is
+// not an offence: Azure does not answer it either. The VM's own primary address
+// is not answered for by anyone. The update is a rule of its own because a set
+// that is full ends the rule, and the frame is accepted all the same.
+const portRules = `
+table netdev %[1]s {
 	chain ingress {
 		type filter hook ingress device "%[1]s" priority 0; policy drop;
-		ether saddr != %[3]s counter name source_mac drop
-		ether type arp arp saddr ether != %[3]s counter name arp_mac drop
+		ether saddr != %[2]s counter name source_mac drop
+		ether type arp arp saddr ether != %[2]s counter name arp_mac drop
 		ether type arp arp saddr ip 0.0.0.0 drop
 		ether type arp arp saddr ip != @own counter name arp_ip drop
-		ether type arp arp daddr ip %[4]s drop
-		ether type arp ether daddr { ff:ff:ff:ff:ff:ff, %[5]s } accept
-		ether type ip6 ip6 saddr %[6]s counter name own_ipv6 drop
+		ether type arp arp daddr ip @primary drop
+		ether type arp ether daddr { ff:ff:ff:ff:ff:ff, %[3]s } accept
+		ether type ip6 ip6 saddr %[4]s counter name own_ipv6 drop
 		ether type ip6 counter name ipv6 drop
 		ether type ip ether daddr ff:ff:ff:ff:ff:ff udp dport 67 drop
 		ether type ip ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 counter name multicast drop
-		ether daddr != %[5]s counter name destination drop
+		ether daddr != %[3]s counter name destination drop
 		ether type != ip counter name protocol drop
 		ip saddr != @own counter name source_ip drop
-		ip saddr != %[4]s ip daddr 168.63.129.16 tcp dport { 80, 32526 } counter name host_agent drop
+		ip saddr != @primary ip daddr 168.63.129.16 tcp dport { 80, 32526 } counter name host_agent drop
+		update @accepted { ip saddr counter }
 		accept
 	}
 }
@@ -140,16 +135,7 @@ func (v *VNet) plug(n *nic, pid int) error {
 	if err := v.fabric.sysctl(conf+"/proxy_arp=1", conf+"/proxy_arp_pvlan=1", "ipv4/neigh/"+n.port+"/proxy_delay=0"); err != nil {
 		return err
 	}
-	var counters strings.Builder
-	for _, name := range violations {
-		fmt.Fprintf(&counters, "counter %s { }\n", name)
-	}
-	rules := fmt.Sprintf(portRules, n.port, counters.String(), n.MAC, n.Primary, FabricMAC, linkLocal(n.MAC))
-	rules += fmt.Sprintf("add element ip fabric primaries { %s }\n", n.Primary)
-	if n.public.IsValid() {
-		rules += fmt.Sprintf("add element ip fabric public { %[1]s : %[2]s }\nadd element ip fabric primary { %[2]s : %[1]s }\n", n.Primary, n.public)
-	}
-	if err := v.fabric.nft(rules); err != nil {
+	if err := v.fabric.nft(fmt.Sprintf(portRules, n.port, n.MAC, FabricMAC, linkLocal(n.MAC))); err != nil {
 		return err
 	}
 	if err := v.fabric.ip(fmt.Sprintf(`
@@ -159,6 +145,21 @@ func (v *VNet) plug(n *nic, pid int) error {
 		return err
 	}
 	return v.assign(n, nil, n.Secondaries)
+}
+
+// register makes what the fabric has of a NIC even while its VM has no power:
+// the table of its port, and its primary address as the platform translates it.
+func (v *VNet) register(n *nic) error {
+	var counters strings.Builder
+	for _, name := range violations {
+		fmt.Fprintf(&counters, "counter %s { }\n", name)
+	}
+	rules := fmt.Sprintf(portTable, n.port, counters.String())
+	rules += fmt.Sprintf("add element ip fabric primaries { %s }\n", n.Primary)
+	if n.public.IsValid() {
+		rules += fmt.Sprintf("add element ip fabric public { %[1]s : %[2]s }\nadd element ip fabric primary { %[2]s : %[1]s }\n", n.Primary, n.public)
+	}
+	return v.fabric.nft(rules)
 }
 
 // unplug removes the port, and with it the NIC and the routes. The table stays
@@ -183,7 +184,11 @@ func (v *VNet) assign(n *nic, old, secondaries []netip.Addr) error {
 	if err := v.fabric.ip(routes.String()); err != nil {
 		return err
 	}
-	return v.fabric.nft(fmt.Sprintf("flush set netdev %[1]s own\nadd element netdev %[1]s own { %[2]s }\n", n.port, strings.Join(own, ", ")))
+	return v.fabric.nft(fmt.Sprintf(`
+		flush set netdev %[1]s own
+		add element netdev %[1]s own { %[2]s }
+		flush set netdev %[1]s primary
+		add element netdev %[1]s primary { %[3]s }`, n.port, strings.Join(own, ", "), n.Primary))
 }
 
 // linkLocal is the IPv6 address that an interface gives itself.
@@ -191,57 +196,6 @@ func linkLocal(mac string) netip.Addr {
 	var m [6]byte
 	fmt.Sscanf(mac, "%x:%x:%x:%x:%x:%x", &m[0], &m[1], &m[2], &m[3], &m[4], &m[5])
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
-}
-
-// Violations counts the frames that the fabric refused because they break
-// Azure's rules, by kind, over all VMs; kinds without any are left out. The
-// kinds are source_mac, arp_mac, arp_ip, source_ip, multicast, destination,
-// ipv6, protocol and host_agent. What a VM's NIC says in IPv6 about its own
-// link-local address is not one.
-func (v *VNet) Violations() (map[string]uint64, error) {
-	return v.violations(nil)
-}
-
-// Violations counts those of this VM alone. They survive power cuts.
-func (m *VM) Violations() (map[string]uint64, error) {
-	return m.vnet.violations(m.nics)
-}
-
-// violations adds the counters of the NICs' ports up, of all ports for nil.
-func (v *VNet) violations(nics []*nic) (map[string]uint64, error) {
-	out, err := v.fabric.feed("", "nft", "-j", "list", "counters")
-	if err != nil {
-		return nil, err
-	}
-	var list struct {
-		Nftables []struct {
-			Counter struct {
-				Family, Table, Name string
-				Packets             uint64
-			}
-		}
-	}
-	if err := json.Unmarshal([]byte(out), &list); err != nil {
-		return nil, fmt.Errorf("read the fabric's counters: %w", err)
-	}
-	ports := map[string]bool{}
-	for _, n := range nics {
-		ports[n.port] = true
-	}
-	sum := map[string]uint64{}
-	for _, e := range list.Nftables {
-		c := e.Counter
-		if c.Family == "netdev" && c.Name != "own_ipv6" && c.Packets > 0 && (nics == nil || ports[c.Table]) {
-			sum[c.Name] += c.Packets
-		}
-	}
-	return sum, nil
-}
-
-// ResetViolations sets all counters to zero.
-func (v *VNet) ResetViolations() error {
-	_, err := v.fabric.feed("", "nft", "reset", "counters")
-	return err
 }
 
 // ignoreMissing is for settings of what a kernel may not have.

@@ -139,7 +139,7 @@ func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
 	if !prefix.Addr().Is4() || prefix.Bits() > 29 {
 		return fmt.Errorf("%s is no subnet of Azure: IPv4 and at most /29", prefix)
 	}
-	if v.ports == 254 {
+	if len(v.ports) == 254 {
 		return errors.New("a simulated vnet has at most 254 NICs")
 	}
 	if err := v.addSubnet(prefix); err != nil {
@@ -148,19 +148,19 @@ func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
 	if cfg.MTU == 0 {
 		cfg.MTU = 1500
 	}
-	v.ports++
+	number := len(v.ports) + 1
 	n := &nic{
 		NIC: NIC{
 			Name:    fmt.Sprintf("eth%d", len(vm.nics)),
-			MAC:     fmt.Sprintf("00:0d:3a:04:%02x:%02x", v.ports>>8, v.ports&0xff),
+			MAC:     fmt.Sprintf("00:0d:3a:04:%02x:%02x", number>>8, number&0xff),
 			Prefix:  prefix,
 			Gateway: prefix.Addr().Next(),
 			MTU:     cfg.MTU,
 		},
-		port: fmt.Sprintf("p%d", v.ports),
+		port: fmt.Sprintf("p%d", number),
 	}
 	if len(vm.nics) == 0 {
-		n.public = netip.AddrFrom4([4]byte{198, 51, 100, byte(v.ports)})
+		n.public = netip.AddrFrom4([4]byte{198, 51, 100, byte(number)})
 	}
 	next := max(v.next[prefix], 4)
 	if free := uint(1)<<(32-prefix.Bits()) - 1; next+uint(cfg.Secondaries)+1 > free {
@@ -176,6 +176,10 @@ func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
 		n.Secondaries = append(n.Secondaries, addr)
 	}
 	v.next[prefix] = next + uint(cfg.Secondaries) + 1
+	if err := v.register(n); err != nil {
+		return err
+	}
+	v.ports[n.port] = vm.Name
 	vm.nics = append(vm.nics, n)
 	return nil
 }

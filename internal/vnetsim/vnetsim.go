@@ -57,7 +57,7 @@ type VNet struct {
 	mu     sync.Mutex // guards what follows: what Azure knows
 	vms    []*VM
 	next   map[netip.Prefix]uint // by subnet: offset of the next free address
-	ports  int                   // ports given out
+	ports  map[string]string     // by port, also of NICs that are gone: the VM's name
 	faults map[Source]Fault      // of VMs added later
 }
 
@@ -81,6 +81,7 @@ func New(cfg Config) (_ *VNet, err error) {
 		Subnet: cfg.Subnet.Masked(),
 		dir:    cfg.Dir,
 		next:   map[netip.Prefix]uint{},
+		ports:  map[string]string{},
 		faults: map[Source]Fault{},
 	}
 	if v.cgroups, err = ownCgroups(); err != nil {
