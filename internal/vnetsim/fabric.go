@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 )
 
@@ -120,9 +121,52 @@ func (v *VNet) fabricUp() error {
 	return v.fabric.nft(fabricRules)
 }
 
-// addSubnet makes the fabric answer for a subnet. It may be called again.
-func (v *VNet) addSubnet(p netip.Prefix) error {
-	return v.fabric.nft(fmt.Sprintf("add element ip fabric subnets { %s }", p))
+// register makes what the fabric has of a NIC even while its VM has no power:
+// the table of its port, and the elements of its primary address.
+func (v *VNet) register(vm *VM, n *nic) error {
+	var counters strings.Builder
+	for _, name := range violations {
+		fmt.Fprintf(&counters, "counter %s { }\n", name)
+	}
+	rules := fmt.Sprintf(portTable, n.port, counters.String()) + elements("add", vm.elements(n))
+	if err := v.fabric.nft(rules); err != nil {
+		return err
+	}
+	v.ports[n.port] = vm.Name
+	return nil
+}
+
+// unregister takes back the elements of all NICs. The tables stay.
+func (m *VM) unregister() error {
+	var rules strings.Builder
+	for _, n := range m.nics {
+		rules.WriteString(elements("delete", m.elements(n)))
+	}
+	return m.vnet.fabric.nft(rules.String())
+}
+
+// elements are what the sets and maps of fabricRules have of the NIC's primary
+// address. On eth0 that includes the VM's faults.
+func (m *VM) elements(n *nic) []string {
+	all := []string{fmt.Sprintf("primaries { %s }", n.Primary)}
+	if n.public.IsValid() {
+		all = append(all, fmt.Sprintf("public { %s : %s }", n.Primary, n.public), fmt.Sprintf("primary { %s : %s }", n.public, n.Primary))
+	}
+	if n.index == 0 {
+		for s, f := range m.faults {
+			all = append(all, faultElements(n.Primary, s, f)...)
+		}
+	}
+	return all
+}
+
+// elements are commands that add or delete elements of fabricRules.
+func elements(verb string, all []string) string {
+	var b strings.Builder
+	for _, e := range all {
+		fmt.Fprintf(&b, "%s element ip fabric %s\n", verb, e)
+	}
+	return b.String()
 }
 
 // plug makes the port of a NIC and the NIC itself, in the VM's namespace.
@@ -138,57 +182,48 @@ func (v *VNet) plug(n *nic, pid int) error {
 	if err := v.fabric.nft(fmt.Sprintf(portRules, n.port, n.MAC, FabricMAC, linkLocal(n.MAC))); err != nil {
 		return err
 	}
-	if err := v.fabric.ip(fmt.Sprintf(`
-		link set %[1]s up
-		neighbor replace %[2]s lladdr %[3]s dev %[1]s nud permanent
-		route replace %[2]s/32 dev %[1]s scope link`, n.port, n.Primary, n.MAC)); err != nil {
+	if err := v.fabric.ip("link set " + n.port + " up"); err != nil {
 		return err
 	}
-	return v.assign(n, nil, n.Secondaries)
-}
-
-// register makes what the fabric has of a NIC even while its VM has no power:
-// the table of its port, and its primary address as the platform translates it.
-func (v *VNet) register(n *nic) error {
-	var counters strings.Builder
-	for _, name := range violations {
-		fmt.Fprintf(&counters, "counter %s { }\n", name)
-	}
-	rules := fmt.Sprintf(portTable, n.port, counters.String())
-	rules += fmt.Sprintf("add element ip fabric primaries { %s }\n", n.Primary)
-	if n.public.IsValid() {
-		rules += fmt.Sprintf("add element ip fabric public { %[1]s : %[2]s }\nadd element ip fabric primary { %[2]s : %[1]s }\n", n.Primary, n.public)
-	}
-	return v.fabric.nft(rules)
+	return v.deliver(n.port, NIC{}, n.NIC)
 }
 
 // unplug removes the port, and with it the NIC and the routes. The table stays
 // for its counters.
-func (v *VNet) unplug(n *nic) {
-	// Both may be gone already: the kernel removes them with the VM's namespace.
-	v.fabric.nft("delete chain netdev " + n.port + " ingress")
-	v.fabric.ip("link del " + n.port)
+func (v *VNet) unplug(n *nic) error {
+	return errors.Join(
+		v.fabric.nft("delete chain netdev "+n.port+" ingress"),
+		v.fabric.ip("link del "+n.port))
 }
 
-// assign delivers secondary addresses to the NIC's MAC instead of the old ones.
-func (v *VNet) assign(n *nic, old, secondaries []netip.Addr) error {
-	var routes strings.Builder
-	for _, a := range old {
-		fmt.Fprintf(&routes, "route del %s/32\n", a)
-	}
-	own := []string{n.Primary.String()}
-	for _, a := range secondaries {
-		fmt.Fprintf(&routes, "route replace %s/32 via %s dev %s onlink\n", a, n.Primary, n.port)
+// deliver makes the port take the addresses that the NIC has now, and lead them
+// to its MAC, instead of the old ones. It adds before it deletes, so that an
+// address that stays is reached all the time.
+func (v *VNet) deliver(port string, old, now NIC) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "neighbor replace %s lladdr %s dev %s nud permanent\n", now.Primary, now.MAC, port)
+	fmt.Fprintf(&b, "route replace %s/32 dev %s scope link\n", now.Primary, port)
+	own := []string{now.Primary.String()}
+	for _, a := range now.Secondaries {
+		fmt.Fprintf(&b, "route replace %s/32 via %s dev %s onlink\n", a, now.Primary, port)
 		own = append(own, a.String())
 	}
-	if err := v.fabric.ip(routes.String()); err != nil {
+	for _, a := range old.addresses() {
+		if a.IsValid() && !slices.Contains(now.addresses(), a) {
+			fmt.Fprintf(&b, "route del %s/32\n", a)
+		}
+	}
+	if old.Primary.IsValid() && old.Primary != now.Primary {
+		fmt.Fprintf(&b, "neighbor del %s dev %s\n", old.Primary, port)
+	}
+	if err := v.fabric.ip(b.String()); err != nil {
 		return err
 	}
 	return v.fabric.nft(fmt.Sprintf(`
 		flush set netdev %[1]s own
 		add element netdev %[1]s own { %[2]s }
 		flush set netdev %[1]s primary
-		add element netdev %[1]s primary { %[3]s }`, n.port, strings.Join(own, ", "), n.Primary))
+		add element netdev %[1]s primary { %[3]s }`, port, strings.Join(own, ", "), now.Primary))
 }
 
 // linkLocal is the IPv6 address that an interface gives itself.

@@ -68,20 +68,22 @@ func (m *VM) SetFault(s Source, f Fault) error {
 
 // setFault is called with the VNet's mutex held.
 func (m *VM) setFault(s Source, f Fault) error {
-	verdicts := map[Fault]string{BlackHole: "drop", Refused: "goto refuse"}
-	key := fmt.Sprintf("%s . %s", m.Primary, s.addr())
-	var rules string
-	if _, ok := verdicts[m.faults[s]]; ok {
-		rules += fmt.Sprintf("delete element ip fabric faults { %s }\n", key)
-	}
-	if verdict, ok := verdicts[f]; ok {
-		rules += fmt.Sprintf("add element ip fabric faults { %s : %s }\n", key, verdict)
-	}
+	rules := elements("delete", faultElements(m.Primary, s, m.faults[s])) + elements("add", faultElements(m.Primary, s, f))
 	if err := m.vnet.fabric.nft(rules); err != nil {
 		return fmt.Errorf("make the %s of %s fail: %w", s, m.Name, err)
 	}
 	m.faults[s] = f
 	return nil
+}
+
+// faultElements is the element of fabricRules that makes a source fail for the
+// VM of a primary address. Most faults need none: the servers show them.
+func faultElements(primary netip.Addr, s Source, f Fault) []string {
+	verdict, ok := map[Fault]string{BlackHole: "drop", Refused: "goto refuse"}[f]
+	if !ok {
+		return nil
+	}
+	return []string{fmt.Sprintf("faults { %s . %s : %s }", primary, s.addr(), verdict)}
 }
 
 // answer sends a document as the fault has it.

@@ -110,9 +110,6 @@ func interfacesXML(nics []NIC) string {
 	return b.String()
 }
 
-// addresses are the NIC's, its primary first.
-func (n NIC) addresses() []netip.Addr { return append([]netip.Addr{n.Primary}, n.Secondaries...) }
-
 // bareMAC writes a MAC as Azure's documents do.
 func bareMAC(mac string) string { return strings.ToUpper(strings.ReplaceAll(mac, ":", "")) }
 
@@ -134,7 +131,7 @@ func (v *VNet) imds(w http.ResponseWriter, r *http.Request) {
 	case !slices.Contains(imdsVersions, r.URL.Query().Get("api-version")):
 		imdsError(w, http.StatusBadRequest, "Bad request. api-version is invalid or was not specified in the request.")
 	default:
-		answer(w, fault, "application/json; charset=utf-8", networkJSON(vm, nics), `{"interface":[]}`)
+		answer(w, fault, "application/json; charset=utf-8", networkJSON(vm.Public, nics), `{"interface":[]}`)
 	}
 }
 
@@ -144,9 +141,9 @@ func imdsError(w http.ResponseWriter, status int, text string) {
 	json.NewEncoder(w).Encode(map[string]any{"error": text, "newest-versions": imdsVersions})
 }
 
-// networkJSON is IMDS's document: all values are strings, and nothing says
-// which NIC or address is the primary.
-func networkJSON(vm *VM, nics []NIC) string {
+// networkJSON is IMDS's document for a VM with the public address: all values
+// are strings, and nothing says which NIC or address is the primary.
+func networkJSON(public netip.Addr, nics []NIC) string {
 	type address struct {
 		Private string `json:"privateIpAddress"`
 		Public  string `json:"publicIpAddress"`
@@ -165,16 +162,16 @@ func networkJSON(vm *VM, nics []NIC) string {
 		MAC  string `json:"macAddress"`
 	}
 	interfaces := []iface{}
-	for _, n := range nics {
-		i := iface{IPv6: family{Addresses: []address{}}, MAC: bareMAC(n.MAC)}
+	for i, n := range nics {
+		f := iface{IPv6: family{Addresses: []address{}}, MAC: bareMAC(n.MAC)}
 		for _, a := range n.addresses() {
-			i.IPv4.Addresses = append(i.IPv4.Addresses, address{Private: a.String()})
+			f.IPv4.Addresses = append(f.IPv4.Addresses, address{Private: a.String()})
 		}
-		if n.Primary == vm.Primary {
-			i.IPv4.Addresses[0].Public = vm.Public.String()
+		if i == 0 {
+			f.IPv4.Addresses[0].Public = public.String()
 		}
-		i.IPv4.Subnets = []subnet{{n.Prefix.Addr().String(), strconv.Itoa(n.Prefix.Bits())}}
-		interfaces = append(interfaces, i)
+		f.IPv4.Subnets = []subnet{{n.Prefix.Addr().String(), strconv.Itoa(n.Prefix.Bits())}}
+		interfaces = append(interfaces, f)
 	}
 	b, _ := json.Marshal(map[string]any{"interface": interfaces}) // strings cannot fail
 	return string(b)

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -17,35 +16,12 @@ import (
 
 // VMConfig describes a VM.
 type VMConfig struct {
-	Name            string      // host name; empty: vm1, vm2…
-	Secondaries     int         // secondary ipconfigs of eth0
-	MTU             int         // of eth0 in bytes; 0: 1500
-	HoldSecondaries bool        // put the secondaries of eth0 on it at boot, as cloud-init does
-	NICs            []NICConfig // eth1, eth2…
-}
-
-// NICConfig describes a further NIC.
-type NICConfig struct {
-	Subnet      netip.Prefix // not overlapping others
-	Secondaries int
-	MTU         int // in bytes; 0: 1500
-}
-
-// NIC is a network interface of a VM as Azure knows it.
-type NIC struct {
-	Name        string // eth0
-	MAC         string // lower case with colons
-	Prefix      netip.Prefix
-	Gateway     netip.Addr // first of Prefix
-	MTU         int        // bytes
-	Primary     netip.Addr
-	Secondaries []netip.Addr
-}
-
-type nic struct {
-	NIC
-	port   string     // interface in the fabric
-	public netip.Addr // what the internet sees of eth0's primary
+	Name            string       // host name; empty: vm1, vm2…
+	Subnet          netip.Prefix // of eth0; zero: the VNet's
+	Secondaries     int          // secondary ipconfigs of eth0
+	MTU             int          // of eth0 in bytes; 0: 1500
+	HoldSecondaries bool         // put the secondaries of eth0 on it at boot, as cloud-init does
+	NICs            []NICConfig  // eth1, eth2…
 }
 
 // VM is a virtual machine of the VNet: namespaces of net, mount, pid, uts, ipc
@@ -56,7 +32,7 @@ type VM struct {
 	*Namespace
 	Name    string
 	MAC     string       // of eth0, lower case with colons
-	Primary netip.Addr   // of eth0
+	Primary netip.Addr   // of eth0; SetPrimary changes it
 	Prefix  netip.Prefix // of eth0, masked
 	Gateway netip.Addr   // of eth0
 	Public  netip.Addr   // what the internet sees of Primary
@@ -64,7 +40,7 @@ type VM struct {
 	vnet   *VNet
 	disk   string
 	hold   bool
-	nics   []*nic           // their addresses are guarded by the VNet's mutex
+	nics   []*nic           // the list and the addresses: changed under power and the VNet's mutex, read under one of them
 	faults map[Source]Fault // guarded by the VNet's mutex
 
 	power   sync.Mutex // guards boot and power cut, and what follows; taken before the VNet's mutex
@@ -85,7 +61,7 @@ func (v *VNet) AddVM(cfg VMConfig) (*VM, error) {
 }
 
 // newVM gives a VM its name, addresses and disk.
-func (v *VNet) newVM(cfg VMConfig) (*VM, error) {
+func (v *VNet) newVM(cfg VMConfig) (_ *VM, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if cfg.Name == "" {
@@ -105,8 +81,13 @@ func (v *VNet) newVM(cfg VMConfig) (*VM, error) {
 		hold:      cfg.HoldSecondaries,
 		faults:    map[Source]Fault{},
 	}
-	for _, n := range append([]NICConfig{{v.Subnet, cfg.Secondaries, cfg.MTU}}, cfg.NICs...) {
-		if err := v.addNIC(vm, n); err != nil {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, vm.unregister())
+		}
+	}()
+	for _, n := range append([]NICConfig{{cfg.Subnet, cfg.Secondaries, cfg.MTU}}, cfg.NICs...) {
+		if _, err := v.addNIC(vm, n); err != nil {
 			return nil, err
 		}
 	}
@@ -130,104 +111,7 @@ func (v *VNet) forget(vm *VM) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.vms = slices.DeleteFunc(v.vms, func(m *VM) bool { return m == vm })
-	return os.RemoveAll(vm.disk)
-}
-
-// addNIC gives the VM a NIC with addresses, as Azure does from the fourth up.
-func (v *VNet) addNIC(vm *VM, cfg NICConfig) error {
-	prefix := cfg.Subnet.Masked()
-	if !prefix.Addr().Is4() || prefix.Bits() > 29 {
-		return fmt.Errorf("%s is no subnet of Azure: IPv4 and at most /29", prefix)
-	}
-	if len(v.ports) == 254 {
-		return errors.New("a simulated vnet has at most 254 NICs")
-	}
-	if err := v.addSubnet(prefix); err != nil {
-		return err
-	}
-	if cfg.MTU == 0 {
-		cfg.MTU = 1500
-	}
-	number := len(v.ports) + 1
-	n := &nic{
-		NIC: NIC{
-			Name:    fmt.Sprintf("eth%d", len(vm.nics)),
-			MAC:     fmt.Sprintf("00:0d:3a:04:%02x:%02x", number>>8, number&0xff),
-			Prefix:  prefix,
-			Gateway: prefix.Addr().Next(),
-			MTU:     cfg.MTU,
-		},
-		port: fmt.Sprintf("p%d", number),
-	}
-	if len(vm.nics) == 0 {
-		n.public = netip.AddrFrom4([4]byte{198, 51, 100, byte(number)})
-	}
-	next := max(v.next[prefix], 4)
-	if free := uint(1)<<(32-prefix.Bits()) - 1; next+uint(cfg.Secondaries)+1 > free {
-		return fmt.Errorf("subnet %s has only %d free addresses", prefix, free-next)
-	}
-	addr := prefix.Addr()
-	for range next {
-		addr = addr.Next()
-	}
-	n.Primary = addr
-	for range cfg.Secondaries {
-		addr = addr.Next()
-		n.Secondaries = append(n.Secondaries, addr)
-	}
-	v.next[prefix] = next + uint(cfg.Secondaries) + 1
-	if err := v.register(n); err != nil {
-		return err
-	}
-	v.ports[n.port] = vm.Name
-	vm.nics = append(vm.nics, n)
-	return nil
-}
-
-// NICs are the VM's, eth0 first.
-func (m *VM) NICs() []NIC {
-	m.vnet.mu.Lock()
-	defer m.vnet.mu.Unlock()
-	var nics []NIC
-	for _, n := range m.nics {
-		c := n.NIC
-		c.Secondaries = slices.Clone(c.Secondaries)
-		nics = append(nics, c)
-	}
-	return nics
-}
-
-// Secondaries are the secondary addresses of eth0.
-func (m *VM) Secondaries() []netip.Addr { return m.NICs()[0].Secondaries }
-
-// SetSecondaries adds and withdraws secondary addresses of eth0, which the
-// fabric, the host agent and IMDS follow at once. The VM itself is not touched.
-func (m *VM) SetSecondaries(addrs []netip.Addr) error {
-	m.power.Lock()
-	defer m.power.Unlock()
-	m.vnet.mu.Lock()
-	defer m.vnet.mu.Unlock()
-	n := m.nics[0]
-	for i, a := range addrs {
-		if !n.Prefix.Contains(a) || slices.Contains(addrs[:i], a) {
-			return fmt.Errorf("set secondaries of %s: %s is not in %s, or there twice", m.Name, a, n.Prefix)
-		}
-		for _, vm := range m.vnet.vms {
-			for _, o := range vm.nics {
-				if a == o.Primary || o != n && slices.Contains(o.Secondaries, a) {
-					return fmt.Errorf("set secondaries of %s: %s belongs to %s", m.Name, a, vm.Name)
-				}
-			}
-		}
-	}
-	addrs = slices.Clone(addrs)
-	if m.PidOne() != 0 {
-		if err := m.vnet.assign(n, n.Secondaries, addrs); err != nil {
-			return fmt.Errorf("set secondaries of %s: %w", m.Name, err)
-		}
-	}
-	n.Secondaries = addrs
-	return nil
+	return errors.Join(vm.unregister(), os.RemoveAll(vm.disk))
 }
 
 // PowerCut kills everything in the VM at once, and takes its NICs and /run
@@ -244,7 +128,7 @@ func (m *VM) PowerCut() error {
 func (m *VM) powerCut() error {
 	m.stopHolder()
 	for _, n := range m.nics {
-		m.vnet.unplug(n)
+		m.vnet.unplug(n) // the kernel may have removed the port already, with the VM's namespace
 	}
 	if m.engine != nil {
 		<-m.engine.exited
@@ -296,36 +180,10 @@ func (m *VM) boot() (err error) {
 	if err := m.ip("link set lo up"); err != nil {
 		return err
 	}
-	for i, n := range m.nics {
-		if err := m.vnet.plug(n, m.PidOne()); err != nil {
-			return err
-		}
-		if err := m.ip(m.dhcp(n, i)); err != nil {
+	for _, n := range m.nics {
+		if err := m.start(n); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// dhcp is what Azure's DHCP makes of the i-th NIC: the primary address and, on
-// eth0, the default route and option 121's. A further NIC has the policy
-// routing that Azure's documentation asks for: what comes in by it leaves by it.
-func (m *VM) dhcp(n *nic, i int) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "address add %s/%d broadcast + dev %s metric %d\n", n.Primary, n.Prefix.Bits(), n.Name, 100*(i+1)) // as cloud-init has it
-	if m.hold && i == 0 {
-		for _, a := range n.Secondaries {
-			fmt.Fprintf(&b, "address add %s/%d dev %s\n", a, n.Prefix.Bits(), n.Name)
-		}
-	}
-	fmt.Fprintf(&b, "link set %s up\n", n.Name)
-	if i > 0 {
-		fmt.Fprintf(&b, "route add default via %s dev %s table %d\n", n.Gateway, n.Name, 200+i)
-		fmt.Fprintf(&b, "rule add from %s lookup %d\n", n.Primary, 200+i)
-		return b.String()
-	}
-	for _, dst := range []string{"default", HostAgentAddr.String(), IMDSAddr.String()} {
-		fmt.Fprintf(&b, "route add %s via %s dev %s proto dhcp src %s metric 100\n", dst, n.Gateway, n.Name, n.Primary)
-	}
-	return b.String()
 }

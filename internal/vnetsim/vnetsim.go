@@ -54,11 +54,13 @@ type VNet struct {
 	closing atomic.Bool
 	closed  error // of the first Close
 
-	mu     sync.Mutex // guards what follows: what Azure knows
-	vms    []*VM
-	next   map[netip.Prefix]uint // by subnet: offset of the next free address
-	ports  map[string]string     // by port, also of NICs that are gone: the VM's name
-	faults map[Source]Fault      // of VMs added later
+	mu      sync.Mutex // guards what follows: what Azure knows
+	vms     []*VM
+	subnets []netip.Prefix
+	next    map[netip.Prefix]uint32 // by subnet: offset of the next address to give out
+	ports   map[string]string       // by port, also of NICs that are gone: the VM's name
+	publics int                     // public addresses given out
+	faults  map[Source]Fault        // of VMs added later
 }
 
 // New starts a VNet without VMs. It needs root, and the programs ip and nft.
@@ -80,7 +82,7 @@ func New(cfg Config) (_ *VNet, err error) {
 	v := &VNet{
 		Subnet: cfg.Subnet.Masked(),
 		dir:    cfg.Dir,
-		next:   map[netip.Prefix]uint{},
+		next:   map[netip.Prefix]uint32{},
 		ports:  map[string]string{},
 		faults: map[Source]Fault{},
 	}
@@ -111,7 +113,7 @@ func (v *VNet) start() error {
 	if err := v.fabricUp(); err != nil {
 		return err
 	}
-	if err := v.addSubnet(v.Subnet); err != nil {
+	if err := v.AddSubnet(v.Subnet); err != nil {
 		return err
 	}
 	return v.serve()
