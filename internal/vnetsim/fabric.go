@@ -91,6 +91,7 @@ func (v *VNet) fabricUp() error {
 	for _, n := range []*Namespace{v.fabric, v.Internet} {
 		if err := n.sysctl("ipv4/ip_forward=1",
 			"ipv4/conf/all/rp_filter=0", "ipv4/conf/default/rp_filter=0",
+			"ipv4/icmp_ratelimit=0", // a test must not lose "fragmentation needed"
 			"ipv4/conf/all/send_redirects=0", "ipv4/conf/default/send_redirects=0"); err != nil {
 			return err
 		}
@@ -115,10 +116,31 @@ func (v *VNet) fabricUp() error {
 		route add default via 192.0.2.0`, InternetAddr, HostAgentAddr, IMDSAddr)); err != nil {
 		return err
 	}
-	if err := v.fabric.ip("route add default via 192.0.2.1"); err != nil {
+	if err := v.fabric.ip(fmt.Sprintf(`
+		route add %s via 192.0.2.1
+		route add %s via 192.0.2.1
+		route add default via 192.0.2.1`, HostAgentAddr, IMDSAddr)); err != nil {
 		return err
 	}
 	return v.fabric.nft(fabricRules)
+}
+
+// SetInternetMTU makes the way from the VMs to the internet have a smaller MTU,
+// in bytes from 576 to 1500; 0 is the 1500 of the beginning. The fabric answers
+// a larger packet that must not be fragmented with ICMP "fragmentation needed"
+// and fragments the others. The way back, the host agent and IMDS keep 1500. A
+// VM that has learned a path MTU keeps it for ten minutes, or until
+// "ip route flush cache".
+func (v *VNet) SetInternetMTU(bytes int) error {
+	route := "route replace default via 192.0.2.1"
+	switch {
+	case bytes == 0:
+	case bytes < 576 || bytes > 1500:
+		return fmt.Errorf("set the MTU of the internet: %d is not from 576 to 1500", bytes)
+	default:
+		route += fmt.Sprintf(" mtu %d", bytes)
+	}
+	return v.fabric.ip(route)
 }
 
 // register makes what the fabric has of a NIC even while its VM has no power:

@@ -1,10 +1,10 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
 // Package vnetsim is an Azure virtual network in network namespaces: a fabric
-// with Azure's rules and counters of what it dropped, an internet behind it,
-// the host agent and IMDS at their real addresses, and VMs that run a real
-// dockerd and may lose power. It is for tests, the demo and benchmarks, and it
-// is not the product: it imports no other package of it.
+// with Azure's rules and counters of what it accepted and refused, an internet
+// behind it, the host agent and IMDS at their real addresses, and VMs that run
+// a real dockerd and may lose power. It is for tests, the demo and benchmarks,
+// and it is not the product: it imports no other package of it.
 //
 // Every namespace is pinned by a holder process that ends with the process
 // that called New, even if that is killed; the last holder then removes the

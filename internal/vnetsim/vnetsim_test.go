@@ -6,6 +6,8 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -135,6 +137,108 @@ func TestVMsReachEachOther(t *testing.T) {
 	}
 	for _, vm := range vms {
 		wantPing(t, "a probe", true, v.Internet, vm.Primary, 84)
+	}
+	wantViolations(t, v, map[string]uint64{})
+}
+
+func TestPathMTUIsLearned(t *testing.T) {
+	v, vms := newVNet(t, VMConfig{Secondaries: 1}, VMConfig{})
+	a, b := vms[0], vms[1]
+	for _, bytes := range []int{-1, 575, 1501} {
+		if err := v.SetInternetMTU(bytes); err == nil {
+			t.Errorf("set %d bytes", bytes)
+		}
+	}
+	learned := func(vm *VM, to netip.Addr) string {
+		t.Helper()
+		_, mtu, _ := strings.Cut(mustRun(t, vm.Namespace, "ip", "route", "get", to.String()), " mtu ")
+		mtu, _, _ = strings.Cut(strings.TrimSpace(mtu), " ")
+		return mtu
+	}
+	wantPing(t, "before", true, a.Namespace, InternetAddr, 1500)
+	if err := v.SetInternetMTU(1400); err != nil {
+		t.Fatal(err)
+	}
+	// TCP, before anything is learned: the far end offers segments for 1500.
+	const size = 300_000
+	var l net.Listener
+	if err := v.Internet.Do(func() (err error) {
+		l, err = net.Listen("tcp4", netip.AddrPortFrom(InternetAddr, 9).String())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	received := make(chan int64, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			received <- -1
+			return
+		}
+		defer conn.Close()
+		n, _ := io.Copy(io.Discard, conn)
+		received <- n
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	conn, err := a.DialContext(ctx, "tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write(make([]byte, size)); err != nil {
+		t.Error(err)
+	}
+	conn.Close()
+	select {
+	case n := <-received:
+		if n != size {
+			t.Errorf("the internet received %d bytes, want %d", n, size)
+		}
+	case <-ctx.Done():
+		t.Error("TCP stalls: the path MTU is a black hole")
+	}
+	if got := learned(a, InternetAddr); got != "1400" {
+		t.Errorf("TCP learned %q, want 1400", got)
+	}
+
+	// A ping must not be fragmented until the VM knows the path.
+	if got := learned(b, InternetAddr); got != "" {
+		t.Errorf("before its first packet vm2 knows the path MTU %q", got)
+	}
+	if out, err := b.Run(t.Context(), "busybox", "ping", "-s", "1472", "-c", "1", "-W", "1", InternetAddr.String()); err == nil {
+		t.Errorf("a packet of 1500 bytes passed: %s", out)
+	}
+	if got := learned(b, InternetAddr); got != "1400" {
+		t.Errorf("ping learned %q, want 1400", got)
+	}
+	wantPing(t, "in fragments", true, b.Namespace, InternetAddr, 1500)
+
+	// A container's learns through its VM's SNAT too.
+	c := lend(t, a, a.Secondaries()[0])
+	mustRun(t, a.Namespace, "ip", "route", "flush", "cache")
+	mustRun(t, a.Namespace, "nft", fmt.Sprintf("add table ip t; add chain ip t c { type nat hook postrouting priority srcnat; }; add rule ip t c ip saddr %s snat to %s",
+		a.Secondaries()[0], a.Primary))
+	if out, err := a.Run(t.Context(), c[0], append(c[1:], "busybox", "ping", "-s", "1472", "-c", "1", "-W", "1", InternetAddr.String())...); err == nil {
+		t.Errorf("a container's packet of 1500 bytes passed: %s", out)
+	}
+	if got := mustRun(t, a.Namespace, c[0], append(c[1:], "ip", "route", "get", InternetAddr.String())...); !strings.Contains(got, "mtu 1400") {
+		t.Errorf("the container learned %q, want 1400", got)
+	}
+
+	for _, to := range []netip.Addr{b.Primary, HostAgentAddr} {
+		wantPing(t, "elsewhere", true, a.Namespace, to, 1500)
+		if got := learned(a, to); got != "" {
+			t.Errorf("the path to %s has the MTU %s", to, got)
+		}
+	}
+	if err := v.SetInternetMTU(0); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, b.Namespace, "ip", "route", "flush", "cache")
+	wantPing(t, "after", true, b.Namespace, InternetAddr, 1500)
+	if got := learned(b, InternetAddr); got != "" {
+		t.Errorf("the MTU of the path is still %s", got)
 	}
 	wantViolations(t, v, map[string]uint64{})
 }
