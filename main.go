@@ -48,7 +48,7 @@ const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure 
 
   azure-vnet-plugin            serve the engine; the settings are in the environment
   azure-vnet-plugin status     what is lent, attached and known; -json for programs
-  azure-vnet-plugin uninstall  give the NIC its addresses back and remove every trace
+  azure-vnet-plugin uninstall  remove azure0, the rules and every other trace
   azure-vnet-plugin version
 
 Flags say where things of the host are, as this process sees them:
@@ -152,6 +152,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 
 	gate := newGate("the networks of before the restart are being restored")
 	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
+	mend.tell(checkNIC, host.Ready(ctx)) // and listen on: calls that need the NIC say the same
 	background, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	defer func() {

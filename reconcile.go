@@ -20,7 +20,7 @@ import (
 const (
 	mendEvery = 30 * time.Second       // without any event
 	mendQuiet = 500 * time.Millisecond // events that come in a bunch are one
-	mendTime  = 60 * time.Second       // longest that one round may take
+	mendTime  = 60 * time.Second       // bounds one round
 	watchWait = 5 * time.Second        // before a watch that ended is begun again
 )
 
@@ -80,17 +80,21 @@ func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
 	}
 }
 
-// mend is one round. Each part stands alone: one that fails keeps none of the
-// others from being done. Restore comes last, for each network whose NIC is gone may
-// take up to 15 s of the round.
+// checkNIC names the look for a NIC that somebody else's bridge has.
+const checkNIC = "look at the NIC"
+
+// mend is one round. Each part stands alone: a part that fails keeps no other part
+// from being done. Restore comes last, for each network whose NIC is gone may take up
+// to 15 s of the round.
 func (r *reconciler) mend(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, mendTime)
 	defer cancel()
+	r.tell(checkNIC, r.host.Ready(ctx))
 	mended, err := r.host.Reconcile(ctx)
 	for _, what := range mended {
 		r.log.WithField("what", what).Warn("mended")
 	}
-	r.tell("reconcile the bridges", err)
+	r.tell("reconcile the host", err)
 	r.tell("collect leaked leases", r.collect(ctx))
 	r.tell("collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
@@ -101,8 +105,9 @@ func (r *reconciler) mend(ctx context.Context) {
 	r.tell("restore networks", r.networks.Restore(ctx))
 }
 
-// collect releases leases that no container has any more, then removes the links
-// of Docker's that no container and no lease stand behind.
+// collect releases leases that no container has any more, then removes Docker's
+// links that no container has and no lease speaks for. It releases nothing on a host
+// with containers of an earlier build, whose links Away cannot read.
 func (r *reconciler) collect(ctx context.Context) error {
 	released, err := r.pool.Collect(ctx, r.host.Away)
 	for _, lease := range released {

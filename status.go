@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -101,7 +102,7 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 		return err
 	}
 	if len(r.Broken) > 0 {
-		r.Errors = append(r.Errors, "not all is as it should be: a plugin that runs mends it within 30 s")
+		r.Errors = append(r.Errors, "not all is as it should be: a plugin that runs mends within 30 s what can be mended")
 	}
 	if len(r.Errors) > 0 {
 		return errors.New(strings.Join(r.Errors, "; "))
@@ -109,10 +110,10 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 	return nil
 }
 
-// uninstall takes down all bridges and removes the files. A bridge that has a
-// container attached stands and is an error, and so is a plugin that runs, which would
-// make all of it again; a link that no container took, or that came back from one, is
-// removed.
+// uninstall removes all bridges, rules and files. A link that no container took, or
+// that came back from one, is removed too. A container that is attached is an error and
+// keeps everything. So does a plugin that runs, which would make all of it again, and a
+// bridge of an earlier build, whose containers' leases would be forgotten.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
 	unlock, ok, err := statefile.TryLock(runningLock(p), "uninstall")
 	if err != nil {
@@ -123,6 +124,9 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	}
 	defer unlock()
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	if _, err := host.Away(ctx); err != nil {
+		return fmt.Errorf("uninstall: %w", err)
+	}
 	attached, err := host.Attachments(ctx)
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -139,7 +143,7 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 		return fmt.Errorf("uninstall: %w", err)
 	}
 	data := findData(p)
-	homes, err := host.RemoveAll(ctx, func() error {
+	removed, err := host.RemoveAll(ctx, func() error {
 		err := heldByCNI(ctx, p, host) // an ADD may have come before the lock
 		if err != nil {
 			return err
@@ -149,8 +153,8 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 		}
 		return err
 	})
-	for _, nic := range homes {
-		fmt.Fprintf(out, "%s has its addresses back\n", nic)
+	for _, name := range removed {
+		fmt.Fprintf(out, "%s is removed\n", name)
 	}
 	if err != nil {
 		return fmt.Errorf("uninstall: %w", err)
@@ -204,10 +208,11 @@ func (r report) print(out io.Writer) error {
 	for _, b := range r.Bridges {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d\n", b.Name, b.NIC, b.MAC, b.MTU)
 	}
-	fmt.Fprintf(w, "\nNETWORK\tSUBNET\tNIC\tSNAT\tAUXILIARY\n")
+	fmt.Fprintf(w, "\nNETWORK\tSUBNET\tNIC\tMODE\tSNAT\tAUXILIARY\n")
 	for _, id := range slices.Sorted(maps.Keys(r.Networks)) {
 		n := r.Networks[id]
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\n", short(id), n.Prefix, n.MAC, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
+		mode := cmp.Or(n.Mode, bridge.ModeBridge)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\n", short(id), n.Prefix, n.MAC, mode, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
 	}
 	r.printAddresses(w)
 	for _, what := range r.Broken {
@@ -233,10 +238,13 @@ func (r report) printAddresses(w io.Writer) {
 			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody"}
 		}
 	}
-	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tMAC\tSTATE\tPUBLISHED\n")
+	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tBRIDGE\tMAC\tSTATE\tPUBLISHED\n")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		at, attached := links[addr]
-		state := "not attached"
+		state, in := "not attached", at.Bridge
+		if attached && in == "" {
+			in = "transparent"
+		}
 		switch {
 		case attached && at.Away:
 			state = "in a container"
@@ -249,6 +257,6 @@ func (r report) printAddresses(w io.Writer) {
 		for _, p := range at.Ports {
 			ports = append(ports, p.String())
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, at.MAC, state, strings.Join(ports, ", "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, in, at.MAC, state, strings.Join(ports, ", "))
 	}
 }

@@ -342,7 +342,15 @@ func checkFabric(t *testing.T, v *vnetsim.VNet, used ...netip.Addr) {
 	if diff := cmp.Diff(map[string]uint64{}, got); diff != "" {
 		t.Errorf("violations of the fabric's rules (-want +got):\n%s", diff)
 	}
-	_ = used
+	accepted, err := v.Accepted()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range used {
+		if accepted[a] == 0 {
+			t.Errorf("the fabric accepted no frame from %s: nothing was shown of it", a)
+		}
+	}
 }
 
 // meets runs f, in which the named step meets what, and reports whether f got to it.

@@ -115,7 +115,11 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	if err != nil {
 		return err
 	}
-	if _, err = d.cfg.Host.Ensure(ctx, n.spec()); err == nil {
+	br, err := d.cfg.Host.Ensure(ctx, n.spec())
+	if err == nil && n.MTU > br.MTU {
+		err = fmt.Errorf("-o mtu=%d: the NIC %s has an MTU of %d bytes, and larger packets would vanish", n.MTU, br.NIC, br.MTU)
+	}
+	if err == nil {
 		err = ctx.Err() // an answer after the deadline reaches nobody
 	}
 	if err != nil {
@@ -130,39 +134,26 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	return nil
 }
 
-// named is n with the bridge name that another network of its NIC asked for, if
-// it asks for none itself: after a boot either may be restored first, and must make
-// the same bridge.
+// named is n with the bridge name that another network of its NIC asked for, if n asks
+// for none itself. After a boot either network may be restored first, and both must
+// make the same bridge. A transparent network has no bridge.
 func (n Network) named(all map[string]Network) Network {
 	for _, other := range all {
-		if n.Bridge == "" && other.MAC == n.MAC {
+		if !n.Transparent() && n.Bridge == "" && other.MAC == n.MAC {
 			n.Bridge = other.Bridge
 		}
 	}
 	return n
 }
 
-// agrees refuses a network that wants another name or MTU of a bridge that it shares.
+// agrees refuses a network that wants another name of a bridge that it shares.
 func (n Network) agrees(all map[string]Network) error {
 	for id, other := range all {
-		if other.MAC != n.MAC {
-			continue
-		}
-		if other.Bridge != "" && other.Bridge != n.Bridge {
+		if !n.Transparent() && other.MAC == n.MAC && other.Bridge != "" && other.Bridge != n.Bridge {
 			return fmt.Errorf("networks of one NIC share its bridge: network %.12s has %s, this one asks for %s", id, other.Bridge, n.Bridge)
-		}
-		if other.MTU != n.MTU {
-			return fmt.Errorf("networks of one NIC share its bridge and its MTU: network %.12s has %s, this one asks for %s", id, mtuText(other.MTU), mtuText(n.MTU))
 		}
 	}
 	return nil
-}
-
-func mtuText(bytes int) string {
-	if bytes == 0 {
-		return "the NIC's"
-	}
-	return fmt.Sprint(bytes)
 }
 
 // plan checks a request and says what it asks for. It keeps auxiliary addresses,
@@ -201,8 +192,8 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 		return Network{}, err
 	}
 	n := Network{
-		MAC: nic.MAC, Primary: nic.Primary, Bridge: o.bridge, MTU: o.mtu,
-		Prefix: prefix, Gateway: prefix.Addr().Next(), Internal: o.policy.Internal, SNAT: o.policy.SNAT, Direct: o.policy.Direct,
+		MAC: nic.MAC, Primary: nic.Primary, Mode: o.mode, Bridge: o.bridge, MTU: o.mtu, Prefix: prefix, Gateway: prefix.Addr().Next(),
+		Internal: o.policy.Internal, SNAT: o.policy.SNAT, Direct: o.policy.Direct, NoMetadata: o.policy.NoMetadata,
 	}
 	for _, other := range known.NICs {
 		n.NICs = append(n.NICs, other.MAC)
@@ -231,9 +222,8 @@ func (d *Driver) nic(ctx context.Context, master string, prefix netip.Prefix) (p
 }
 
 // DeleteNetwork forgets the network and releases its auxiliary addresses, which a
-// round of Restore may have leased again since ReleasePool. Its bridge stays, for other networks and for
-// the next one: moving the host's address back and forth serves nobody, and
-// uninstall does it. An unknown network is success.
+// round of Restore may have leased again since ReleasePool. Its bridge stays: other
+// networks and CNI may use it. Uninstall removes it. An unknown network is success.
 func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequest) error {
 	if err := checkIDs(r.NetworkID); err != nil {
 		return err

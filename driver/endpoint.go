@@ -76,8 +76,8 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	}
 	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
-		Owner: owner, Lease: lease.Owner, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, Policy: n.policy(),
-		Ports: ports,
+		Owner: owner, Lease: lease.Owner, NIC: n.MAC, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, MTU: n.MTU,
+		Policy: n.policy(), Ports: ports,
 	})
 	if err != nil {
 		return none, err // and nothing was attached
@@ -149,9 +149,9 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 	return d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID)
 }
 
-// Join tells the engine which link to move into the container. Always with the
-// gateway, or without the service of one: else the engine adds an interface of
-// its own.
+// Join tells the engine which link to move into the container, and the routes of
+// that link. The answer always has the gateway, or declines the service of one: else
+// the engine adds an interface of its own.
 func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.JoinResponse, error) {
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
 		return nil, err
@@ -171,13 +171,42 @@ func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.Joi
 		if at.Peer == "" {
 			return nil, fmt.Errorf("endpoint %.12s is in a container already", r.EndpointID)
 		}
-		answer := &network.JoinResponse{InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"}}
+		answer := &network.JoinResponse{
+			InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"},
+			StaticRoutes:  routesByGateway(n.Prefix, n.Gateway),
+		}
 		if answer.DisableGatewayService = n.Internal; !n.Internal {
 			answer.Gateway = n.Gateway.String()
 		}
 		return answer, nil
 	}
 	return nil, fmt.Errorf("endpoint %.12s is not attached: start the container again", r.EndpointID)
+}
+
+// The kinds of an engine's static routes (its types.NEXTHOP and types.CONNECTED).
+const (
+	routeNextHop   = 0
+	routeConnected = 1
+)
+
+// routesByGateway are the routes that lead a container to its own subnet by the
+// gateway: so the container holds one neighbour entry, and all that it sends passes
+// the host's IP layer. The engine gives the interface a route to the whole subnet as
+// well, so the subnet goes in two halves, which are more specific. The gateway's own
+// route comes first, for the engine looks up the way to a next hop.
+func routesByGateway(subnet netip.Prefix, gateway netip.Addr) []*network.StaticRoute {
+	subnet = subnet.Masked()
+	routes := []*network.StaticRoute{{Destination: netip.PrefixFrom(gateway, gateway.BitLen()).String(), RouteType: routeConnected}}
+	bits := subnet.Bits() + 1
+	if bits >= gateway.BitLen() {
+		return routes // the halves of two addresses are these addresses
+	}
+	upper := subnet.Addr().As4()
+	upper[subnet.Bits()/8] |= 0x80 >> (subnet.Bits() % 8)
+	for _, half := range []netip.Addr{subnet.Addr(), netip.AddrFrom4(upper)} {
+		routes = append(routes, &network.StaticRoute{Destination: netip.PrefixFrom(half, bits).String(), RouteType: routeNextHop, NextHop: gateway.String()})
+	}
+	return routes
 }
 
 // Leave has nothing to do: the engine has brought the link back, and DeleteEndpoint

@@ -27,18 +27,23 @@ type Networks struct {
 
 // Network is one Docker network.
 type Network struct {
-	MAC      string         `json:"mac"`               // of the NIC, lower case with colons
-	Primary  bool           `json:"primary,omitempty"` // the NIC is the VM's primary
-	Bridge   string         `json:"bridge,omitempty"`  // name asked for; empty: the NIC's own
-	MTU      int            `json:"mtu,omitempty"`     // bytes; 0: the NIC's
-	NICs     []string       `json:"nics,omitempty"`    // MACs of all NICs that the VM had
-	Prefix   netip.Prefix   `json:"prefix"`            // the NIC's subnet
-	Gateway  netip.Addr     `json:"gateway"`
-	Internal bool           `json:"internal,omitempty"` // --internal; the two options then say nothing
-	SNAT     bool           `json:"snat"`
-	Direct   []netip.Prefix `json:"direct,omitempty"` // none: bridge.Policy's own
-	Aux      []Aux          `json:"aux,omitempty"`    // auxiliary addresses, ascending
+	MAC        string         `json:"mac"`               // of the NIC, lower case with colons
+	Primary    bool           `json:"primary,omitempty"` // the NIC is the VM's primary
+	Mode       bridge.Mode    `json:"mode,omitempty"`    // empty, as earlier releases wrote it: bridge.ModeBridge
+	Bridge     string         `json:"bridge,omitempty"`  // name asked for; empty: the NIC's own, or none if the network is transparent
+	MTU        int            `json:"mtu,omitempty"`     // bytes, of each container's interface; 0: the NIC's
+	NICs       []string       `json:"nics,omitempty"`    // MACs of all NICs that the VM had
+	Prefix     netip.Prefix   `json:"prefix"`            // the NIC's subnet
+	Gateway    netip.Addr     `json:"gateway"`
+	Internal   bool           `json:"internal,omitempty"` // --internal; SNAT, Direct and NoMetadata then say nothing
+	SNAT       bool           `json:"snat"`
+	Direct     []netip.Prefix `json:"direct,omitempty"`     // none: bridge.Policy's own
+	NoMetadata bool           `json:"noMetadata,omitempty"` // containers do not reach 169.254.169.254
+	Aux        []Aux          `json:"aux,omitempty"`        // auxiliary addresses, ascending
 }
+
+// Transparent reports whether the network's containers are in no bridge.
+func (n Network) Transparent() bool { return n.Mode == bridge.ModeTransparent }
 
 // Aux is an auxiliary address: held for the network, and by no container.
 type Aux struct {
@@ -47,16 +52,17 @@ type Aux struct {
 }
 
 func (n Network) spec() bridge.Spec {
-	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, MTU: n.MTU, NICs: n.NICs}
+	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, Mode: n.Mode, NICs: n.NICs}
 }
 
 func (n Network) policy() bridge.Policy {
-	return bridge.Policy{Internal: n.Internal, SNAT: n.SNAT, Direct: n.Direct}
+	return bridge.Policy{Internal: n.Internal, SNAT: n.SNAT, Direct: n.Direct, NoMetadata: n.NoMetadata}
 }
 
 func (n Network) equal(o Network) bool {
-	return n.MAC == o.MAC && n.Bridge == o.Bridge && n.MTU == o.MTU && n.Prefix == o.Prefix && n.Gateway == o.Gateway &&
-		n.Internal == o.Internal && n.SNAT == o.SNAT && slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
+	return n.MAC == o.MAC && n.Transparent() == o.Transparent() && n.Bridge == o.Bridge && n.MTU == o.MTU && n.Prefix == o.Prefix &&
+		n.Gateway == o.Gateway && n.Internal == o.Internal && n.SNAT == o.SNAT && n.NoMetadata == o.NoMetadata &&
+		slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
 }
 
 // NetworksFile is the path of networks.json in dir.

@@ -23,25 +23,38 @@ const (
 	keyInternal = "com.docker.network.internal"
 )
 
+// keyMode is the option mode as Azure's own plugin names it.
+const keyMode = "com.microsoft.azure.network.mode"
+
 // options are what -o may say of a network.
 type options struct {
-	master string // NIC by name or MAC; empty: the one that has the subnet
-	bridge string // name; empty: see bridge.Spec
-	mtu    int    // bytes; 0: the NIC's
+	master string      // NIC by name or MAC; empty: the one that has the subnet
+	mode   bridge.Mode // empty: bridge.ModeBridge
+	bridge string      // name; empty: see bridge.Spec
+	mtu    int         // bytes; 0: the NIC's
 	policy bridge.Policy
 }
 
 // networkOptions are the options of docker network create -o. Each parses its
 // value into o.
 var networkOptions = map[string]func(o *options, value string) error{
-	"master":                           func(o *options, v string) error { return name(&o.master, v) },
-	"bridge":                           func(o *options, v string) error { return linkName(&o.bridge, v) },
-	"mtu":                              func(o *options, v string) error { return mtu(&o.mtu, v) },
-	"snat":                             func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
-	"direct":                           func(o *options, v string) error { return prefixes(&o.policy.Direct, v) },
-	"mode":                             func(_ *options, v string) error { return mode(v) },
-	"com.microsoft.azure.network.mode": func(_ *options, v string) error { return mode(v) },
+	"master": func(o *options, v string) error { return name(&o.master, v) },
+	"mode":   func(o *options, v string) error { return mode(&o.mode, v) },
+	keyMode:  func(o *options, v string) error { return mode(&o.mode, v) },
+	"bridge": func(o *options, v string) error { return linkName(&o.bridge, v) },
+	"mtu":    func(o *options, v string) error { return mtu(&o.mtu, v) },
+	"snat":   func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
+	"direct": func(o *options, v string) error { return prefixes(&o.policy.Direct, v) },
+	"metadata": func(o *options, v string) error {
+		on := true
+		err := onOff(&on, v)
+		o.policy.NoMetadata = !on
+		return err
+	},
 }
+
+// leavingOptions say what leaves a network by the NIC.
+var leavingOptions = []string{"snat", "direct", "metadata"}
 
 // parseNetworkOptions reads the Options of CreateNetwork.
 func parseNetworkOptions(all map[string]any) (options, error) {
@@ -67,7 +80,7 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 		if !known {
 			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(networkOptions)), ", "))
 		}
-		if o.policy.Internal && (key == "snat" || key == "direct") {
+		if o.policy.Internal && slices.Contains(leavingOptions, key) {
 			return o, fmt.Errorf("-o %s says nothing of an --internal network, which nothing leaves: take one of them", key)
 		}
 		value, ok := generic[key].(string)
@@ -77,6 +90,9 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 		if err := parse(&o, value); err != nil {
 			return o, fmt.Errorf("-o %s=%.80s: %w", key, value, err)
 		}
+	}
+	if o.mode == bridge.ModeTransparent && o.bridge != "" {
+		return o, fmt.Errorf("-o bridge says nothing of a transparent network, whose containers are in no bridge: take one of them")
 	}
 	return o, nil
 }
@@ -144,9 +160,15 @@ func prefixes(to *[]netip.Prefix, v string) error {
 	return nil
 }
 
-func mode(v string) error {
-	if v != "bridge" {
-		return fmt.Errorf("the only mode is bridge")
+// mode takes a mode. The option has two names, which must not contradict each other.
+func mode(to *bridge.Mode, v string) error {
+	m := bridge.Mode(v)
+	switch {
+	case !slices.Contains(bridge.Modes, m):
+		return fmt.Errorf("the modes are %s and %s", bridge.ModeBridge, bridge.ModeTransparent)
+	case *to != "" && *to != m:
+		return fmt.Errorf("%s asks for mode %s: take one of them", keyMode, *to)
 	}
+	*to = m
 	return nil
 }

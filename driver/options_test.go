@@ -5,6 +5,7 @@ package driver
 import (
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -22,12 +23,17 @@ func TestNetworkOptions(t *testing.T) {
 		{"none", `{}`, options{policy: on}, ""},
 		{"an empty map", `{"com.docker.network.generic":{}}`, options{policy: on}, ""},
 		{"what an engine adds", `{"com.docker.network.enable_ipv4":true,"com.docker.network.enable_ipv6":false,"com.docker.network.internal":false,"com.docker.network.generic":null}`, options{policy: on}, ""},
-		{"all", `{"com.docker.network.generic":{"master":"eth1","bridge":"azure1","mtu":"1400","mode":"bridge","snat":"off","direct":"192.168.0.0/16, 10.1.2.3/8,10.0.0.0/8","com.microsoft.azure.network.mode":"bridge"}}`,
-			options{"eth1", "azure1", 1400, bridge.Policy{Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.0.0/16")}}}, ""},
+		{"all", `{"com.docker.network.generic":{"master":"eth1","bridge":"azure1","mtu":"1400","mode":"bridge","snat":"off","metadata":"off","direct":"192.168.0.0/16, 10.1.2.3/8,10.0.0.0/8","com.microsoft.azure.network.mode":"bridge"}}`,
+			options{"eth1", bridge.ModeBridge, "azure1", 1400, bridge.Policy{NoMetadata: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.0.0/16")}}}, ""},
+		{"transparent", `{"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
+		{"transparent, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
+		{"transparent and --internal", `{"com.docker.network.internal":true,"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: bridge.Policy{Internal: true}}, ""},
+		{"metadata=on", `{"com.docker.network.generic":{"metadata":"on"}}`, options{policy: on}, ""},
+		{"metadata=off", `{"com.docker.network.generic":{"metadata":"off"}}`, options{policy: bridge.Policy{SNAT: true, NoMetadata: true}}, ""},
 		{"--internal", `{"com.docker.network.internal":true}`, options{policy: bridge.Policy{Internal: true}}, ""},
 		{"a NIC by its MAC", `{"com.docker.network.generic":{"master":"00-0D-3A-04-75-98"}}`, options{master: "00:0d:3a:04:75:98", policy: on}, ""},
 
-		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.microsoft.azure.network.mode, direct, master, mode, mtu, snat`},
+		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.microsoft.azure.network.mode, direct, master, metadata, mode, mtu, snat`},
 		{"--ipv6", `{"com.docker.network.enable_ipv6":true}`, options{}, "--ipv6 is not served yet: create the network without it"},
 		{"--ipv6 of an old engine", `{"com.docker.network.enable_ipv6":"true"}`, options{}, "--ipv6 is not served yet: create the network without it"},
 		{"--internal with snat", `{"com.docker.network.internal":true,"com.docker.network.generic":{"snat":"off"}}`, options{}, "-o snat says nothing of an --internal network, which nothing leaves: take one of them"},
@@ -35,7 +41,12 @@ func TestNetworkOptions(t *testing.T) {
 		{"not a map", `{"com.docker.network.generic":[1]}`, options{}, "options (com.docker.network.generic) are not a map"},
 		{"not a string", `{"com.docker.network.generic":{"mtu":1400}}`, options{}, "-o mtu: its value is not a string"},
 		{"mtu", `{"com.docker.network.generic":{"mtu":"67"}}`, options{}, "-o mtu=67: an MTU is a number of bytes from 68 to 65535"},
-		{"mode", `{"com.docker.network.generic":{"mode":"tunnel"}}`, options{}, "-o mode=tunnel: the only mode is bridge"},
+		{"mode", `{"com.docker.network.generic":{"mode":"tunnel"}}`, options{}, "-o mode=tunnel: the modes are bridge and transparent"},
+		{"mode, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"tunnel"}}`, options{}, "-o com.microsoft.azure.network.mode=tunnel: the modes are bridge and transparent"},
+		{"two modes", `{"com.docker.network.generic":{"mode":"bridge","com.microsoft.azure.network.mode":"transparent"}}`, options{}, "-o mode=bridge: com.microsoft.azure.network.mode asks for mode transparent: take one of them"},
+		{"a transparent network with a bridge", `{"com.docker.network.generic":{"mode":"transparent","bridge":"azure0"}}`, options{}, "-o bridge says nothing of a transparent network, whose containers are in no bridge: take one of them"},
+		{"metadata", `{"com.docker.network.generic":{"metadata":"no"}}`, options{}, "-o metadata=no: on or off"},
+		{"--internal with metadata", `{"com.docker.network.internal":true,"com.docker.network.generic":{"metadata":"off"}}`, options{}, "-o metadata says nothing of an --internal network, which nothing leaves: take one of them"},
 		{"snat", `{"com.docker.network.generic":{"snat":"true"}}`, options{}, "-o snat=true: on or off"},
 		{"direct, IPv6", `{"com.docker.network.generic":{"direct":"fd00::/8"}}`, options{}, `-o direct=fd00::/8: "fd00::/8" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
 		{"direct, empty", `{"com.docker.network.generic":{"direct":""}}`, options{}, `-o direct=: "" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
@@ -105,6 +116,7 @@ func checkError(t *testing.T, err error, want string) {
 func FuzzNetworkOptions(f *testing.F) {
 	f.Add(`{"com.docker.network.generic":{"master":"eth1","mtu":"1400","direct":"10.0.0.0/8"}}`)
 	f.Add(`{"com.docker.network.generic":{"mtu":{}}}`)
+	f.Add(`{"com.docker.network.generic":{"mode":"transparent","metadata":"off","com.microsoft.azure.network.mode":"bridge"}}`)
 	f.Fuzz(func(t *testing.T, text string) {
 		var m map[string]any
 		if json.Unmarshal([]byte(text), &m) != nil {
@@ -119,8 +131,11 @@ func FuzzNetworkOptions(f *testing.F) {
 				t.Errorf("direct %s", p)
 			}
 		}
-		if o.bridge != "" && !linkNameShape.MatchString(o.bridge) {
-			t.Errorf("bridge %q", o.bridge)
+		if o.bridge != "" && (!linkNameShape.MatchString(o.bridge) || o.mode == bridge.ModeTransparent) {
+			t.Errorf("bridge %q, mode %q", o.bridge, o.mode)
+		}
+		if o.mode != "" && !slices.Contains(bridge.Modes, o.mode) {
+			t.Errorf("mode %q", o.mode)
 		}
 	})
 }

@@ -9,7 +9,7 @@
 #   <archive.tgz>   a local archive, with the release's SHA256SUMS beside it
 #   <directory>     the files themselves, as `make cni` leaves them in build/cni
 #   --from-plugin   the files that the managed Docker plugin azure-vnet:latest carries
-#   --uninstall     removes all that was installed, and gives the NIC its addresses back
+#   --uninstall     removes all that was installed, and what it made of the host's network
 #   --root <dir>    works on a file system that is not running, such as an image's
 #
 #   RELEASES=<url>  where the releases are; https://github.com/azure-vnet/azure-vnet/releases
@@ -29,6 +29,7 @@ conflist=10-azure.conflist
 state=/var/lib/azure-vnet
 timer=azure-vnet-reconcile
 wants=/etc/systemd/system/timers.target.wants
+modules=/etc/modules-load.d/azure-vnet.conf # earlier releases needed br_netfilter, and put this there
 tab=$(printf '\t')
 
 say() { echo "install-cni-plugin.sh: $*"; }
@@ -102,6 +103,26 @@ unmanaged() {
 	done
 	! grep -qsE '^aks-.*(vmss[0-9a-z]{6}|-[0-9]+-[0-9]+)$' "$root/etc/hostname" ||
 		die "this is a node of AKS (by its host name), which brings its own CNI and replaces what is changed: azure-vnet is for clusters of your own; nothing was changed"
+}
+
+# untaken refuses a host whose NIC is in a bridge that is no bridge of this release: of
+# an earlier build, or of somebody else's azure-vnet. Its containers would be cut off.
+untaken() {
+	for port in $(set +f; echo /sys/class/net/*); do
+		nic=${port##*/}
+		case $nic in
+		azv*) continue ;; # a container's
+		esac
+		[ -d "$port/master/bridge" ] || continue
+		bridge=$(basename "$(readlink -f "$port/master")")
+		case $bridge:$(cat "$port/master/ifalias") in
+		*:"azv2 bridge"*) ;; # this release's, which has no NIC
+		*:"azv1 bridge"*)
+			die "the NIC is a port of a bridge: $nic is in $bridge, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot" ;;
+		azure*)
+			die "the NIC is a port of a bridge: $nic is in $bridge, a bridge that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes $bridge" ;;
+		esac
+	done
 }
 
 # --- the files --------------------------------------------------------------------
@@ -254,10 +275,6 @@ put_host_files() {
 		    apply_network_config_for_secondary_ips: false
 	YAML
 	[ -d "$root/etc/systemd" ] || { say "there is no systemd: what breaks is healed when the next container starts"; return 0; }
-	stage 644 /etc/modules-load.d/azure-vnet.conf <<-'CONF'
-		# From azure-vnet: services reach bridged containers.
-		br_netfilter
-	CONF
 	stage 644 /etc/systemd/system/$timer.service <<-UNIT
 		[Unit]
 		Description=Make the network of azure-vnet's containers as it should be
@@ -364,11 +381,9 @@ start_timer() {
 
 install() { # <what>
 	unmanaged
+	[ -z "$running" ] || untaken
 	dirs=$(runtimes | sed "s|/*$tab|$tab|; s|/*\$||" | sort -u)
 	dirs=${dirs:-/opt/cni/bin$tab/etc/cni/net.d}
-	if [ -n "$running" ] && [ ! -e /proc/sys/net/bridge/bridge-nf-call-iptables ]; then
-		modprobe br_netfilter 2>/dev/null || die "the kernel has no module br_netfilter, without which services do not reach pods: install it; nothing was changed"
-	fi
 	get "$1"
 	printf '%s\n' "$dirs" >"$scratch/dirs"
 	aside '' .leaving # of an uninstall that was killed
@@ -379,6 +394,7 @@ install() { # <what>
 	put_host_files "${dirs%%"$tab"*}"
 	record
 	commit
+	! ours $modules || rm -f "$root$modules"
 	start_timer
 	while IFS=$tab read -r bin conf; do
 		say "azure-vnet${version:+ $version} is in $bin and $conf"
@@ -393,7 +409,7 @@ uninstall() {
 		! ours "$path" || [ ! -x "$root$path" ] || { printf '%s\n' "$path"; break; }
 	done)
 	if [ -n "$running" ]; then
-		leave_nic
+		clear_host
 	fi
 	trap '' INT TERM HUP # what is begun is finished
 	rm -f "$root$wants/$timer.timer"
@@ -425,9 +441,9 @@ installed() { # <regular expression>
 # and not with ours, edited.
 of_another() { [ -z "${program:-}" ] && [ "${1##*/}" = $conflist ] && changed "$1"; }
 
-# leave_nic gives the NIC its addresses back, unless the managed plugin works with
-# them. No pod comes meanwhile: the conflists are aside.
-leave_nic() {
+# clear_host removes the bridge and all else that was made of the host's network,
+# unless the managed plugin uses it. No pod comes meanwhile: the conflists are aside.
+clear_host() {
 	leaving=yes
 	[ ! -d /run/systemd/system ] || systemctl stop $timer.timer $timer.service || true
 	aside .leaving ''
@@ -435,9 +451,9 @@ leave_nic() {
 		with_plugin=yes
 		say "the Docker plugin $plugin is enabled: the network that it uses stays"
 	elif [ -n "$program" ]; then
-		"$program" uninstall || die "the NIC's addresses are not back, and nothing was removed: drain the node, or remove the containers that are named, and run this again"
+		"$program" uninstall || die "nothing was removed: drain the node, or remove the containers that are named, and run this again"
 	elif [ -d /run/azure-vnet ] || [ -d /sys/class/net/azure0 ]; then
-		die "azure-vnet, which gives the NIC its addresses back, is at no place where it was installed, or another is there: install it again, then uninstall it; nothing was removed"
+		die "azure-vnet, which removes its bridge and rules from the host, is at no place where it was installed, or another is there: install it again, then uninstall it; nothing was removed"
 	fi
 	trap '' INT TERM HUP
 	leaving=

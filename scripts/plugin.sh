@@ -21,6 +21,26 @@ id() { docker plugin inspect -f '{{.Id}}' $name 2>/dev/null; }
 # where the engine keeps the plugin's networks.json; docker plugin rm removes it
 data() { echo "$(docker info -f '{{.DockerRootDir}}')/plugins/$1/propagated-mount"; }
 
+# untaken refuses a host whose NIC is in a bridge that is no bridge of this release: of
+# an earlier build, or of somebody else's azure-vnet. Its containers would be cut off.
+untaken() {
+	for port in /sys/class/net/*; do
+		nic=${port##*/}
+		case $nic in
+		azv*) continue ;; # a container's
+		esac
+		[ -d "$port/master/bridge" ] || continue
+		bridge=$(basename "$(readlink -f "$port/master")")
+		case $bridge:$(cat "$port/master/ifalias") in
+		*:"azv2 bridge"*) ;; # this release's, which has no NIC
+		*:"azv1 bridge"*)
+			die "the NIC is a port of a bridge: $nic is in $bridge, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot" ;;
+		azure*)
+			die "the NIC is a port of a bridge: $nic is in $bridge, a bridge that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes $bridge" ;;
+		esac
+	done
+}
+
 create() { # <plugin>
 	if ! old=$(id); then
 		docker plugin create $name "$1" >/dev/null
@@ -47,6 +67,7 @@ create() { # <plugin>
 }
 
 install() { # <plugin> <binary> <prefix>
+	untaken
 	if [ "$(docker plugin inspect -f '{{.Enabled}}' $name 2>/dev/null)" = true ]; then
 		docker plugin disable -f $name >/dev/null # containers keep their network meanwhile
 	fi

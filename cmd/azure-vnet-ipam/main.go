@@ -134,5 +134,6 @@ func status(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	return l.Ready(ctx)
+	_, err = l.Ready(ctx)
+	return err
 }

@@ -16,8 +16,9 @@ import (
 	"azurevnet/internal/cni"
 )
 
-// add is lease, bridge, link, confirmation: in this order a crash leaks a lease
-// at worst, and never has an address lent twice. What fails leaves nothing.
+// add leases an address, makes the interface and confirms the lease. In this order a
+// crash leaks a lease at worst, and no address is ever lent twice. An add that fails
+// leaves nothing.
 func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err := c.CheckOwner(); err != nil {
 		return nil, err
@@ -26,10 +27,7 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := serveServices(); err != nil {
-		return nil, err
-	}
-	if err := clear(ctx, c, l); err != nil {
+	if err := clearLeftover(ctx, c, l); err != nil {
 		return nil, err
 	}
 	given, err := obtain(ctx, c, l)
@@ -42,7 +40,7 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	}
 	undo, cancel := cni.Undo(ctx)
 	defer cancel()
-	if !errors.Is(err, bridge.ErrAttached) { // then the link is another call's
+	if !errors.Is(err, bridge.ErrAttached) { // else the link is another call's
 		if bad := l.Host.Detach(undo, c.Owner()); bad != nil {
 			return nil, errors.Join(err, bad) // the address stays lent while it may be in use
 		}
@@ -50,9 +48,9 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	return nil, errors.Join(err, given.release(undo))
 }
 
-// clear refuses an interface that the container has already, which stays as it
-// is, and takes away what an ADD left that was killed.
-func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
+// clearLeftover refuses an interface that the container has already, and leaves it as
+// it is. It takes away what a killed ADD left.
+func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 	at, found, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
@@ -72,7 +70,7 @@ func clear(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 
 // connect makes the container's interface and says what came of it.
 func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*current.Result, error) {
-	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Name: c.Conf.Bridge, MTU: c.Conf.MTU, NICs: g.nics})
+	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: c.Conf.Mode, Name: c.Conf.Bridge, NICs: g.nics})
 	if err != nil {
 		return nil, misnamed(ctx, c, host, g.nic, err)
 	}
@@ -80,7 +78,7 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*cu
 		c.Warn("mended: " + what)
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
-		Owner: c.Owner(), Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC,
+		Owner: c.Owner(), NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
 		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,
 	})
 	if err != nil {
@@ -99,18 +97,23 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*cu
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", at.Link, err)
 	}
-	result := &current.Result{
-		Interfaces: []*current.Interface{
-			{Name: br.Name, Mac: br.MAC.String(), Mtu: br.MTU},
-			{Name: at.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: br.MTU},
-			{Name: c.IfName, Mac: at.MAC.String(), Mtu: br.MTU, Sandbox: c.Netns},
-		},
-		IPs:    []*current.IPConfig{{Interface: current.Int(2), Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}},
-		Routes: g.routes,
-		DNS:    c.Conf.DNS,
-	}
+	result := &current.Result{Interfaces: interfaces(br, veth, at, c), Routes: g.routes, DNS: c.Conf.DNS}
+	result.IPs = []*current.IPConfig{{Interface: current.Int(len(result.Interfaces) - 1), Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
 	if c.Conf.DNS.IsEmpty() {
 		result.DNS = g.dns
 	}
 	return result, nil
+}
+
+// interfaces lists the bridge, if there is one, the host end and last the container's
+// interface.
+func interfaces(br bridge.Bridge, veth netlink.Link, at bridge.Attachment, c *cni.Call) []*current.Interface {
+	all := []*current.Interface{
+		{Name: at.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: at.MTU},
+		{Name: c.IfName, Mac: at.MAC.String(), Mtu: at.MTU, Sandbox: c.Netns},
+	}
+	if at.Bridge == "" {
+		return all
+	}
+	return append([]*current.Interface{{Name: br.Name, Mac: br.MAC.String(), Mtu: br.MTU}}, all...)
 }

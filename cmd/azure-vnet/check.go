@@ -3,7 +3,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -18,8 +20,8 @@ import (
 	"azurevnet/internal/cni"
 )
 
-// check changes nothing and believes nothing: it looks at the link and the
-// table, into the container, and at the lease.
+// check changes nothing and believes nothing: it looks at the host's side of the
+// interface, into the container, and at the lease.
 func check(ctx context.Context, c *cni.Call) error {
 	l, err := c.Lender()
 	if err != nil {
@@ -98,7 +100,29 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if !wanted {
 		return changed("the container's link has %s, and prevResult does not say so", at.Addr.Addr())
 	}
-	return checkRoutes(in, l, c, prev.Routes)
+	return errors.Join(checkRoutes(in, l, c, prev.Routes), checkGateway(in, l, c, at, prev))
+}
+
+// checkGateway compares the MAC that the container has for its gateway with that of the
+// bridge or, without one, of the host end. All that a container sends goes there. An
+// entry that is gone is no error: the host answers ARP for the gateway.
+func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Attachment, prev *current.Result) error {
+	next, err := netlink.LinkByName(cmp.Or(at.Bridge, at.Link))
+	if err != nil {
+		return changed("%s: %v", cmp.Or(at.Bridge, at.Link), err)
+	}
+	entries, err := in.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("read the neighbour entries in %s: %w", c.Netns, err)
+	}
+	want := next.Attrs().HardwareAddr
+	for _, e := range entries {
+		gateway := slices.ContainsFunc(prev.IPs, func(ip *current.IPConfig) bool { return ip.Gateway.Equal(e.IP) })
+		if gateway && len(e.HardwareAddr) > 0 && !slices.Equal(e.HardwareAddr, want) {
+			return changed("%s in %s has the MAC %s for the gateway %s, and not %s of %s", c.IfName, c.Netns, e.HardwareAddr, e.IP, want, next.Attrs().Name)
+		}
+	}
+	return nil
 }
 
 func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {

@@ -112,17 +112,30 @@ func staleOwners(ctx context.Context, l *cni.Lender, stale func(string) bool) (m
 	return owners, nil
 }
 
-// status tells whether an ADD could succeed.
+// status tells whether an ADD could succeed. A NIC that is in somebody's bridge goes
+// before all other reasons, for nothing else helps there.
 func status(ctx context.Context, c *cni.Call) error {
-	if err := serviceable(); err != nil {
-		return err
-	}
-	if !own(c) {
-		return delegated(ctx, c, invoke.DelegateStatus)
-	}
 	l, err := c.Lender()
 	if err != nil {
 		return err
 	}
-	return l.Ready(ctx)
+	nic, err := addressable(ctx, c, l)
+	var macs []string // none: the NICs that were asked for since the boot
+	if nic != "" {
+		macs = []string{nic}
+	}
+	if taken := l.Host.Ready(ctx, macs...); taken != nil {
+		return taken
+	}
+	return err
+}
+
+// addressable is an error if no container can be given an address. nic is the MAC of
+// the NIC that an ADD would take, empty if it is not known.
+func addressable(ctx context.Context, c *cni.Call, l *cni.Lender) (nic string, err error) {
+	if own(c) {
+		return l.Ready(ctx)
+	}
+	nic, _, err = master(ctx, c, l.Host)
+	return nic, errors.Join(err, delegated(ctx, c, invoke.DelegateStatus))
 }

@@ -6,10 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
+	"net/netip"
 	"os"
-	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
@@ -19,36 +18,6 @@ import (
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
 )
-
-const callIPTables = "/proc/sys/net/bridge/bridge-nf-call-iptables"
-
-// serveServices has bridged frames pass iptables, where kube-proxy and portmap
-// turn a service's address into a container's.
-func serveServices() error {
-	if err := serviceable(); err != nil {
-		return err
-	}
-	is, err := os.ReadFile(callIPTables)
-	if err == nil && strings.TrimSpace(string(is)) != "1" {
-		err = os.WriteFile(callIPTables, []byte("1"), 0)
-	}
-	if err != nil {
-		return fmt.Errorf("have bridged frames pass iptables: %w", err)
-	}
-	return nil
-}
-
-// serviceable tells whether the kernel can do that.
-func serviceable() error {
-	_, err := os.Stat(callIPTables)
-	if errors.Is(err, fs.ErrNotExist) {
-		return types.NewError(types.ErrPluginNotAvailable, "the kernel module br_netfilter is not loaded, without which services have no way to bridged containers: modprobe br_netfilter, and write br_netfilter into /etc/modules-load.d/azure-vnet.conf for the next boot", "")
-	}
-	if err != nil {
-		return fmt.Errorf("have bridged frames pass iptables: %w", err)
-	}
-	return nil
-}
 
 // master is the NIC of a network whose addresses come from another IPAM: the one
 // that is named, else the one that the default route leaves by.
@@ -96,10 +65,10 @@ func defaultLink() (string, error) {
 	return l.Attrs().Name, nil
 }
 
-// misnamed gives err, of a bridge that does not stand, the code of a wrong
-// configuration where its "bridge" can never be that of the NIC.
+// misnamed gives err, with which Ensure failed, the code of a wrong configuration if
+// the bridge that it names can never be the NIC's.
 func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
-	if c.Conf.Bridge == "" {
+	if c.Conf.Bridge == "" || errors.Is(err, bridge.ErrTaken) {
 		return err
 	}
 	all, bad := host.Bridges(ctx)
@@ -109,7 +78,7 @@ func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, e
 	ours := false
 	for _, b := range all {
 		named := b.Name == c.Conf.Bridge
-		if ours = ours || named; named != (b.MAC.String() == nic) {
+		if ours = ours || named; named != (b.NICMAC == nic) {
 			return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
 		}
 	}
@@ -129,7 +98,7 @@ func inside(path string) (*netlink.Handle, error) {
 	return netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 }
 
-// addRoutes adds what another IPAM wants beyond the default route.
+// addRoutes adds the routes that another IPAM wants beyond the default route.
 func addRoutes(c *cni.Call, g *given) error {
 	if len(g.routes) < 2 {
 		return nil
@@ -144,18 +113,12 @@ func addRoutes(c *cni.Call, g *given) error {
 		return fmt.Errorf("find %s in %s: %w", c.IfName, c.Netns, err)
 	}
 	for _, r := range g.routes[1:] {
-		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: &r.Dst, Gw: r.GW, MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
-		if r.GW == nil {
-			route.Gw = g.gateway.AsSlice()
+		if g.attachMade(r) {
+			continue
 		}
-		if r.Table != nil {
-			route.Table = *r.Table
-		}
-		if r.Scope != nil {
-			route.Scope = netlink.Scope(*r.Scope)
-		}
+		route := g.route(r, l.Attrs().Index)
 		err := in.RouteAdd(route)
-		if errors.Is(err, unix.EEXIST) && r.Priority == 0 { // of another interface of the container, and goes before
+		if errors.Is(err, unix.EEXIST) && r.Priority == 0 { // another interface of the container has it, and goes before
 			route.Priority = l.Attrs().Index
 			err = in.RouteAdd(route)
 		}
@@ -164,4 +127,35 @@ func addRoutes(c *cni.Call, g *given) error {
 		}
 	}
 	return nil
+}
+
+// attachMade reports whether bridge.Attach gives every container that route: to the
+// gateway, or to the subnet by the gateway.
+func (g *given) attachMade(r *types.Route) bool {
+	if r.Table != nil || r.Priority != 0 || r.GW != nil && !r.GW.Equal(g.gateway.AsSlice()) {
+		return false
+	}
+	dst := prefixOf(&r.Dst)
+	return dst == g.addr.Masked() || dst == netip.PrefixFrom(g.gateway, 32)
+}
+
+// route is a wished route as the kernel takes it. A route without a next hop goes by
+// the gateway, unless its scope says that the destination is on the link. A next hop
+// other than the gateway is onlink: the container has no connected route that covers it,
+// and the host answers ARP for it.
+func (g *given) route(r *types.Route, link int) *netlink.Route {
+	route := &netlink.Route{LinkIndex: link, Dst: &r.Dst, Gw: r.GW, MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
+	if r.Table != nil {
+		route.Table = *r.Table
+	}
+	if r.Scope != nil {
+		route.Scope = netlink.Scope(*r.Scope)
+	}
+	switch gateway := net.IP(g.gateway.AsSlice()); {
+	case r.GW == nil && route.Scope < netlink.SCOPE_LINK:
+		route.Gw = gateway
+	case r.GW != nil && !r.GW.Equal(gateway):
+		route.SetFlag(netlink.FLAG_ONLINK)
+	}
+	return route
 }

@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Command azure-vnet is the CNI main plugin: a container gets an interface on a
-// bridge over the VM's NIC, with an address of the virtual network. The address
-// is lent in this process, or by any other IPAM plugin that the configuration names.
+// Command azure-vnet is the CNI main plugin: a container gets an interface with an
+// address of the virtual network, which the host routes to the VM's NIC. The address
+// is lent in this process, or by another IPAM plugin that the configuration names.
 package main
 
 import (

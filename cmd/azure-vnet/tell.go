@@ -34,9 +34,9 @@ func tell(ctx context.Context, out io.Writer) error {
 	err = errors.Join(err, bad)
 	attached, bad := host.Attachments(ctx)
 	err = errors.Join(err, bad)
-	rows := map[netip.Addr][]string{} // owner, link, published ports
+	rows := map[netip.Addr][]string{} // owner, link, bridge, published ports
 	for _, lease := range leases {
-		rows[lease.Addr] = []string{lease.Owner, "", ""}
+		rows[lease.Addr] = []string{lease.Owner, "", "", ""}
 	}
 	for _, at := range attached {
 		var ports []string
@@ -47,15 +47,15 @@ func tell(ctx context.Context, out io.Writer) error {
 		if row, lent := rows[at.Addr.Addr()]; lent {
 			owner = row[0]
 		}
-		rows[at.Addr.Addr()] = []string{owner, at.Link, strings.Join(ports, ", ")}
+		rows[at.Addr.Addr()] = []string{owner, at.Link, cmp.Or(at.Bridge, string(bridge.ModeTransparent)), strings.Join(ports, ", ")}
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "ADDRESS\tLENT TO\tLINK\tPUBLISHED")
+	fmt.Fprintln(w, "ADDRESS\tLENT TO\tLINK\tBRIDGE\tPUBLISHED")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		fmt.Fprintf(w, "%s\t%s\n", addr, strings.Join(rows[addr], "\t"))
 	}
 	if len(broken) > 0 {
-		err = cmp.Or(err, errors.New("not all is as it should be: azure-vnet reconcile mends it"))
+		err = cmp.Or(err, errors.New("not all is as it should be: azure-vnet reconcile mends what can be mended"))
 	}
 	return errors.Join(w.Flush(), err)
 }

@@ -27,7 +27,7 @@ const usage = `azure-vnet is a CNI plugin: a runtime starts it without an argume
 
   azure-vnet status      name what is broken, and who has which address
   azure-vnet reconcile   make what stands as it should be; a timer calls it
-  azure-vnet uninstall   give the NIC its addresses back and remove every trace
+  azure-vnet uninstall   remove azure0, the rules and every other trace
   azure-vnet attach [-name pod -namespace namespace] <conflist> <container-id> <netns>
                          run ADD of the whole conflist, and print the address
   azure-vnet detach <conflist> <container-id> [<netns>]
@@ -81,9 +81,9 @@ func word(ctx context.Context, name string, args []string, out io.Writer) error 
 	return fmt.Errorf("unknown word %.40q\n\n%s", name, usage)
 }
 
-// reconcile is what the managed plugin does every 30 s, for hosts that have no
-// plugin: bridges, then leases that no container has any more. It prints what it
-// mended, and nothing if all stood.
+// reconcile does what the managed plugin does every 30 s, for hosts that have no
+// plugin. It mends the host, then releases leases that no container has any more. It
+// prints what it mended, and nothing if all stood.
 func reconcile(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	mended, err := host.Reconcile(ctx)
@@ -117,9 +117,10 @@ func hear(ctx context.Context, p *pool.Pool) error {
 	return err
 }
 
-// uninstall refuses while a container is attached, or has an address that
-// another main plugin attached and no link of ours proves: lent again, two would
-// have it.
+// uninstall refuses while a container is attached. It refuses too while a container
+// of another main plugin has an address of ours, which no link of ours proves: lent
+// again, two containers would have it. It refuses on a host with a bridge of an earlier
+// build, whose containers' leases would be forgotten.
 func uninstall(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	unlock, ok, err := statefile.TryLock(filepath.Join(stateDir, "plugin.lock"), "uninstall")
@@ -130,17 +131,20 @@ func uninstall(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer unlock()
+	if _, err := host.Away(ctx); err != nil {
+		return err
+	}
 	if err := unheld(ctx); err != nil {
 		return err
 	}
-	homes, err := host.RemoveAll(ctx, func() error {
+	removed, err := host.RemoveAll(ctx, func() error {
 		if err := unheld(ctx); err != nil { // an ADD may have come before the lock
 			return err
 		}
 		return os.RemoveAll(stateDir)
 	})
-	for _, nic := range homes {
-		fmt.Fprintf(out, "%s has its addresses back\n", nic)
+	for _, name := range removed {
+		fmt.Fprintf(out, "%s is removed\n", name)
 	}
 	return err
 }

@@ -51,9 +51,8 @@ type Call struct {
 	notes []any // for the log: keys and values
 }
 
-// Deadline of a call. CRI-O kills after 60 s, and the way back comes on top: a
-// bridge that would not stand has 15 s to go home (bridge.Ensure), and then link
-// and lease have undoTime, 10 s: 55 s at worst.
+// deadline bounds a call. CRI-O kills a plugin after 60 s. Undoing a failed ADD comes on
+// top of the deadline: undoTime, 10 s, for the link and the lease.
 const deadline = 30 * time.Second
 
 // Main serves the call that this process was started for, and ends the process.

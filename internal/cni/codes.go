@@ -28,6 +28,7 @@ var codes = []struct {
 	code uint
 }{
 	{bridge.ErrAttached, CodeAttached},
+	{bridge.ErrTaken, types.ErrPluginNotAvailable},
 	{pool.ErrInUse, CodeInUse},
 	{pool.ErrExhausted, types.ErrTryAgainLater},
 	{pool.ErrSource, types.ErrTryAgainLater},

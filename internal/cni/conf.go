@@ -35,9 +35,10 @@ type Conf struct {
 	Network    string // name
 
 	// Of the main plugin.
-	Master string // the NIC, by name or MAC; empty: the VM's primary
-	Bridge string // its name; empty: see bridge.Spec
-	MTU    int    // bytes; 0: the NIC's
+	Master string      // the NIC, by name or MAC; empty: the VM's primary
+	Mode   bridge.Mode // empty: bridge.ModeBridge
+	Bridge string      // its name; empty: see bridge.Spec, or the mode is transparent
+	MTU    int         // bytes, of the container's interface; 0: the NIC's
 	Policy bridge.Policy
 	MAC    net.HardwareAddr // of the container's interface; nil: derived from its address
 	Ports  []bridge.Port
@@ -97,13 +98,14 @@ type file struct {
 // fileMain is the main plugin's part. Another's may have these keys with values
 // of its own.
 type fileMain struct {
-	Mode   string
-	Bridge string
-	Master string
-	MTU    number
-	SNAT   *onOff
-	Direct list
-	DNS    types.DNS
+	Mode     bridge.Mode
+	Bridge   string
+	Master   string
+	MTU      number
+	SNAT     *onOff
+	Direct   list
+	Metadata *onOff
+	DNS      types.DNS
 
 	RuntimeConfig struct {
 		PortMappings []mapping
@@ -176,8 +178,8 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 	if err := json.Unmarshal(stdin, &f); err != nil {
 		return err
 	}
-	if f.Mode != "" && f.Mode != "bridge" {
-		return fmt.Errorf("mode %q is not served: the host's address moves to a bridge in the only mode that is; if that is wanted, write \"mode\": \"bridge\" or leave it out", f.Mode)
+	if f.Mode != "" && !slices.Contains(bridge.Modes, f.Mode) {
+		return fmt.Errorf(`mode %.40q is not served: write "mode": "bridge" or leave it out, or "transparent" where a policy engine matches each container's own interface`, f.Mode)
 	}
 	if ipam == "" {
 		return fmt.Errorf(`ipam.type is missing: write "ipam": {"type": %q}`, IPAMType)
@@ -193,8 +195,11 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 			return fmt.Errorf("%s %.40q cannot be the name of an interface", key, name)
 		}
 	}
-	c.Master, c.Bridge, c.MTU = f.Master, f.Bridge, int(f.MTU)
-	c.Policy = bridge.Policy{SNAT: f.SNAT == nil || bool(*f.SNAT)}
+	c.Master, c.Mode, c.Bridge, c.MTU = f.Master, f.Mode, f.Bridge, int(f.MTU)
+	if c.Mode == bridge.ModeTransparent {
+		c.Bridge = "" // the shipped configuration names one, and the mode alone is changed in it
+	}
+	c.Policy = bridge.Policy{SNAT: f.SNAT == nil || bool(*f.SNAT), NoMetadata: f.Metadata != nil && !bool(*f.Metadata)}
 	for _, text := range f.Direct {
 		p, err := netip.ParsePrefix(text)
 		if err != nil || !p.Addr().Is4() {

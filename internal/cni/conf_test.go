@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,12 +33,13 @@ func TestConfigurations(t *testing.T) {
 	}{
 		{"the least", least + `}`, "", asLeast(func(*Conf) {})},
 		{"keys that a runtime adds", least + `,"capabilities":{"x":true},"disableIpvs":false,"ipsToRouteViaHost":["1.2.3.4"],"prevResult":null}`, "", asLeast(func(*Conf) {})},
-		{"all of the main plugin's", least + `,"mode":"bridge","bridge":"azure1","master":"eth1","mtu":"1400","snat":"off","direct":"10.0.0.0/8, 192.168.1.7/24","reclaim":"on"}`, "",
+		{"all of the main plugin's", least + `,"mode":"bridge","bridge":"azure1","master":"eth1","mtu":"1400","snat":"off","metadata":"off","direct":"10.0.0.0/8, 192.168.1.7/24","reclaim":"on"}`, "",
 			asLeast(func(c *Conf) {
-				c.Bridge, c.Master, c.MTU, c.Reclaim = "azure1", "eth1", 1400, true
-				c.Policy = bridge.Policy{Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.1.0/24")}}
+				c.Mode, c.Bridge, c.Master, c.MTU, c.Reclaim = bridge.ModeBridge, "azure1", "eth1", 1400, true
+				c.Policy = bridge.Policy{NoMetadata: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.1.0/24")}}
 			})},
-		{"JSON's own words for them", least + `,"mtu":1400,"snat":true,"direct":["10.0.0.0/8"],"reclaim":false}`, "",
+		{"transparent, in the configuration that is shipped", least + `,"mode":"transparent","bridge":"azure0"}`, "", asLeast(func(c *Conf) { c.Mode = bridge.ModeTransparent })},
+		{"JSON's own words for them", least + `,"mtu":1400,"snat":true,"metadata":true,"direct":["10.0.0.0/8"],"reclaim":false}`, "",
 			asLeast(func(c *Conf) {
 				c.MTU, c.Policy.Direct = 1400, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
 			})},
@@ -82,8 +84,10 @@ func TestConfigurationsThatAreRefused(t *testing.T) {
 		code       uint
 		says       string
 	}{
-		{least + `,"mode":"transparent"}`, "", 7, `"mode": "bridge"`},
-		{least + `,"mode":"tunnel"}`, "", 7, "tunnel"},
+		{least + `,"mode":"tunnel"}`, "", 7, `mode "tunnel" is not served: write "mode": "bridge" or leave it out, or "transparent"`},
+		{least + `,"mode":"l2bridge"}`, "", 7, `"mode": "bridge"`},
+		{least + `,"mode":7}`, "", 7, "Mode"},
+		{least + `,"metadata":"none"}`, "", 7, `"on"`},
 		{`{"name":"azure"}`, "", 7, "azure-vnet-ipam"},
 		{`{"name":"azure","ipam":{"type":"../x"}}`, "", 7, "path"},
 		{least + `,"mtu":9}`, "", 7, "68 to 65535"},
@@ -150,6 +154,7 @@ func TestWhatGCKeeps(t *testing.T) {
 // and the pool can do something with.
 func FuzzConf(f *testing.F) {
 	f.Add([]byte(least+`,"direct":["10.0.0.0/8"],"mtu":"1500"}`), "IP=10.0.0.9")
+	f.Add([]byte(least+`,"mode":"transparent","metadata":"off"}`), "")
 	f.Add([]byte(`{"name":"azure","ipam":{"type":"azure-vnet-ipam","queryInterval":-1}}`), ";;=")
 	f.Add([]byte(`{"args":{"cni":null},"runtimeConfig":{"ips":null}}`), "a=b=c")
 	f.Fuzz(func(t *testing.T, conf []byte, args string) {
@@ -158,7 +163,8 @@ func FuzzConf(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() {
+		if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() ||
+			c.Mode != "" && !slices.Contains(bridge.Modes, c.Mode) {
 			t.Errorf("accepted: %+v", c)
 		}
 	})

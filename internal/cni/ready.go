@@ -12,23 +12,22 @@ import (
 	"azurevnet/pool"
 )
 
-// Ready is the answer to STATUS: an error if no container can be given an
-// address, and none will be by waiting for others to end. A full NIC is no
-// error: a node with many pods is not broken.
-func (l *Lender) Ready(ctx context.Context) error {
-	if err := l.ready(ctx); err != nil {
-		return wrong(types.ErrPluginNotAvailable, "%v", err)
+// Ready is an error for STATUS if no container can be given an address, and none can
+// be when others have ended. A full NIC is no error: a node with many pods is not
+// broken. nic is the MAC of the NIC that an ADD would take, empty if it is not known.
+func (l *Lender) Ready(ctx context.Context) (nic string, err error) {
+	if nic, err = l.ready(ctx); err != nil {
+		err = wrong(types.ErrPluginNotAvailable, "%v", err)
 	}
-	return nil
+	return nic, err
 }
 
-// ready chooses NIC and subnet as Lend does. The source is waited for where
-// what is known has them not: no ADD comes to a node that is not ready, so
-// nobody else would.
-func (l *Lender) ready(ctx context.Context) error {
-	mac, err := l.master(ctx)
-	if err != nil {
-		return err
+// ready chooses NIC and subnet as Lend does. It waits for the source where what is
+// known does not have them: no ADD comes to a node that is not ready, so nobody else
+// would ask the source.
+func (l *Lender) ready(ctx context.Context) (mac string, err error) {
+	if mac, err = l.master(ctx); err != nil {
+		return "", err
 	}
 	nic, sub, err := l.Subnet(ctx, mac, l.call.Conf.IPAM.Subnet)
 	if err == nil && len(sub.Secondary) == 0 {
@@ -37,14 +36,14 @@ func (l *Lender) ready(ctx context.Context) error {
 		}
 	}
 	if err != nil {
-		return err
+		return mac, err
 	}
 	st, err := l.Status(ctx)
 	if err != nil {
-		return err
+		return nic.MAC, err
 	}
 	if c := census(st, nic, sub); c.Free+c.Held+c.Cooling > 0 || c.OnHost > 0 && l.call.Conf.Reclaim {
-		return nil
+		return nic.MAC, nil
 	}
 	err = fmt.Errorf("no address of NIC %s in subnet %s can be lent", nic.MAC, sub.Prefix)
 	if len(sub.Secondary) == 0 {
@@ -53,7 +52,7 @@ func (l *Lender) ready(ctx context.Context) error {
 	for _, w := range st.Warnings {
 		err = errors.Join(err, errors.New(w))
 	}
-	return err
+	return nic.MAC, err
 }
 
 // census is that of one subnet of a NIC.
