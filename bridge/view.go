@@ -10,12 +10,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
 	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
+	"github.com/vishvananda/netlink"
 )
 
 // ourProtocol marks the routes, rules and neighbour entries that we made.
@@ -27,7 +25,6 @@ type view struct {
 	state      *hostState // with what the links tell of a state that was lost
 	links      rtnl.Links
 	addrs      []netlink.Addr  // IPv4
-	defaults   []netlink.Route // default routes of the main table
 	routes     []netlink.Route // with our protocol, in every table
 	rules      []netlink.Rule  // with our protocol
 	neighbours []rtnl.Neighbour
@@ -58,19 +55,8 @@ func (h *Host) read() (*view, error) {
 	if v.addrs, err = rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
 		return nil, fmt.Errorf("list the host's addresses: %w", err)
 	}
-	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list the host's routes: %w", err)
-	}
-	for _, r := range routes {
-		switch bits := prefixOf(r.Dst).Bits(); {
-		case r.Protocol == ourProtocol:
-			v.routes = append(v.routes, r)
-		case r.Table == unix.RT_TABLE_MAIN && bits == 0:
-			v.defaults = append(v.defaults, r)
-		}
+	if v.routes, err = rtnl.ReadRoutes(ourProtocol); err != nil {
+		return nil, err
 	}
 	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
@@ -86,13 +72,12 @@ func (h *Host) read() (*view, error) {
 	if v.flags, err = rtnl.ReadPortFlags(); err != nil {
 		return nil, fmt.Errorf("list the bridges' ports: %w", err)
 	}
-	v.adopt()
-	return v, nil
+	return v, v.adopt()
 }
 
 // adopt takes from the links what the state does not know: the file is lost sooner than
 // they are.
-func (v *view) adopt() {
+func (v *view) adopt() error {
 	for _, l := range v.links {
 		if a, ok := endpointOf(l); ok {
 			v.endpoints = append(v.endpoints, endpoint{a, l.Attrs()})
@@ -123,13 +108,16 @@ func (v *view) adopt() {
 			v.nics[mac] = nic
 		}
 	}
-	if !v.knowsPrimary() {
-		for mac, nic := range v.nics {
-			if nic.Attrs().Index == v.defaultLink() {
-				ask(mac, func(n *nicState) { n.Primary = true })
-			}
+	if len(v.nics) == 0 || v.knowsPrimary() {
+		return nil
+	}
+	link, err := defaultLink()
+	for mac, nic := range v.nics {
+		if nic.Attrs().Index == link {
+			ask(mac, func(n *nicState) { n.Primary = true })
 		}
 	}
+	return err
 }
 
 func (v *view) knowsPrimary() bool {
@@ -141,13 +129,16 @@ func (v *view) knowsPrimary() bool {
 	return false
 }
 
-// defaultLink is the index of the link that the host's best default route leaves by; 0 if
-// there is none.
-func (v *view) defaultLink() int {
-	if len(v.defaults) == 0 {
-		return 0
+// defaultLink is the index of the link that the host's best default route leaves by; 0 if there is none. Azure's
+// is on the primary NIC.
+func defaultLink() (int, error) {
+	all, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: ipNet(prefixOf(nil))}, netlink.RT_FILTER_DST)
+	})
+	if err != nil || len(all) == 0 {
+		return 0, err
 	}
-	return slices.MinFunc(v.defaults, func(a, b netlink.Route) int { return a.Priority - b.Priority }).LinkIndex
+	return slices.MinFunc(all, func(a, b netlink.Route) int { return a.Priority - b.Priority }).LinkIndex, nil
 }
 
 // macs are the NICs' MACs, in order.

@@ -118,3 +118,21 @@ func attributes(b []byte) func(yield func(kind uint16, value []byte) bool) {
 func Attributes(message []byte, header int) func(yield func(kind uint16, value []byte) bool) {
 	return attributes(message[min(header, len(message)):])
 }
+
+// ReadRoutes lists the IPv4 routes of that protocol in every table. The kernel chooses
+// them where it can (since Linux 4.20): a routing daemon may have made a million others.
+func ReadRoutes(protocol netlink.RouteProtocol) ([]netlink.Route, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	_ = h.SetStrictCheck(true) // an older kernel lists all, and they are chosen here
+	all, err := RetryDump(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list the host's routes: %w", err)
+	}
+	return all, nil
+}
