@@ -17,7 +17,9 @@ import (
 	"strings"
 
 	"github.com/coreos/go-iptables/iptables"
-	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/nfnl"
 )
 
 const (
@@ -99,17 +101,7 @@ func (c Config) each(do func(*backend) ([]string, error)) (all []string, err err
 }
 
 // nftUsed reports whether iptables-nft has a FORWARD chain.
-func nftUsed() (bool, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return false, nil // no nf_tables: said by whoever needs it more
-	}
-	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyIPv4)
-	if err != nil {
-		return false, err
-	}
-	return slices.ContainsFunc(chains, func(ch *nftables.Chain) bool { return ch.Table.Name == table && ch.Name == parent }), nil
-}
+func nftUsed() (bool, error) { return nfnl.ChainExists(unix.NFPROTO_IPV4, table, parent) }
 
 // legacyUsed reports whether legacy iptables has a filter table in this namespace.
 // To ask the legacy program would make one.

@@ -10,7 +10,6 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -157,17 +156,3 @@ func Published() (map[netip.Addr][]Port, error) {
 }
 
 func portOf(key string) uint16 { return uint16(key[0])<<8 | uint16(key[1]) }
-
-// chainStands asks for one chain, which is the cheapest question that tells whether
-// a table stands and is whole enough.
-func chainStands(t *nftables.Table, name string) (bool, error) {
-	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(t.Family), Version: nl.NFNETLINK_V0})
-	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(t.Name)))
-	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(name)))
-	_, err := r.Execute(unix.NETLINK_NETFILTER, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return false, nil
-	}
-	return err == nil, err
-}

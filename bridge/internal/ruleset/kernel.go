@@ -16,6 +16,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/nfnl"
 )
 
 // table is a table as wanted or as found.
@@ -183,15 +185,15 @@ func Stands(n Network, parts ...Part) (bool, error) {
 	if n.SNAT {
 		first = snatChain(n.ID)
 	}
-	ok, err := chainStands(ipTable, first)
+	ok, err := nfnl.ChainExists(byte(ipTable.Family), Name, first)
 	for _, part := range parts {
 		if !ok || err != nil {
 			break
 		}
 		if part == ForBridges {
-			ok, err = chainStands(bridgeTable, "prerouting")
+			ok, err = nfnl.ChainExists(byte(bridgeTable.Family), Name, "prerouting")
 		} else {
-			ok, err = chainStands(arpTable, "input")
+			ok, err = nfnl.ChainExists(byte(arpTable.Family), Name, "input")
 		}
 	}
 	return ok, err

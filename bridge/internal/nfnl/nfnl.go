@@ -1,0 +1,33 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package nfnl asks nf_tables the one question that the nftables library does not:
+// whether a chain exists, without a list of all chains. A host with kube-proxy has
+// thousands.
+package nfnl
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// ChainExists reports whether the table of that family, such as unix.NFPROTO_IPV4, has
+// the chain. A kernel without nf_tables has none.
+func ChainExists(family byte, table, chain string) (bool, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)))
+	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(chain)))
+	_, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	for _, none := range []error{unix.ENOENT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT, unix.EINVAL} {
+		if errors.Is(err, none) {
+			return false, nil
+		}
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for the nft chain %s of %s: %w", chain, table, err)
+	}
+	return true, nil
+}
