@@ -23,16 +23,22 @@ const pathTime = 500 * time.Millisecond
 
 const echoPort = "7007"
 
-// path is a way from a client on one VM to a server on another.
+// publishedPort leads to the echo server of the pod "pub".
+const publishedPort = "7008"
+
+// path is a way from a client to a server.
 type path struct {
 	name   string
-	client []string // begins a command there, on the first VM
-	server netip.Addr
+	from   *vnetsim.VM
+	client string         // network namespace on it; empty: the VM itself
+	server netip.AddrPort // echoes
+	call   string         // of bridge-nf-call-iptables on the VMs of azure-vnet, meanwhile
 
 	turn, rate []float64 // µs of a datagram's round trip; Gbit/s of one TCP connection
 }
 
-// paths measures what the wire costs a packet, between two VMs, each path in turn.
+// paths measures what the wire costs a packet, each path in turn: two VMs without azure-vnet, which are the floor,
+// and two with it.
 func paths(dir, self string, rounds, standing int) error {
 	vnet, err := vnetsim.New(vnetsim.Config{})
 	if err != nil {
@@ -40,50 +46,91 @@ func paths(dir, self string, rounds, standing int) error {
 	}
 	defer vnet.Close()
 	var vms []*vnetsim.VM
-	for range 2 {
-		vm, err := vnet.AddVM(vnetsim.VMConfig{Secondaries: standing + 4})
+	for range 4 {
+		vm, err := vnet.AddVM(vnetsim.VMConfig{Secondaries: standing + 8})
 		if err != nil {
 			return err
 		}
 		vms = append(vms, vm)
-		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing+1))
+	}
+	plain, ours := vms[:2], vms[2:]
+	for _, vm := range ours {
+		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing))
 		if out, err := setUp.CombinedOutput(); err != nil {
 			return fmt.Errorf("pods on %s: %w: %s", vm.Name, err, out)
 		}
 	}
-	pod := vms[1].Secondaries()[0]
-	in := func(name string) []string { return []string{"nsenter", "--net=/run/netns/" + name, self} }
-	for _, at := range [][]string{{self}, in("p0")} {
-		echo := vms[1].Command(context.Background(), at[0], append(at[1:], "-echo")...)
+	for _, at := range []struct {
+		vm *vnetsim.VM
+		in string
+	}{{plain[1], ""}, {ours[1], ""}, {ours[1], "b0"}, {ours[1], "t0"}, {ours[1], "pub"}, {ours[0], "b1"}, {ours[0], "t1"}} {
+		line := append(enter(at.in), self, "-echo")
+		echo := at.vm.Command(context.Background(), line[0], line[1:]...)
 		if err := echo.Start(); err != nil {
 			return err
 		}
 		defer func() { _ = echo.Process.Kill(); _ = echo.Wait() }()
 	}
+	pod := func(vm *vnetsim.VM, name string) netip.AddrPort {
+		return netip.MustParseAddrPort(vm.Secondaries()[slices.Index(podNames, name)].String() + ":" + echoPort)
+	}
+	at := func(vm *vnetsim.VM, port string) netip.AddrPort {
+		return netip.MustParseAddrPort(vm.Primary.String() + ":" + port)
+	}
 	all := []*path{
-		{name: "host to host", client: []string{self}, server: vms[1].Primary},
-		{name: "container to container", client: in("p0"), server: pod},
-		{name: "bridge and masquerade to host", client: in("masq"), server: vms[1].Primary},
+		{name: "plain VM to plain VM: the floor", from: plain[0], server: at(plain[1], echoPort)},
+		{name: "host to host, beside azure-vnet", from: ours[0], server: at(ours[1], echoPort)},
+		{name: "container to container, bridge", from: ours[0], client: "b0", server: pod(ours[1], "b0"), call: "0"},
+		{name: "the same, call-iptables 1", from: ours[0], client: "b0", server: pod(ours[1], "b0"), call: "1"},
+		{name: "container to container, transparent", from: ours[0], client: "t0", server: pod(ours[1], "t0"), call: "0"},
+		{name: "on one VM, bridge", from: ours[0], client: "b0", server: pod(ours[0], "b1"), call: "0"},
+		{name: "on one VM, transparent", from: ours[0], client: "t0", server: pod(ours[0], "t1"), call: "0"},
+		{name: "plain VM to a published port", from: plain[0], server: at(ours[1], publishedPort), call: "0"},
+		{name: "reference bridge, masqueraded", from: ours[0], client: "masq", server: at(plain[1], echoPort), call: "0"},
 	}
 	for range rounds {
 		for _, p := range all {
-			arg := append(slices.Clone(p.client[1:]), "-ask", p.server.String())
-			out, err := vms[0].Command(context.Background(), p.client[0], arg...).Output()
-			if err != nil {
+			if err := p.measure(self, ours); err != nil {
 				return fmt.Errorf("%s: %w", p.name, err)
 			}
-			var turn, rate float64
-			if _, err := fmt.Sscan(string(out), &turn, &rate); err != nil {
-				return fmt.Errorf("%s: %w", p.name, err)
-			}
-			p.turn, p.rate = append(p.turn, turn), append(p.rate, rate)
 		}
 	}
-	fmt.Printf("\n%-32s %12s %8s %12s %8s   (medians of %d rounds, %d containers a VM; the ratio is to host to host, round by round)\n",
-		"path between two VMs", "UDP µs", "ratio", "TCP Gbit/s", "ratio", rounds, standing+1)
+	fmt.Printf("\n%-38s %9s %15s %7s %11s %7s   (medians and quartiles of %d rounds; ratios to the floor, round by round; %d other containers a VM)\n",
+		"path", "UDP µs", "quartiles", "ratio", "TCP Gbit/s", "ratio", rounds, standing)
 	for _, p := range all {
-		fmt.Printf("%-32s %12.1f %8.2f %12.2f %8.2f\n", p.name, median(p.turn), median(over(p.turn, all[0].turn)), median(p.rate), median(over(p.rate, all[0].rate)))
+		turns := slices.Sorted(slices.Values(p.turn))
+		fmt.Printf("%-38s %9.1f %7.1f %7.1f %7.2f %11.2f %7.2f\n", p.name, median(p.turn), turns[len(turns)/4], turns[len(turns)*3/4],
+			median(over(p.turn, all[0].turn)), median(p.rate), median(over(p.rate, all[0].rate)))
 	}
+	return nil
+}
+
+// enter is the start of a command line in a pod's namespace.
+func enter(pod string) []string {
+	if pod == "" {
+		return []string{"env"}
+	}
+	return []string{"nsenter", "--net=/run/netns/" + pod}
+}
+
+func (p *path) measure(self string, ours []*vnetsim.VM) error {
+	if p.call != "" {
+		for _, vm := range ours {
+			if _, err := vm.Run(context.Background(), "sh", "-c", "echo "+p.call+" >/proc/sys/net/bridge/bridge-nf-call-iptables"); err != nil {
+				return err
+			}
+		}
+	}
+	line := append(enter(p.client), self, "-ask", p.server.String())
+	out, err := p.from.Command(context.Background(), line[0], line[1:]...).Output()
+	if err != nil {
+		return err
+	}
+	var turn, rate float64
+	if _, err := fmt.Sscan(string(out), &turn, &rate); err != nil {
+		return err
+	}
+	p.turn, p.rate = append(p.turn, turn), append(p.rate, rate)
 	return nil
 }
 
@@ -97,9 +144,19 @@ func over(a, b []float64) []float64 {
 	return out
 }
 
-// pods makes n containers of azure-vnet in this VM, p0 and on, and one behind a
-// masquerading bridge.
+// podNames are the pods that paths lead from and to, in the order in which they get the VM's addresses.
+var podNames = []string{"b0", "b1", "t0", "t1", "pub"}
+
+// pods makes in this VM the pods of the paths, n more of azure-vnet, and one behind a masquerading bridge.
 func pods(dir string, n int) error {
+	const ports = `,"runtimeConfig":{"portMappings":[{"hostPort":` + publishedPort + `,"containerPort":` + echoPort + `},{"hostPort":` + publishedPort + `,"containerPort":` + echoPort + `,"protocol":"udp"}]}`
+	for i, name := range podNames {
+		c := chains[0]
+		c.conf += []string{"", "", `,"mode":"transparent"`, `,"mode":"transparent"`, ports}[i]
+		if err := pod(dir, c, name); err != nil {
+			return err
+		}
+	}
 	for i := range n {
 		if err := pod(dir, chains[0], fmt.Sprintf("p%d", i)); err != nil {
 			return err
@@ -148,8 +205,7 @@ func echo() error {
 }
 
 // ask prints how long a datagram's round trip takes, and how much one connection carries.
-func ask(server string) error {
-	to := net.JoinHostPort(server, echoPort)
+func ask(to string) error {
 	turn, err := turns(to)
 	if err != nil {
 		return err
