@@ -50,10 +50,16 @@ type host struct {
 // newVNet starts a VNet with VMs, which the end of the test removes.
 func newVNet(t *testing.T, vms ...vnetsim.VMConfig) (*vnetsim.VNet, []host) {
 	t.Helper()
+	return newVNetOf(t, vnetsim.Config{}, vms...)
+}
+
+// newVNetOf is newVNet with another subnet.
+func newVNetOf(t *testing.T, cfg vnetsim.Config, vms ...vnetsim.VMConfig) (*vnetsim.VNet, []host) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make namespaces: sudo make test")
 	}
-	vnet, err := vnetsim.New(vnetsim.Config{})
+	vnet, err := vnetsim.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -63,8 +69,8 @@ func newVNet(t *testing.T, vms ...vnetsim.VMConfig) (*vnetsim.VNet, []host) {
 		}
 	})
 	var hosts []host
-	for _, cfg := range vms {
-		vm, err := vnet.AddVM(cfg)
+	for _, vm := range vms {
+		vm, err := vnet.AddVM(vm)
 		if err != nil {
 			t.Fatal(err)
 		}
