@@ -595,7 +595,7 @@ func (r *engineReplay) translate(c engineCall) map[string]any {
 func (r *engineReplay) play(c engineCall) {
 	r.t.Helper()
 	request := r.translate(c)
-	what := fmt.Sprintf("%.12s… %s", c.Step, c.Method)
+	what := fmt.Sprintf("%.40s: %s", c.Step, c.Method)
 	if c.Method == "NetworkDriver.RevokeExternalConnectivity" {
 		r.revoke(r.endpoints[request["EndpointID"].(string)])
 	}
