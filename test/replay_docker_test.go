@@ -11,6 +11,7 @@ import (
 	"encoding/base32"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -132,7 +134,7 @@ func TestRecordedEngines(t *testing.T) {
 		t.Run("engine-"+engine, func(t *testing.T) {
 			t.Parallel()
 			recorded := recordedOf(t, engine)
-			r := newEngineReplay(t, engine, recorded["run-rm"])
+			r := newEngineReplay(t, engine, recorded["network-create"], recorded["run-rm"])
 			for _, s := range situations {
 				calls, ok := recorded[s.name]
 				if !ok {
@@ -189,6 +191,7 @@ type engineReplay struct {
 	client         *http.Client
 	network, pool  string          // ids of the network azure
 	internal       map[string]bool // networks that are so, by id
+	create         []engineCall    // of the network azure
 	run, rm        []engineCall    // of a container, for the witness
 	witness        *endpoint       // runs all the time, and must not be hurt; nil: not started
 	witnessScope   string
@@ -233,8 +236,9 @@ var pluginBinary = sync.OnceValues(func() (string, error) {
 })
 
 // newEngineReplay makes a VM like the one of the recordings, and another one, and
-// starts the plugin. run and rm of a container come from one recording.
-func newEngineReplay(t *testing.T, engine string, container []engineCall) *engineReplay {
+// starts the plugin. create makes the network azure. container runs a container and
+// removes it.
+func newEngineReplay(t *testing.T, engine string, create, container []engineCall) *engineReplay {
 	vnet, vms := newVNetOf(t, vnetsim.Config{Subnet: netip.MustParsePrefix("10.0.0.0/16")}, vnetsim.VMConfig{}, vnetsim.VMConfig{})
 	var secondaries []netip.Addr
 	for addr := netip.MustParseAddr("10.0.1.5"); addr != netip.MustParseAddr("10.0.1.160"); addr = addr.Next() {
@@ -244,7 +248,7 @@ func newEngineReplay(t *testing.T, engine string, container []engineCall) *engin
 		t.Fatal(err)
 	}
 	r := &engineReplay{
-		host: vms[0], vnet: vnet, other: vms[1], engine: engine, log: &syncBuffer{},
+		host: vms[0], vnet: vnet, other: vms[1], engine: engine, create: create, log: &syncBuffer{},
 		vm: openNamespace(t, vms[0].Namespace), beyond: openNamespace(t, vms[1].Namespace), internal: map[string]bool{},
 	}
 	r.client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
@@ -343,10 +347,12 @@ func (r *engineReplay) post(method string, request map[string]any) (answer map[s
 
 // situation replays one recording, and looks at what is left of it.
 func (r *engineReplay) situation(name string, calls []engineCall, happens between) {
+	if name != "plugin-enable" && name != "network-create" {
+		r.createNetwork()
+		r.startWitness()
+	}
 	if name == "network-rm" {
 		r.endWitness()
-	} else if r.network != "" && r.witness == nil {
-		r.startWitness()
 	}
 	r.begin(name)
 	for i, step := 0, ""; i < len(calls); i++ {
@@ -363,9 +369,35 @@ func (r *engineReplay) situation(name string, calls []engineCall, happens betwee
 		r.play(calls[i])
 	}
 	if name == "network-create" {
-		r.network, r.pool = r.names["network1"], r.names[calls[len(calls)-2].Answer["PoolID"].(string)]
+		r.keepNetwork()
 	}
 	r.settle()
+}
+
+// createNetwork makes the network azure if it is not there, which happens only where
+// network-create is not among the tests that run.
+func (r *engineReplay) createNetwork() {
+	r.t.Helper()
+	if r.network != "" {
+		return
+	}
+	r.begin("network-create")
+	for _, c := range r.create {
+		r.play(c)
+	}
+	r.keepNetwork()
+}
+
+// keepNetwork keeps the ids of the network that was made.
+func (r *engineReplay) keepNetwork() {
+	for _, c := range r.create {
+		switch c.Method {
+		case "IpamDriver.RequestPool":
+			r.pool = r.names[c.Answer["PoolID"].(string)]
+		case "NetworkDriver.CreateNetwork":
+			r.network = r.names[c.Request["NetworkID"].(string)]
+		}
+	}
 }
 
 // begin forgets the names of the situation before.
@@ -374,8 +406,11 @@ func (r *engineReplay) begin(scope string) {
 	r.names, r.sandboxes, r.endpoints = map[string]string{}, map[string]*container{}, map[string]*endpoint{}
 }
 
-// startWitness runs a container that no situation may hurt.
+// startWitness runs a container that no situation may hurt, if there is none.
 func (r *engineReplay) startWitness() {
+	if r.witness != nil {
+		return
+	}
 	r.witnessCounter++
 	r.asWitness(fmt.Sprint("witness ", r.witnessCounter), func() {
 		for _, c := range r.run {
@@ -507,6 +542,34 @@ func (r *engineReplay) reached(ep *endpoint) {
 	}
 }
 
+// toldPort is one of the TCP ports that EndpointOperInfo tells, on every address.
+var toldPort = regexp.MustCompile(`0\.0\.0\.0:(\d+)->(\d+)/tcp`)
+
+// toldPortsReached says that the ports that the plugin tells lead to the endpoint: so
+// those that it chose itself do too.
+func (r *engineReplay) toldPortsReached(ep *endpoint, text string) {
+	r.t.Helper()
+	for _, told := range toldPort.FindAllStringSubmatch(text, -1) {
+		outer, errOuter := strconv.ParseUint(told[1], 10, 16)
+		inner, errInner := strconv.ParseUint(told[2], 10, 16)
+		if err := errors.Join(errOuter, errInner); err != nil {
+			r.t.Fatal(err)
+		}
+		r.portReached(ep, r.beyond, netip.AddrPortFrom(r.Primary, uint16(outer)), uint16(inner))
+	}
+}
+
+// portReached says that a port of the host leads to one of the endpoint.
+func (r *engineReplay) portReached(ep *endpoint, from netns.NsHandle, outer netip.AddrPort, inner uint16) {
+	r.t.Helper()
+	if err := ep.in.listen(inner); err != nil {
+		r.t.Fatal(err)
+	}
+	if said, err := greeting(from, outer); err != nil {
+		r.t.Errorf("%s, which leads to port %d of %s: %q, %v", outer, inner, ep.addr, said, err)
+	}
+}
+
 // portsReached says that the ports that came with CreateEndpoint lead to the endpoint.
 // It leaves out UDP, and the ports of the host that the plugin chooses.
 func (r *engineReplay) portsReached(ep *endpoint) {
@@ -515,15 +578,10 @@ func (r *engineReplay) portsReached(ep *endpoint) {
 		if p.Proto != 6 || p.HostPort == 0 || p.HostPortEnd > p.HostPort {
 			continue
 		}
-		if err := ep.in.listen(p.Port); err != nil {
-			r.t.Fatal(err)
-		}
-		from, to := r.beyond, r.Primary
 		if p.HostIP != "" {
-			from, to = r.vm, netip.MustParseAddr(p.HostIP)
-		}
-		if said, err := greeting(from, netip.AddrPortFrom(to, p.HostPort)); err != nil {
-			r.t.Errorf("port %d of the host, which leads to %s: %q, %v", p.HostPort, ep.addr, said, err)
+			r.portReached(ep, r.vm, netip.AddrPortFrom(netip.MustParseAddr(p.HostIP), p.HostPort), p.Port)
+		} else {
+			r.portReached(ep, r.beyond, netip.AddrPortFrom(r.Primary, p.HostPort), p.Port)
 		}
 	}
 }
@@ -704,6 +762,9 @@ func (r *engineReplay) compare(what string, c engineCall, request, answer map[st
 		if ep := r.endpoints[request["EndpointID"].(string)]; ep == nil || !ep.programmed || len(ep.ports) == 0 {
 			return
 		}
+		value, _ := given["Value"].(map[string]any)
+		text, _ := value["ports"].(string)
+		r.toldPortsReached(r.endpoints[request["EndpointID"].(string)], text)
 		for _, m := range []map[string]any{recorded, given} {
 			value, _ := m["Value"].(map[string]any)
 			text, _ := value["ports"].(string)
