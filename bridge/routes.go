@@ -28,7 +28,7 @@ const (
 	containerTable = 16863    // a route to each container
 	nicTables      = 16863000 // and the NIC's index: the way out of a NIC that is not the primary
 
-	containerRule = 10
+	containerRule = 100   // at most: see containerPriority
 	azureRule     = 32760 // to the host agent and the metadata service: Azure's DHCP has routes to both by the primary NIC
 	hostRule      = 32761 // to what the host has a route of its own to, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
@@ -133,6 +133,13 @@ func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
 	return subnets[0].Addr().Next(), true
 }
 
+// containerPriority is that of the rule that leads to containers: before every rule of others but
+// the local table's. A rule that is added without a priority comes before all that are there, so
+// this one gives way and is put before it again.
+func (v *view) containerPriority() int {
+	return max(1, min(containerRule, v.firstRule-1))
+}
+
 // wantedRules are all that our protocol number may stand on.
 func (v *view) wantedRules() []netlink.Rule {
 	var all []netlink.Rule
@@ -149,7 +156,7 @@ func (v *view) wantedRules() []netlink.Rule {
 	}
 	everything := netip.Prefix{}
 	if v.state.asked() {
-		add(containerRule, containerTable, -1, "", everything, everything)
+		add(v.containerPriority(), containerTable, -1, "", everything, everything)
 	}
 	var subnets []netip.Prefix
 	for _, mac := range v.macs() {

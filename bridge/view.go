@@ -19,6 +19,9 @@ import (
 // ourProtocol marks the routes, rules and neighbour entries that we made.
 const ourProtocol = 168
 
+// mainRule is the priority of the kernel's rule that leads to the main table.
+const mainRule = 32766
+
 // view is one reading of the host: each kind of kernel state once. What ought to stand is
 // decided on it alone.
 type view struct {
@@ -27,6 +30,7 @@ type view struct {
 	addrs      []netlink.Addr  // IPv4
 	routes     []netlink.Route // with our protocol, in every table
 	rules      []netlink.Rule  // with our protocol
+	firstRule  int             // lowest priority of a rule of others behind the local table's
 	neighbours []rtnl.Neighbour
 	forwarding []rtnl.ForwardingEntry
 	flags      map[int]map[uint16]byte // of bridge ports, by link index
@@ -62,7 +66,14 @@ func (h *Host) read() (*view, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list the host's routing rules: %w", err)
 	}
-	v.rules = slices.DeleteFunc(rules, func(r netlink.Rule) bool { return r.Protocol != ourProtocol })
+	v.firstRule = mainRule
+	for _, r := range rules {
+		if r.Protocol == ourProtocol {
+			v.rules = append(v.rules, r)
+		} else if r.Priority > 0 { // that of the local table has none
+			v.firstRule = min(v.firstRule, r.Priority)
+		}
+	}
 	if v.neighbours, err = rtnl.ReadNeighbours(); err != nil {
 		return nil, fmt.Errorf("list the host's neighbour entries: %w", err)
 	}

@@ -209,6 +209,8 @@ func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 		return len(m.Data) >= unix.SizeofIfInfomsg && m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return len(m.Data) >= unix.SizeofIfAddrmsg && w.known[int32(native.Uint32(m.Data[4:]))] > foreign
+	case unix.RTM_NEWRULE: // which may stand before the rule that leads to containers
+		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) != ourProtocol
 	case unix.RTM_DELROUTE, unix.RTM_DELRULE:
 		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) == ourProtocol
 	}
@@ -257,7 +259,7 @@ func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
 
 // protocolOf is who made the route or rule of an event.
 func protocolOf(m syscall.NetlinkMessage) byte {
-	if m.Header.Type != unix.RTM_DELRULE {
+	if m.Header.Type != unix.RTM_DELRULE && m.Header.Type != unix.RTM_NEWRULE {
 		return m.Data[5] // struct rtmsg
 	}
 	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofRtMsg) {
