@@ -120,12 +120,12 @@ func (at *attach) run(ctx context.Context) (Attachment, error) {
 	if err := at.clearOld(ctx); err != nil {
 		return Attachment{}, err
 	}
-	secondNIC, err := at.decide(ctx)
+	ownRules, err := at.decide(ctx)
 	if err != nil {
 		return Attachment{}, err
 	}
 	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
-	if err := at.act(secondNIC); err != nil {
+	if err := at.act(ownRules); err != nil {
 		return Attachment{}, errors.Join(err, at.undoAll())
 	}
 	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
@@ -165,9 +165,9 @@ func (at *attach) clearOld(ctx context.Context) error {
 }
 
 // decide finds what the endpoint needs and makes sure that it can have it: the NIC and its bridge, the
-// address and the MAC, the ports, and tables that have its policy. secondNIC says that its NIC is not the
-// primary one.
-func (at *attach) decide(ctx context.Context) (secondNIC bool, err error) {
+// address and the MAC, the ports, and tables that have its policy. ownRules says that its way out takes
+// routing rules that rest on what containers the NIC has.
+func (at *attach) decide(ctx context.Context) (ownRules bool, err error) {
 	v, ready, err := at.look()
 	if err != nil {
 		return false, err
@@ -178,11 +178,11 @@ func (at *attach) decide(ctx context.Context) (secondNIC bool, err error) {
 	if v, err = at.h.read(); err != nil {
 		return false, err
 	}
-	secondNIC, err = at.prepare(ctx, v)
+	ownRules, err = at.prepare(ctx, v)
 	if err != nil {
 		err = errors.Join(err, at.undoAll())
 	}
-	return secondNIC, err
+	return ownRules, err
 }
 
 // look reads as little as can tell whether all that nearly every attach needs stands already: then v has
@@ -216,7 +216,7 @@ func (at *attach) look() (v *view, ready bool, err error) {
 
 // prepare refuses what another endpoint or the host has, claims the ports, and makes the tables what the
 // endpoint's policy needs.
-func (at *attach) prepare(ctx context.Context, v *view) (secondNIC bool, err error) {
+func (at *attach) prepare(ctx context.Context, v *view) (ownRules bool, err error) {
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
@@ -238,11 +238,11 @@ func (at *attach) prepare(ctx context.Context, v *view) (secondNIC bool, err err
 		}
 		v.state.Policies[at.a.policy] = at.e.Policy
 	}
-	if secondNIC, err = at.settle(v); err != nil {
+	if ownRules, err = at.settle(v); err != nil {
 		return false, err
 	}
 	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
-	return secondNIC, at.syncTables(v)
+	return ownRules, at.syncTables(v)
 }
 
 // syncTables makes the tables what the host needs and the endpoint will.
@@ -268,7 +268,7 @@ func (at *attach) undoAll() error {
 }
 
 // settle takes from the view what the endpoint's parts rest on.
-func (at *attach) settle(v *view) (secondNIC bool, err error) {
+func (at *attach) settle(v *view) (ownRules bool, err error) {
 	nic := v.nics[at.a.nic]
 	if nic == nil {
 		return false, fmt.Errorf("no network interface of this host has the MAC %s", at.a.nic)
@@ -299,7 +299,7 @@ func (at *attach) settle(v *view) (secondNIC bool, err error) {
 	at.rules = v.rulesOf(at.a, at.link, at.ports)
 	p := at.e.Policy
 	at.rules.Internal, at.rules.NoMetadata = p.Internal, p.NoMetadata
-	return !v.state.NICs[at.a.nic].Primary, nil
+	return !v.state.NICs[at.a.nic].Primary || at.bridge == 0 && v.state.needsOwnRules(at.a.nic), nil
 }
 
 // macIsFree refuses a MAC that the bridge has already: the kernel would move it to the new port, and
@@ -320,7 +320,7 @@ func (at *attach) macIsFree() error {
 }
 
 // act makes what decide found to be possible.
-func (at *attach) act(secondNIC bool) error {
+func (at *attach) act(ownRules bool) error {
 	for _, step := range []struct {
 		name string
 		do   func() error
@@ -340,7 +340,7 @@ func (at *attach) act(secondNIC bool) error {
 			return err
 		}
 	}
-	if secondNIC { // its way out rests on what containers it has
+	if ownRules {
 		return at.h.mendRouting()
 	}
 	return nil

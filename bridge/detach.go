@@ -112,8 +112,8 @@ func (d *detach) removeElements(state *hostState) error {
 	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesOf(d.a, d.link.Attrs().Name, ports))
 }
 
-// removeRoutes takes away the host's way to the container, and, transparent and on another NIC than the
-// primary, the container's own way out.
+// removeRoutes takes away the host's way to the container, and the rules that a transparent one has of its
+// own.
 func (d *detach) removeRoutes(state *hostState) error {
 	link := d.link.Attrs().Index
 	if d.a.bridge != "" {
@@ -135,7 +135,7 @@ func (d *detach) removeRoutes(state *hostState) error {
 	if err := ignoreMissing(rtnl.DelNeighbour(n)); err != nil {
 		return fmt.Errorf("delete the neighbour entry of %s: %w", n.Addr, err)
 	}
-	if d.a.bridge != "" || state.NICs[d.a.nic].Primary {
+	if d.a.bridge != "" || !state.needsOwnRules(d.a.nic) {
 		return nil
 	}
 	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })

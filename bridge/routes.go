@@ -20,20 +20,26 @@ import (
 // multi-NIC guides (from <host> lookup T), would else take what goes to containers. It
 // takes nothing from anybody.
 //
-// Azure's default route is on the primary NIC alone. What another NIC's containers send
-// must leave by that NIC, because Azure drops a packet whose source address does not
-// belong to the NIC that sends it. The rules for it stand just before main's, so that a
-// VPN's keep their place.
+// What a container sends must leave by its own NIC, because Azure drops a packet whose
+// source address does not belong to the NIC that sends it. The main table does not see to
+// that: Azure's default route is on the primary NIC alone, and the route to another NIC's
+// subnet is on that NIC. So containers have rules of their own. These stand just before
+// main's, so that a VPN's keep their place.
+//
+// The rules lead to the NICs' subnets by Azure's gateway. By the main table the host would
+// hold a neighbour entry for each address that a container sends to, and a container that
+// sends to a thousand absent ones would fill the kernel's one neighbour table (gc_thresh3):
+// nobody would reach a new peer any more, nor would the host itself.
 const (
 	containerTable = 16863    // a route to each container
-	nicTables      = 16863000 // and the NIC's index: the way out of a NIC that is not the primary
+	nicTables      = 16863000 // and the NIC's index: the way out by that NIC
 
 	containerRule = 100   // at most: see containerPriority
-	azureRule     = 32760 // to the host agent and the metadata service: Azure's DHCP has routes to both by the primary NIC
-	hostRule      = 32761 // to what the host has a route of its own to, such as a pod of another plugin
+	azureRule     = 32760 // to the host agent and the metadata service, not of the primary NIC: Azure's DHCP has routes to both by the primary
+	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
-	otherRule     = 32763 // to what the host reaches otherwise, such as by a VPN
-	outRule       = 32764 // to all the rest
+	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN
+	outRule       = 32764 // not of the primary NIC, to all the rest
 )
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
@@ -123,14 +129,22 @@ func (v *view) linkTo(e endpoint) int {
 	return 0
 }
 
-// ownWay is the gateway of a NIC that is not the primary and has containers; not ok for any
-// other NIC.
+// ownWay is the gateway of a NIC whose containers have rules of their own; not ok for any other
+// NIC.
 func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
 	n, subnets := v.state.NICs[mac], v.subnets(mac)
-	if v.nics[mac] == nil || n.Primary || n.Bridge == "" && !n.Transparent || len(subnets) == 0 {
+	if v.nics[mac] == nil || n.Bridge == "" && !v.state.needsOwnRules(mac) || len(subnets) == 0 {
 		return netip.Addr{}, false
 	}
 	return subnets[0].Addr().Next(), true
+}
+
+// needsOwnRules reports whether transparent endpoints of the NIC have rules. A rule that names
+// azv+ would mean a link of that very name, so each link has rules of its own. On a VM with one
+// NIC they would only spare the host's neighbour table, and every packet of the host passes all
+// rules.
+func (s *hostState) needsOwnRules(mac string) bool {
+	return s.NICs[mac].Transparent && (len(s.NICs) > 1 || !s.NICs[mac].Primary)
 }
 
 // containerPriority is that of the rule that leads to containers: before every rule of others but
@@ -164,19 +178,21 @@ func (v *view) wantedRules() []netlink.Rule {
 	}
 	slices.SortFunc(subnets, netip.Prefix.Compare)
 	subnets = slices.Compact(subnets)
-	// A rule that names azv+ would mean a link of that very name, so each transparent
-	// link has rules of its own.
 	way := func(mac, iif string, from netip.Prefix) {
-		table := nicTables + v.nics[mac].Attrs().Index
+		table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
 		for _, to := range azureAddrs {
-			add(azureRule, table, -1, iif, from, to)
+			if !primary {
+				add(azureRule, table, -1, iif, from, to)
+			}
 		}
-		add(hostRule, unix.RT_TABLE_MAIN, 31, iif, from, everything)
 		for _, to := range subnets {
+			add(hostRule, unix.RT_TABLE_MAIN, to.Bits(), iif, from, to)
 			add(subnetRule, table, -1, iif, from, to)
 		}
-		add(otherRule, unix.RT_TABLE_MAIN, 0, iif, from, everything)
-		add(outRule, table, -1, iif, from, everything)
+		if !primary {
+			add(otherRule, unix.RT_TABLE_MAIN, 0, iif, from, everything)
+			add(outRule, table, -1, iif, from, everything)
+		}
 	}
 	for _, mac := range v.macs() {
 		if _, ok := v.ownWay(mac); ok && v.state.NICs[mac].Bridge != "" {
@@ -184,7 +200,7 @@ func (v *view) wantedRules() []netlink.Rule {
 		}
 	}
 	for _, e := range v.endpoints {
-		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" {
+		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" && v.state.needsOwnRules(e.nic) {
 			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
 		}
 	}
