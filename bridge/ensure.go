@@ -98,6 +98,9 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 			return Bridge{}, err
 		}
 	}
+	if err := h.hook("ask"); err != nil {
+		return Bridge{}, err
+	}
 	if err := h.ask(ctx, nic, name, spec); err != nil {
 		return Bridge{}, err
 	}
@@ -145,6 +148,9 @@ func (h *Host) unask(ctx context.Context, mac string, before nicState) error {
 	}
 	b := v.bridge(mac)
 	if err := h.updateState(ctx, "take back what was asked of "+mac, func(s *hostState) error { s.NICs[mac] = before; return nil }); err != nil {
+		return err
+	}
+	if err := h.hook("unask"); err != nil {
 		return err
 	}
 	if b != nil {

@@ -175,20 +175,27 @@ func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) err
 		}
 		return fmt.Errorf("make the bridge %s: %w", name, err)
 	}
-	for _, step := range []func() error{
-		func() error { return netlink.LinkSetAlias(l, bridgeAlias+nic) },
-		func() error { return netlink.LinkSetMTU(l, mtu) },
-		func() error {
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"bridge alias", func() error { return netlink.LinkSetAlias(l, bridgeAlias+nic) }},
+		{"bridge MTU", func() error { return netlink.LinkSetMTU(l, mtu) }},
+		{"bridge sysctls", func() error {
 			for _, s := range linkSysctls(name, false) {
 				if err := h.setSysctl(s); err != nil {
 					return err
 				}
 			}
 			return nil
-		},
-		func() error { return netlink.LinkSetUp(l) },
+		}},
+		{"bridge up", func() error { return netlink.LinkSetUp(l) }},
 	} {
-		if err := step(); err != nil {
+		err := h.hook(step.name)
+		if err == nil {
+			err = step.do()
+		}
+		if err != nil {
 			return errors.Join(fmt.Errorf("set up the bridge %s: %w", name, err), delLink(l))
 		}
 	}

@@ -41,7 +41,11 @@ func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointE
 			if err := ctx.Err(); err != nil {
 				return mended, errors.Join(hostErr, err), endpointErr
 			}
-			if err := f.mend(); err != nil {
+			err := h.hook("mend: " + f.what)
+			if err == nil {
+				err = f.mend()
+			}
+			if err != nil {
 				failed[f.what] = true
 				if err = fmt.Errorf("%s: %w", f.what, err); f.endpoint {
 					endpointErr = errors.Join(endpointErr, err)
