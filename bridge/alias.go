@@ -38,8 +38,8 @@ const (
 )
 
 // alias is what the host end of an endpoint says about it. It is written when all
-// else of an attach is done, and cleared before anything of a detach is: a link of
-// ours without one is half made, or half removed.
+// else of an attach is done. A detach clears it when all but the link is gone. A
+// link of ours without an alias is half made, or half removed.
 type alias struct {
 	addr   netip.Prefix
 	mac    net.HardwareAddr
@@ -149,13 +149,21 @@ func endpointOf(l netlink.Link) (alias, bool) {
 	return a, ok && strings.HasPrefix(l.Attrs().Name, hostPrefix)
 }
 
-// halfMade reports whether l is a host end of ours that no alias speaks for: an
-// attach died before its last step, or a detach after its first. The group tells it
-// from a link of another plugin, which may have a name like it.
+// halfMade reports whether l is a link of ours without an alias. It is the host end
+// of an endpoint whose attach died before its last step, or whose detach died after
+// the alias was cleared, or a bridge whose maker died. The group is a mark that a
+// link has from its first moment. It tells our links from those of another plugin,
+// which may have the same names.
 func halfMade(l netlink.Link) bool {
 	a := l.Attrs()
+	if a.Alias != "" {
+		return false
+	}
+	if l.Type() == "bridge" {
+		return a.Group == ruleset.GroupBridge
+	}
 	ours := a.Group == ruleset.GroupBridge || a.Group == ruleset.GroupTransparent
-	return ours && l.Type() == "veth" && a.Alias == "" && strings.HasPrefix(a.Name, hostPrefix)
+	return ours && l.Type() == "veth" && strings.HasPrefix(a.Name, hostPrefix)
 }
 
 // MACFor is the MAC of a container's interface that has addr, unless another is asked

@@ -188,7 +188,7 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 			return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, other)
 		}
 	}
-	if l := links.Named(name); l != nil {
+	if l := links.Named(name); l != nil && !halfMade(l) {
 		if mac, ours := bridgeOf(l); ours {
 			return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, mac)
 		}

@@ -30,10 +30,15 @@ type fault struct {
 //
 // The order is that of mending: what restricts comes before what opens.
 func (h *Host) faults(v *view) (all []fault, err error) {
-	if !v.state.asked() {
-		return nil, nil
-	}
 	add := func(more ...fault) { all = append(all, more...) }
+	for _, l := range v.links {
+		if halfMade(l) {
+			add(fault{what: fmt.Sprintf("%s is half made and nobody's", l.Attrs().Name), mend: func() error { return delLink(l) }})
+		}
+	}
+	if !v.state.asked() {
+		return all, nil
+	}
 	for _, mac := range v.macs() {
 		if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
 			continue
@@ -56,11 +61,6 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	}
 	for _, mac := range v.macs() {
 		add(h.bridgeFaults(v, mac)...)
-	}
-	for _, l := range v.links {
-		if halfMade(l) {
-			add(fault{what: fmt.Sprintf("%s is half made and nobody's", l.Attrs().Name), mend: func() error { return delLink(l) }})
-		}
 	}
 	add(routingFaults(v)...)
 	for _, e := range v.endpoints {
@@ -134,6 +134,8 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 		return nil // said already
 	case l == nil:
 		return []fault{{what: name + " is gone", mend: func() error { return h.createBridge(name, mac, want, nic.Attrs().MTU) }}}
+	case halfMade(l):
+		return nil // said already; it is made when that one is gone
 	case v.bridge(mac) == nil:
 		return []fault{{what: fmt.Sprintf("%s is a link of type %s that is not ours: remove it, or give the network's bridge another name", name, l.Type())}}
 	}

@@ -15,9 +15,9 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// passes bounds how often a round reads and mends: a bridge that was gone brings its ports to
-// light, these their neighbour entries, and the last pass finds nothing.
-const passes = 4
+// passes bounds how often a round reads and mends. A bridge that is half made is deleted, then
+// made, then its ports are plugged in, then their flags are set, and the last pass finds nothing.
+const passes = 6
 
 // mendAll makes everything stand as it should, and says what it mended. The caller holds the
 // lock. It works on after an error. hostErr is of what containers cannot do without, and
