@@ -53,7 +53,7 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 	}
 	b := Bridge{MTU: nic.Attrs().MTU, NIC: nic.Attrs().Name, NICMAC: spec.MAC}
 	if spec.Mode == ModeTransparent {
-		ok, err := ruleset.Stands(ruleset.Network{})
+		ok, err := ruleset.Stands(ruleset.Network{}, ruleset.ForTransparent)
 		return b, err == nil && ok
 	}
 	l, err := netlink.LinkByName(n.Bridge)

@@ -204,6 +204,7 @@ func (v *view) ruleset() ruleset.Config {
 			c.NICs = append(c.NICs, name)
 		}
 		c.Bridges = c.Bridges || v.state.NICs[mac].Bridge != ""
+		c.Transparent = c.Transparent || v.state.NICs[mac].Transparent
 		c.Subnets = append(c.Subnets, v.subnets(mac)...)
 	}
 	policies := maps.Clone(v.state.Policies)

@@ -113,7 +113,8 @@ func (c Config) Sync() (changed []string, err error) {
 // Differences names the tables that are not what c asks for.
 func (c Config) Differences() ([]string, error) {
 	var out []string
-	for _, want := range c.tables() {
+	wanted := c.tables()
+	for _, want := range wanted {
 		have, err := read(want.is)
 		switch {
 		case err != nil:
@@ -122,6 +123,18 @@ func (c Config) Differences() ([]string, error) {
 			out = append(out, fmt.Sprintf("the nft table %s is gone", title(want.is)))
 		case !have.same(want):
 			out = append(out, fmt.Sprintf("the nft table %s is not as it should be", title(want.is)))
+		}
+	}
+	for _, is := range allTables() {
+		if slices.ContainsFunc(wanted, func(t *table) bool { return t.is == is }) {
+			continue
+		}
+		all, err := listTables(is.Family)
+		if err != nil {
+			return out, err
+		}
+		if slices.Contains(all, is.Name) {
+			out = append(out, fmt.Sprintf("the nft table %s is not needed", title(is)))
 		}
 	}
 	return out, nil

@@ -32,11 +32,12 @@ const (
 
 // Config is all that the tables derive from.
 type Config struct {
-	Bridges   bool           // a bridge of ours stands
-	NICs      []string       // names of the VM's NICs
-	Subnets   []netip.Prefix // of these NICs: reached without SNAT by networks whose Direct is nil
-	Networks  []Network      // kinds of networks; each ID once
-	Endpoints []Endpoint     // that stand
+	Bridges     bool           // a bridge of ours stands
+	Transparent bool           // transparent endpoints may come
+	NICs        []string       // names of the VM's NICs
+	Subnets     []netip.Prefix // of these NICs: reached without SNAT by networks whose Direct is nil
+	Networks    []Network      // kinds of networks; each ID once
+	Endpoints   []Endpoint     // that stand
 }
 
 // Network is how the endpoints of a network leave the host. Networks that are alike
@@ -98,7 +99,7 @@ func (c Config) tables() []*table {
 	if c.Bridges {
 		all = append(all, c.bridgeTable())
 	}
-	if slices.ContainsFunc(c.Endpoints, Endpoint.transparent) {
+	if c.Transparent || slices.ContainsFunc(c.Endpoints, Endpoint.transparent) {
 		all = append(all, c.arpTable())
 	}
 	return append(all, c.ipTable())
