@@ -70,6 +70,7 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 		}
 	}
 	add(strayFaults(v)...)
+	add(h.stateFaults(v)...)
 	add(h.portFaults(v)...)
 	accepts, err := v.forward().Differences()
 	for _, what := range accepts {

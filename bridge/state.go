@@ -103,6 +103,23 @@ func (h *Host) updateState(ctx context.Context, who string, change func(*hostSta
 	return err
 }
 
+// stateFaults are what host.json does not say of what stands, because the file was
+// lost or could not be read.
+func (h *Host) stateFaults(v *view) (all []fault) {
+	for _, mac := range v.adopted {
+		n := v.state.NICs[mac]
+		all = append(all, fault{what: "host.json does not say what was asked of the NIC " + mac, mend: func() error {
+			return h.updateState(context.Background(), "adopt what stands", func(s *hostState) error {
+				is := s.NICs[mac]
+				is.Name, is.Bridge, is.Transparent = v.nicName(mac), n.Bridge, n.Transparent
+				s.NICs[mac] = is
+				return nil
+			})
+		}})
+	}
+	return all
+}
+
 // bootID tells this boot of the kernel from any other.
 func bootID() (string, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

@@ -37,6 +37,7 @@ type view struct {
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
 	endpoints []endpoint
+	adopted   []string // MACs of the NICs of which the links tell more than host.json
 }
 
 // endpoint is a host end that its alias speaks for.
@@ -95,9 +96,13 @@ func (v *view) adopt() error {
 		}
 	}
 	ask := func(mac string, want func(*nicState)) {
-		n := v.state.NICs[mac]
+		was := v.state.NICs[mac]
+		n := was
 		want(&n)
 		v.state.NICs[mac] = n
+		if (n.Bridge != was.Bridge || n.Transparent != was.Transparent) && !slices.Contains(v.adopted, mac) {
+			v.adopted = append(v.adopted, mac)
+		}
 	}
 	for _, b := range bridgesIn(v.links) {
 		ask(b.NICMAC, func(n *nicState) {
