@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -24,15 +25,16 @@ import (
 // watchPause is how long Watch lets events gather before it tells of them.
 const watchPause = 200 * time.Millisecond
 
-// Watch calls changed whenever something that Reconcile looks after may have changed: our links, the NICs, our
-// routes and rules, our nft tables, and the rules of iptables-nft's FORWARD. Events of 200 ms are one call, and
+// Watch calls changed whenever something that Reconcile looks after may have changed: our links and bridge ports,
+// the NICs, our routes, rules, neighbour and forwarding entries, our nft tables, the rules of iptables-nft's FORWARD,
+// and those sysctls that the kernel tells of: forwarding, rp_filter and proxy_arp. Events of 200 ms are one call, and
 // events that the kernel could not deliver are one too. An endpoint that comes to stand within that time is no
 // event, nor are elements of the tables, which come and go with endpoints. Legacy iptables tells nobody.
 //
 // It works on the calling goroutine alone, so that it stays in the caller's namespace, and returns ctx's error
 // when ctx ends.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, known: map[int32]kind{}, unready: map[int32]bool{}}
+	w := &watcher{host: h, known: map[int32]kind{}, unready: map[int32]bool{}, standing: map[int32]end{}}
 	if err := w.open(); err != nil {
 		w.close()
 		return fmt.Errorf("watch the host's network: %w", err)
@@ -79,7 +81,8 @@ type watcher struct {
 	fds         []unix.PollFd // the pipe's end, then a socket for rtnetlink and one for nf_tables
 	woken, wake *os.File
 	known       map[int32]kind // links by index
-	unready     map[int32]bool // indexes of endpoints' links that do not stand yet, or no more
+	unready     map[int32]bool // indexes of endpoints' links that do not stand yet
+	standing    map[int32]end  // endpoints' links that stand, by index
 	buf         [1 << 16]byte
 }
 
@@ -93,6 +96,12 @@ const (
 	endLink // the host end of an endpoint
 )
 
+// end is what an endpoint's link must keep while it stands.
+type end struct {
+	master, mtu, group uint32
+	mac                string
+}
+
 // open subscribes first and then reads what is there, so that nothing falls
 // between.
 func (w *watcher) open() (err error) {
@@ -104,7 +113,7 @@ func (w *watcher) open() (err error) {
 		family int
 		groups []int
 	}{
-		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE}},
+		{unix.NETLINK_ROUTE, []int{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV4_NETCONF}},
 		{unix.NETLINK_NETFILTER, []int{unix.NFNLGRP_NFTABLES}},
 	} {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, s.family)
@@ -145,12 +154,16 @@ func (w *watcher) relearn() error {
 		return err
 	}
 	clear(w.known)
+	clear(w.standing)
 	for _, l := range links {
 		w.known[int32(l.Attrs().Index)] = foreign
 		if _, ours := bridgeOf(l); ours {
 			w.known[int32(l.Attrs().Index)] = bridgeLink
 		} else if l.Attrs().Group == ruleset.GroupBridge || l.Attrs().Group == ruleset.GroupTransparent {
 			w.known[int32(l.Attrs().Index)] = endLink
+			if _, whole := endpointOf(l); whole && l.Attrs().Flags&net.FlagUp != 0 {
+				w.standing[int32(l.Attrs().Index)] = end{uint32(l.Attrs().MasterIndex), uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
+			}
 		}
 	}
 	macs := slices.Collect(maps.Keys(s.NICs))
@@ -206,7 +219,17 @@ func (w *watcher) read() (seen bool, err error) {
 func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		return len(m.Data) >= unix.SizeofIfInfomsg && m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
+		switch {
+		case len(m.Data) < unix.SizeofIfInfomsg:
+			return false
+		case m.Data[0] == unix.AF_BRIDGE:
+			return m.Header.Type == unix.RTM_NEWLINK && w.concernsPort(m)
+		}
+		return m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		return len(m.Data) >= unix.SizeofNdMsg && w.concernsNeighbour(m)
+	case unix.RTM_NEWNETCONF:
+		return len(m.Data) >= sizeofNetconfmsg && w.concernsSysctl(m)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return len(m.Data) >= unix.SizeofIfAddrmsg && w.known[int32(native.Uint32(m.Data[4:]))] > foreign
 	case unix.RTM_NEWRULE: // which may stand before the rule that leads to containers
@@ -222,7 +245,7 @@ func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
 	index := int32(native.Uint32(m.Data[4:]))
 	up := native.Uint32(m.Data[8:])&unix.IFF_UP != 0
-	name, alias, group := "", "", uint32(0)
+	name, alias, now := "", "", end{}
 	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
 		switch kind {
 		case unix.IFLA_IFNAME:
@@ -230,31 +253,100 @@ func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
 		case unix.IFLA_IFALIAS:
 			alias = unix.ByteSliceToString(v)
 		case unix.IFLA_GROUP:
-			group = native.Uint32(v)
+			now.group = native.Uint32(v)
+		case unix.IFLA_MASTER:
+			now.master = native.Uint32(v)
+		case unix.IFLA_MTU:
+			now.mtu = native.Uint32(v)
+		case unix.IFLA_ADDRESS:
+			now.mac = net.HardwareAddr(v).String()
 		}
 	}
 	was, seen := w.known[index]
 	if m.Header.Type == unix.RTM_DELLINK {
 		delete(w.known, index)
 		delete(w.unready, index)
+		delete(w.standing, index)
 		return was > foreign
 	}
-	end := was == endLink || strings.HasPrefix(name, hostPrefix) && (group == ruleset.GroupBridge || group == ruleset.GroupTransparent)
+	ours := now.group == ruleset.GroupBridge || now.group == ruleset.GroupTransparent
 	switch {
 	case strings.HasPrefix(alias, bridgeAlias):
 		w.known[index] = bridgeLink
-	case end:
+	case was == endLink || ours && strings.HasPrefix(name, hostPrefix):
 		w.known[index] = endLink
-		w.unready[index] = true
-		if _, whole := parseAlias(alias); whole && up && group != 0 {
-			delete(w.unready, index)
+		before, stood := w.standing[index]
+		if _, whole := parseAlias(alias); !whole || !up || !ours {
+			w.unready[index] = true
+			delete(w.standing, index)
+			return stood // routes die when a link is down, also where it is up again at once
 		}
-		return false
+		delete(w.unready, index)
+		w.standing[index] = now
+		return stood && now != before
 	case !seen:
 		w.known[index] = foreign
 		return !strings.HasPrefix(name, peerPrefix)
 	}
 	return was > foreign
+}
+
+// concernsPort looks at the flags of a bridge port. While an endpoint is made they are not set yet.
+func (w *watcher) concernsPort(m syscall.NetlinkMessage) bool {
+	if _, stands := w.standing[int32(native.Uint32(m.Data[4:]))]; !stands {
+		return false
+	}
+	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
+		if kind != unix.IFLA_PROTINFO {
+			continue
+		}
+		for kind, v := range rtnl.Attributes(v, 0) {
+			if slices.ContainsFunc(portFlags, func(f rtnl.PortFlag) bool { return f.Kind == kind && len(v) == 1 && v[0] != f.Value }) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// concernsNeighbour looks for a neighbour entry of ours that is deleted, and for a forwarding entry of a bridge of
+// ours that is deleted or now names another port. Neighbours that come are no event: the host learns them all the
+// time.
+func (w *watcher) concernsNeighbour(m syscall.NetlinkMessage) bool {
+	link, gone := int32(native.Uint32(m.Data[4:])), m.Header.Type == unix.RTM_DELNEIGH
+	protocol, master := byte(0), int32(0)
+	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofNdMsg) {
+		switch {
+		case kind == rtnl.NDAProtocol && len(v) == 1:
+			protocol = v[0]
+		case kind == rtnl.NDAMaster && len(v) == 4:
+			master = int32(native.Uint32(v))
+		}
+	}
+	if m.Data[0] != unix.AF_BRIDGE {
+		return gone && protocol == ourProtocol
+	}
+	_, stands := w.standing[link]
+	return w.known[master] == bridgeLink && (gone || stands || w.known[link] == foreign)
+}
+
+// Of linux/netconf.h, which no library here names.
+const (
+	sizeofNetconfmsg = 4 // bytes of struct netconfmsg, padded
+	netconfaIfindex  = 1
+	netconfaAll      = -1 // index that stands for all links
+)
+
+// concernsSysctl looks for a setting of a link that stands, or of all links.
+func (w *watcher) concernsSysctl(m syscall.NetlinkMessage) bool {
+	for kind, v := range rtnl.Attributes(m.Data, sizeofNetconfmsg) {
+		if kind == netconfaIfindex && len(v) == 4 {
+			index := int32(native.Uint32(v))
+			_, stands := w.standing[index]
+			return stands || index == netconfaAll || w.known[index] == nicLink || w.known[index] == bridgeLink
+		}
+	}
+	return false
 }
 
 // protocolOf is who made the route or rule of an event.

@@ -15,8 +15,8 @@ import (
 
 // Attributes of a neighbour that golang.org/x/sys/unix does not name.
 const (
-	ndaMaster   = 9
-	ndaProtocol = 12
+	NDAMaster   = 9
+	NDAProtocol = 12
 )
 
 // Neighbour is a permanent neighbour entry of IPv4.
@@ -41,7 +41,7 @@ func neighbourRequest(kind, flags int, n Neighbour) *nl.NetlinkRequest {
 	r := request(kind, flags|unix.NLM_F_ACK, ndmsg(unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0))
 	r.AddData(nl.NewRtAttr(unix.NDA_DST, n.Addr.AsSlice()))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, n.MAC))
-	r.AddData(nl.NewRtAttr(ndaProtocol, []byte{n.Protocol}))
+	r.AddData(nl.NewRtAttr(NDAProtocol, []byte{n.Protocol}))
 	return r
 }
 
@@ -63,7 +63,7 @@ func ReadNeighbours() ([]Neighbour, error) {
 				n.Addr, _ = netip.AddrFromSlice(value)
 			case kind == unix.NDA_LLADDR:
 				n.MAC = net.HardwareAddr(value)
-			case kind == ndaProtocol && len(value) == 1:
+			case kind == NDAProtocol && len(value) == 1:
 				n.Protocol = value[0]
 			}
 		}
@@ -100,7 +100,7 @@ func DelForwarding(e ForwardingEntry) error {
 func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
 	r := request(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
-	r.AddData(nl.NewRtAttr(ndaMaster, nl.Uint32Attr(uint32(bridge))))
+	r.AddData(nl.NewRtAttr(NDAMaster, nl.Uint32Attr(uint32(bridge))))
 	messages, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
 	if NotThere(err) || errors.Is(err, unix.EOPNOTSUPP) || err == nil && len(messages) == 0 {
 		return ForwardingEntry{}, false, nil
@@ -132,7 +132,7 @@ func ReadForwarding() ([]ForwardingEntry, error) {
 			switch {
 			case kind == unix.NDA_LLADDR:
 				e.MAC = net.HardwareAddr(value)
-			case kind == ndaMaster && len(value) == 4:
+			case kind == NDAMaster && len(value) == 4:
 				e.Bridge = int(binary.NativeEndian.Uint32(value))
 			case kind == unix.NDA_VLAN:
 				tagged = true
