@@ -41,32 +41,36 @@ func (d *detach) close() {
 }
 
 func (d *detach) run(ctx context.Context, owner string) error {
-	name, _ := linkNames(owner)
+	err := d.clearLocked(ctx, owner)
+	if err != nil || d.link == nil {
+		return err
+	}
+	if err := d.h.hook("detach link"); err != nil {
+		return err
+	}
+	return delLink(d.link)
+}
+
+// clearLocked finds the owner's link, and clears it under the lock. d.link is nil if there is none.
+func (d *detach) clearLocked(ctx context.Context, owner string) error {
 	unlock, err := d.h.lock(ctx, "detach "+owner)
 	if err != nil {
 		return err
 	}
-	d.link, err = netlink.LinkByName(name)
-	if err == nil {
-		var whole bool
-		switch d.a, whole = endpointOf(d.link); {
-		case whole && d.a.is(owner):
-			err = d.clear(ctx)
-		case !halfMade(d.link): // not ours, or of an owner with the same hash
-			d.link = nil
-		}
+	defer unlock() // also where a panic passes, which a handler of the plugin recovers
+	name, _ := linkNames(owner)
+	if d.link, err = netlink.LinkByName(name); err != nil {
+		d.link = nil
+		return ignoreMissing(err)
 	}
-	unlock()
-	if rtnl.NotThere(err) || err == nil && d.link == nil {
-		return nil
+	var whole bool
+	switch d.a, whole = endpointOf(d.link); {
+	case whole && d.a.is(owner):
+		return d.clear(ctx)
+	case !halfMade(d.link): // not ours, or of an owner with the same hash
+		d.link = nil
 	}
-	if err == nil {
-		err = d.h.hook("detach link")
-	}
-	if err != nil {
-		return err
-	}
-	return delLink(d.link)
+	return nil
 }
 
 // clear takes away all that was attached with the link, and the alias. The caller holds the lock.
