@@ -77,6 +77,9 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*cu
 	for _, what := range br.Mended {
 		c.Warn("mended: " + what)
 	}
+	if c.Conf.MTU > br.MTU {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish", c.Conf.MTU, br.NIC, br.MTU), "")
+	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
 		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,

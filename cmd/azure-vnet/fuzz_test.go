@@ -19,18 +19,29 @@ import (
 	"github.com/vishvananda/netns"
 )
 
-// asPlugin in the environment turns the test's program into the plugin, in
-// namespaces of its own where nothing it does is seen.
-const asPlugin = "AZURE_VNET_TEST_AS_PLUGIN=1"
+// These turn the test's program into the plugin, in namespaces of its own where nothing
+// it does is seen.
+const (
+	asPlugin = "AZURE_VNET_TEST_AS_PLUGIN=1"     // make a host first
+	onHost   = "AZURE_VNET_TEST_AS_PLUGIN=again" // a host is there
+	verbs    = "AZURE_VNET_TEST_VERBS="          // serve these words on one host, one after the other
+	oddity   = "AZURE_VNET_TEST_HOST="           // a key of oddities
+)
 
 func TestMain(m *testing.M) {
-	key, value, _ := strings.Cut(asPlugin, "=")
-	if os.Getenv(key) != value {
+	key, _, _ := strings.Cut(asPlugin, "=")
+	said := key + "=" + os.Getenv(key)
+	if said != asPlugin && said != onHost {
 		os.Exit(m.Run())
 	}
-	if err := makeHost(); err != nil {
-		os.Stderr.WriteString("panic: " + err.Error())
-		os.Exit(2)
+	if said == asPlugin {
+		if err := makeHost(); err != nil {
+			os.Stderr.WriteString("panic: " + err.Error())
+			os.Exit(2)
+		}
+	}
+	if words := strings.Fields(os.Getenv(strings.TrimSuffix(verbs, "="))); said == asPlugin && len(words) > 0 {
+		os.Exit(serveVerbs(words))
 	}
 	main()
 }
@@ -70,6 +81,9 @@ func makeHost() error {
 		if err := step(); err != nil {
 			return err
 		}
+	}
+	if odd := oddities[os.Getenv(strings.TrimSuffix(oddity, "="))]; odd != nil {
+		return odd(eth0)
 	}
 	return nil
 }
