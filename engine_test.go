@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -69,6 +70,7 @@ type nic struct {
 	addr          *net.IPNet
 	source, names string
 	gateway       net.IP
+	routes        []string
 }
 
 func (n *nic) SetMacAddress(mac net.HardwareAddr) error   { n.mac = mac; return nil }
@@ -83,6 +85,10 @@ func (n *nic) SetNames(source, prefix, _ string) error {
 	return nil
 }
 func (n *nic) SetGateway(ip net.IP) error { n.gateway = ip; return nil }
+func (n *nic) AddStaticRoute(dst *net.IPNet, kind int, nextHop net.IP) error {
+	n.routes = append(n.routes, fmt.Sprintf("%s %d %s", dst, kind, nextHop))
+	return nil
+}
 func (n *nic) SetCreatedInContainer(bool) {}
 
 // newClients are those of an engine that found the plugin.
@@ -155,6 +161,7 @@ func TestTheEnginesOwnClients(t *testing.T) {
 	}
 	got := []string{ep.addr.String(), ep.mac.String(), ep.names, ep.gateway.String(), ep.source[:3]}
 	expect(t, "endpoint", []string{"10.240.0.5/16", "02:42:0a:f0:00:05", "eth", "10.240.0.1", "azc"}, got)
+	expect(t, "routes", []string{"10.240.0.1/32 1 <nil>", "10.240.0.0/17 0 10.240.0.1", "10.240.128.0/17 0 10.240.0.1"}, ep.routes)
 	for what, err := range map[string]error{
 		"remove":         c.rm(pool.PoolID, endpointID(1), ep),
 		"release pool":   c.ipam.ReleasePool(pool.PoolID),

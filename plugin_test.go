@@ -26,6 +26,7 @@ import (
 	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
 
+	"azurevnet/bridge"
 	"azurevnet/driver"
 )
 
@@ -207,7 +208,7 @@ func TestALifeOfANetworkAndAContainer(t *testing.T) {
 		t.Errorf("the link to move is %q", join.InterfaceName.SrcName)
 	}
 	expect(t, "join", network.JoinResponse{
-		InterfaceName: network.InterfaceName{SrcName: join.InterfaceName.SrcName, DstPrefix: "eth"}, Gateway: "10.240.0.1",
+		InterfaceName: network.InterfaceName{SrcName: join.InterfaceName.SrcName, DstPrefix: "eth"}, Gateway: "10.240.0.1", StaticRoutes: byGateway,
 	}, join)
 	info := must[network.InfoResponse](e, "NetworkDriver.EndpointOperInfo", network.InfoRequest{NetworkID: netID, EndpointID: endpointID(1)})
 	expect(t, "info", network.InfoResponse{Value: map[string]string{}}, info)
@@ -230,6 +231,163 @@ func TestALifeOfANetworkAndAContainer(t *testing.T) {
 	}
 	expect(t, "links", []string{}, endpoints(t))
 	expect(t, "leases", []string{}, e.lent())
+}
+
+// byGateway are the routes of every container of the subnet.
+var byGateway = []*network.StaticRoute{
+	{Destination: "10.240.0.1/32", RouteType: 1},
+	{Destination: "10.240.0.0/17", NextHop: "10.240.0.1"},
+	{Destination: "10.240.128.0/17", NextHop: "10.240.0.1"},
+}
+
+func TestAContainerOfEachKindOfNetwork(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		options  map[string]any
+		internal bool
+		bridge   string // of the attachment
+		mtu      int
+	}{
+		{"bridge", map[string]any{"mode": "bridge"}, false, "azure0", 1500},
+		{"bridge, and an MTU", map[string]any{"mtu": "1400"}, false, "azure0", 1400},
+		{"bridge, internal", nil, true, "azure0", 1500},
+		{"transparent", map[string]any{"mode": "transparent", "metadata": "off"}, false, "", 1500},
+		{"transparent, and an MTU", map[string]any{"com.microsoft.azure.network.mode": "transparent", "mtu": "1400"}, false, "", 1400},
+		{"transparent, internal", map[string]any{"mode": "transparent"}, true, "", 1500},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			newVM(t, 2)
+			data := t.TempDir()
+			e := startPlugin(t, data)
+			p := must[ipam.RequestPoolResponse](e, "IpamDriver.RequestPool", ipam.RequestPoolRequest{AddressSpace: "azure-vnet", Pool: "10.240.0.0/16"})
+			r := networkRequest(netID, c.options)
+			r.Options["com.docker.network.internal"] = c.internal
+			for range 2 { // a repeat is success
+				must[nothing](e, "NetworkDriver.CreateNetwork", r)
+			}
+			e.end()
+			e = startPlugin(t, data) // networks.json has all of it
+			must[nothing](e, "NetworkDriver.CreateNetwork", r)
+			addr, link, err := e.run(p.PoolID, endpointID(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{NetworkID: netID, EndpointID: endpointID(1)})
+			want := network.JoinResponse{InterfaceName: network.InterfaceName{SrcName: link, DstPrefix: "eth"}, StaticRoutes: byGateway, DisableGatewayService: c.internal}
+			if !c.internal {
+				want.Gateway = "10.240.0.1"
+			}
+			expect(t, "join", want, join)
+			report := readReport(t.Context(), e.places)
+			if len(report.Attachments) != 1 || report.Attachments[0].Bridge != c.bridge || report.Attachments[0].MTU != c.mtu {
+				t.Errorf("attached: %+v", report.Attachments)
+			}
+			expect(t, "bridges", map[bool]int{true: 1}[c.bridge != ""], len(report.Bridges))
+			var out strings.Builder
+			if err := report.print(&out); err != nil {
+				t.Fatal(err)
+			}
+			mode, in := "bridge", "azure0"
+			if c.bridge == "" {
+				mode, in = "transparent", "transparent"
+			}
+			for _, words := range [][]string{{"10.240.0.0/16", nicMAC, mode}, {"10.240.0.5", report.Attachments[0].Link, in}} {
+				if !slices.ContainsFunc(strings.Split(out.String(), "\n"), func(line string) bool {
+					fields := strings.Fields(line)
+					return !slices.ContainsFunc(words, func(w string) bool { return !slices.Contains(fields, w) })
+				}) {
+					t.Errorf("no line of status has %v:\n%s", words, &out)
+				}
+			}
+			e.remove(p.PoolID, endpointID(1), addr)
+			expect(t, "links", []string{}, endpoints(t))
+		})
+	}
+}
+
+// Networks of one NIC differ in what they like.
+func TestNetworksOfOneNICDiffer(t *testing.T) {
+	newVM(t, 2)
+	e := startPlugin(t, t.TempDir())
+	e.createNetwork(netID, map[string]any{"mtu": "1400"})
+	e.createNetwork(otherID, map[string]any{"mtu": "1300"})
+	e.createNetwork(strings.Repeat("7", 64), map[string]any{"mode": "transparent"})
+	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
+}
+
+// A NIC that somebody's bridge has: the plugin listens, and every call that needs the NIC
+// says why it cannot be had.
+func TestANICInABridgeIsLeftAlone(t *testing.T) {
+	const upstream, former = "eth0 is in azure0, a bridge that is not ours", "eth0 is in azure0, where an earlier build of azure-vnet put it"
+	for says, alias := range map[string]string{upstream: "", former: "azv1 bridge " + nicMAC} {
+		newVM(t, 2)
+		data := t.TempDir()
+		e := startPlugin(t, data)
+		pool := e.createNetwork(netID, nil)
+		e.end()
+		clearNamespace(t)
+		newVM(t, 2) // booted, with what has the NIC
+		for _, args := range [][]string{{"link", "add", "azure0", "type", "bridge"}, {"link", "set", "azure0", "alias", alias}, {"link", "set", "eth0", "master", "azure0"}} {
+			if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+				t.Fatalf("ip %v: %v: %s", args, err, out)
+			}
+		}
+		e = startPlugin(t, data)
+		for what, err := range map[string]error{
+			"CreateNetwork": func() error {
+				_, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(otherID, nil))
+				return err
+			}(),
+			"CreateEndpoint": func() error { _, _, err := e.run(pool, endpointID(1)); return err }(),
+		} {
+			if err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "Drain this VM") {
+				t.Errorf("%s: %v\nwant an error with %q", what, err, says)
+			}
+		}
+		logged := func() bool {
+			return slices.ContainsFunc(strings.Split(e.log.String(), "\n"), func(line string) bool {
+				return strings.Contains(line, "level=error") && strings.Contains(line, says) && strings.Contains(line, checkNIC)
+			})
+		}
+		for end := time.Now().Add(10 * time.Second); !logged(); time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("the log does not say %q", says)
+			}
+		}
+		var out strings.Builder
+		if err := printStatus(t.Context(), e.places, false, &out); err == nil || !strings.Contains(out.String(), "broken: ") || !strings.Contains(out.String(), says) {
+			t.Errorf("status: %v\n%s", err, &out)
+		}
+		expect(t, "links", []string{}, endpoints(t))
+		e.collectedNothing(alias != "")
+		e.end()
+		if err := uninstall(t.Context(), e.places, io.Discard); (err != nil) != (alias != "") {
+			t.Errorf("uninstall: %v", err)
+		}
+		if master, err := os.Readlink("/sys/class/net/eth0/master"); err == nil && filepath.Base(master) != "azure0" {
+			t.Errorf("eth0 is in %s", master)
+		}
+		clearNamespace(t)
+	}
+}
+
+// collectedNothing wants old leases to stand where links cannot tell who has which.
+func (e *engine) collectedNothing(want bool) {
+	e.t.Helper()
+	before := e.lent()
+	if len(before) == 0 {
+		e.t.Fatal("nothing is lent")
+	}
+	e.age()
+	host, addresses := e.open()
+	err := e.collect(host, addresses)
+	if !want {
+		return
+	}
+	if !errors.Is(err, bridge.ErrTaken) {
+		e.t.Errorf("collect: %v", err)
+	}
+	expect(e.t, "leases", before, e.lent())
 }
 
 func TestANetworkIsRefusedRatherThanHalfServed(t *testing.T) {
@@ -275,12 +433,16 @@ func TestANetworkIsRefusedRatherThanHalfServed(t *testing.T) {
 	if _, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(netID, nil)); err == nil {
 		t.Error("the same id with other options")
 	}
-	_, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(otherID, map[string]any{"mtu": "1500"}))
-	if err == nil || !strings.Contains(err.Error(), "share its bridge and its MTU") {
-		t.Errorf("another MTU of one bridge: %v", err)
+	for _, mode := range []string{"bridge", "transparent"} {
+		_, err := call[nothing](e, "NetworkDriver.CreateNetwork", networkRequest(otherID, map[string]any{"mtu": "1501", "mode": mode}))
+		if err == nil || !strings.Contains(err.Error(), "-o mtu=1501: the NIC eth0 has an MTU of 1500 bytes, and larger packets would vanish") {
+			t.Errorf("an MTU that is not the NIC's: %v", err)
+		}
 	}
-	must[nothing](e, "NetworkDriver.DeleteNetwork", network.DeleteNetworkRequest{NetworkID: netID})
-	e.createNetwork(otherID, map[string]any{"mtu": "1450"}) // its network gone, an MTU binds nobody
+	kept, err := driver.ReadNetworks(data)
+	if err != nil || len(kept.Networks) != 1 {
+		t.Errorf("networks.json has %v, %v", kept.Networks, err)
+	}
 }
 
 func TestAnEndpointThatFailsLeavesNothing(t *testing.T) {
@@ -464,8 +626,8 @@ func TestPortsOfAnInternalNetworkAreNotPublished(t *testing.T) {
 	if log := e.log.String(); strings.Count(log, "level=warning") != 1 || !strings.Contains(log, "8080->80/tcp: not published") {
 		t.Errorf("the log does not say in one line that -p was ignored:\n%s", log)
 	}
-	if out, err := exec.Command("nft", "list", "table", "ip", "azure_vnet").CombinedOutput(); err == nil {
-		t.Errorf("it is published:\n%s", out)
+	if published(t) {
+		t.Error("it is published")
 	}
 }
 
@@ -641,10 +803,12 @@ func TestUninstallLeavesNothing(t *testing.T) {
 	}
 	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
 	e.end()
-	for range 2 {
-		if err := uninstall(t.Context(), e.places, io.Discard); err != nil {
+	for _, want := range []string{"azure0 is removed\n", ""} { // a repeat is success
+		var out strings.Builder
+		if err := uninstall(t.Context(), e.places, &out); err != nil {
 			t.Fatal(err)
 		}
+		expect(t, "uninstall", want, out.String())
 	}
 	left, err := os.ReadDir(data)
 	if err != nil {

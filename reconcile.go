@@ -89,7 +89,6 @@ const checkNIC = "look at the NIC"
 func (r *reconciler) mend(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, mendTime)
 	defer cancel()
-	r.tell(checkNIC, r.host.Ready(ctx))
 	mended, err := r.host.Reconcile(ctx)
 	for _, what := range mended {
 		r.log.WithField("what", what).Warn("mended")
@@ -99,10 +98,22 @@ func (r *reconciler) mend(ctx context.Context) {
 	r.tell("collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
 	nics, err := r.pool.NICs(ctx)
+	r.tell(checkNIC, r.host.Ready(ctx, primaryOf(nics)...))
 	if r.tell("ask for addresses", err); err == nil && r.reclaim {
 		r.tell("reclaim addresses", r.reclaimAll(ctx, nics))
 	}
 	r.tell("restore networks", r.networks.Restore(ctx))
+}
+
+// primaryOf is the MAC of the primary NIC; none: it is not known. Restore looks at the
+// other NICs, as far as networks use them.
+func primaryOf(nics []pool.NIC) (macs []string) {
+	for _, nic := range nics {
+		if nic.Primary {
+			macs = append(macs, nic.MAC)
+		}
+	}
+	return macs
 }
 
 // collect releases leases that no container has any more, then removes Docker's

@@ -74,7 +74,27 @@ func readReport(ctx context.Context, p places) report {
 	file, err := driver.ReadNetworks(findData(p))
 	note(err)
 	r.Networks = file.Networks
+	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
+		if err := host.Ready(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
+			r.Broken = []string{err.Error()}
+		}
+	}
 	return r
+}
+
+// usedNICs are the MACs of the networks' NICs. Without a network, the primary NIC is
+// the one that would be used.
+func (r report) usedNICs() (macs []string) {
+	for _, n := range r.Networks {
+		macs = append(macs, n.MAC)
+	}
+	for _, nic := range r.Pool.NICs {
+		if len(r.Networks) == 0 && nic.Primary {
+			macs = append(macs, nic.MAC)
+		}
+	}
+	slices.Sort(macs)
+	return slices.Compact(macs)
 }
 
 // readPool reads the pool with the settings of the plugin that ran last.

@@ -8,7 +8,7 @@
 #
 # No registry and no container build: apt-get brings iptables and the libraries
 # that it names as its dependencies, dpkg-deb unpacks them, and of those just the
-# two back-ends, the extensions in use and the libraries that they load are taken.
+# two back-ends, their extensions for IPv4 and the libraries that they load are taken.
 # Nothing of another architecture is run, and apt works in <cache>, where the
 # packages stay: the machine's own lists and architectures are not touched.
 set -eu
@@ -89,9 +89,10 @@ done
 interpreter=$(LC_ALL=C grep -aom1 '/lib[0-9a-z]*/ld-linux[-0-9a-z_]*\.so\.[0-9]' "$tree/usr/sbin/xtables-nft-multi")
 mkdir -p "$rootfs$(dirname "$interpreter")"
 cp -L "$tree$loader" "$rootfs$interpreter"
-# What the rules use; MASQUERADE is of ip or of x, by release.
-for extension in libxt_standard.so libxt_mark.so libxt_comment.so libipt_MASQUERADE.so libxt_MASQUERADE.so; do
-	[ ! -e "$tree$extensions/$extension" ] || put "$extensions/$extension"
+# All of them: our rules need two, but iptables lists no rule of others whose extension it lacks.
+for extension in $(cd "$tree$extensions" && ls libxt_*.so libipt_*.so); do
+	put "$extensions/$extension"
+	need "$extensions/$extension"
 done
 ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables-nft"
 ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
