@@ -395,12 +395,9 @@ func (at *attach) plug() error {
 		if err := rtnl.AddForwarding(rtnl.ForwardingEntry{Port: at.index, MAC: at.a.mac}); err != nil {
 			return fmt.Errorf("forwarding entry of %s: %w", at.a.mac, err)
 		}
-		if len(at.ports) == 0 {
-			return nil
-		}
-		return at.h.setSysctl(sysctl{"ipv4/conf/" + at.a.bridge + "/route_localnet", "1"})
+		return nil
 	}
-	for _, s := range linkSysctls(at.link, len(at.ports) > 0) { // before it is up
+	for _, s := range linkSysctls(at.link) { // before it is up
 		if err := at.h.setSysctl(s); err != nil {
 			return err
 		}

@@ -92,13 +92,11 @@ func (h *Host) sysctlFault(s sysctl) []fault {
 }
 
 // linkSysctls are the settings of a link that leads to containers. It answers ARP in Azure's
-// place and at once; it takes from a container what has the container's address alone; it
-// speaks no IPv6, which is not served yet.
-func linkSysctls(link string, published bool) []sysctl {
-	conf, local := "ipv4/conf/"+link, "0"
-	if published {
-		local = "1" // the host reaches published ports at 127.0.0.1
-	}
+// place and at once. It takes from a container only what has the container's address. It speaks
+// no IPv6, which is not served yet. With route_localnet the host reaches published ports at
+// 127.0.0.1, ours and those of a chained portmap; the nft rules keep containers from 127.0.0.1.
+func linkSysctls(link string) []sysctl {
+	conf := "ipv4/conf/" + link
 	return []sysctl{
 		{"ipv6/conf/" + link + "/disable_ipv6", "1"},
 		{conf + "/rp_filter", "1"},
@@ -107,15 +105,8 @@ func linkSysctls(link string, published bool) []sysctl {
 		{conf + "/proxy_arp_pvlan", "1"},
 		{"ipv4/neigh/" + link + "/proxy_delay", "0"}, // the kernel's default is 0.8 s
 		{conf + "/send_redirects", "0"},
-		{conf + "/route_localnet", local},
+		{conf + "/route_localnet", "1"},
 	}
-}
-
-// publishes reports whether a published port leads to a container by that link.
-func (v *view) publishes(link string) bool {
-	return slices.ContainsFunc(v.endpoints, func(e endpoint) bool {
-		return e.ports > 0 && (e.bridge == link || e.bridge == "" && e.link.Name == link)
-	})
 }
 
 // bridgeFaults are those of a NIC's bridge.
@@ -154,7 +145,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	}
 	br := l.(*netlink.Bridge)
 	add(br.MulticastSnooping != nil && *br.MulticastSnooping, name+" snoops multicast", func() error { return netlink.BridgeSetMcastSnoop(l, false) })
-	for _, s := range linkSysctls(name, v.publishes(name)) {
+	for _, s := range linkSysctls(name) {
 		all = append(all, h.sysctlFault(s)...)
 	}
 	add(a.Flags&net.FlagUp == 0, name+" is down", func() error { return netlink.LinkSetUp(l) })
@@ -185,7 +176,7 @@ func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) err
 		{"bridge alias", func() error { return netlink.LinkSetAlias(l, bridgeAlias+nic) }},
 		{"bridge MTU", func() error { return netlink.LinkSetMTU(l, mtu) }},
 		{"bridge sysctls", func() error {
-			for _, s := range linkSysctls(name, false) {
+			for _, s := range linkSysctls(name) {
 				if err := h.setSysctl(s); err != nil {
 					return err
 				}
@@ -248,7 +239,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	add(e.link.Group != e.group(), "not in its link group", func() error { return netlink.LinkSetGroup(l, int(e.group())) })
 	if e.bridge == "" {
 		add(e.link.MasterIndex != 0, "in a bridge", func() error { return netlink.LinkSetNoMaster(l) })
-		for _, s := range linkSysctls(name, e.ports > 0) {
+		for _, s := range linkSysctls(name) {
 			all = append(all, h.sysctlFault(s)...)
 		}
 		all = append(all, addressFaults(v, l)...)

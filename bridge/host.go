@@ -48,13 +48,13 @@ func (h *Host) path(elem ...string) string {
 	return filepath.Join(append([]string{h.cfg.Run, "azure-vnet"}, elem...)...)
 }
 
-// lockWait bounds the wait for the host's lock. It is below the deadline of every
-// call that waits for it.
+// lockWait bounds the wait for the host's lock, for a caller that has more time.
 const lockWait = 8 * time.Second
 
 // lock holds the host's network alone: whoever reads it in order to change it holds
-// the lock from the reading to the change. who is told to those who wait in vain. No
-// lock is taken while it is held but host.json's.
+// the lock from the reading to the change. who is told to those who wait in vain. While
+// it is held, only host.json's lock is taken, iptables' own, and at uninstall that of
+// the leases.
 func (h *Host) lock(ctx context.Context, who string) (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()

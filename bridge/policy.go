@@ -87,6 +87,9 @@ func (h *Host) Learn(ctx context.Context, p Policy) error {
 	if err != nil {
 		return err
 	}
+	if err := refuseFormer(links); err != nil {
+		return err // whose files are not ours to change
+	}
 	if err := h.note(ctx, p, links); err != nil {
 		return err
 	}

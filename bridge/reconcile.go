@@ -139,7 +139,7 @@ const roundTime = 5 * time.Second
 // reconcileIfNobodyDoes reconciles a host that nobody reconciles, and returns what it mended. Of
 // many calls at once one does it. Its failure keeps no container away that can do without.
 func (h *Host) reconcileIfNobodyDoes(ctx context.Context) (mended []string) {
-	if h.roundIsRecent() {
+	if used, err := h.inUse(); err != nil || !used || h.roundIsRecent() {
 		return nil
 	}
 	h.noteRound()

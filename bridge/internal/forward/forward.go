@@ -120,7 +120,7 @@ func command(kind string) (*iptables.IPTables, error) {
 		if err != nil {
 			continue
 		}
-		run, err := iptables.New(iptables.Path(path), iptables.Timeout(5))
+		run, err := iptables.New(iptables.Path(path), iptables.Timeout(2))
 		if err != nil || name != "iptables" {
 			return run, err
 		}
