@@ -213,7 +213,10 @@ func (r report) print(out io.Writer) error {
 	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tASKED\tFAILURE\n", r.Version)
 	for _, s := range r.Pool.Sources {
 		asked := "never answered"
-		if s.Answered {
+		switch {
+		case s.BeforeBoot:
+			asked = "before the boot"
+		case s.Answered:
 			asked = fmt.Sprintf("%v ago", s.Age.Round(time.Second))
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, asked, s.Failure)

@@ -132,22 +132,25 @@ func find(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
 // known returns the newest answer of this pool's sources, and whose it is.
 func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 	for _, src := range p.sources {
-		if a := s.Answers[src.name]; len(a.NICs) > 0 && (!ok || a.At > newest.At) {
+		if a := s.Answers[src.name]; len(a.NICs) > 0 && (!ok || a.newerThan(newest)) {
 			newest, from, ok = a, src.name, true
 		}
 	}
 	return newest, from, ok
 }
 
-// due says that the last try, good or bad, is older than age.
+// due says that no try of this boot, good or bad, is younger than age.
 func (p *Pool) due(s *state, age time.Duration) bool {
-	last, tried := time.Duration(0), false
+	now := p.clock()
 	for _, src := range p.sources {
 		a := s.Answers[src.name]
-		last = max(last, a.At, a.FailedAt)
-		tried = tried || a.At > 0 || a.FailedAt > 0
+		for _, tried := range []time.Duration{a.At, a.FailedAt} {
+			if tried != 0 && now-tried < age {
+				return false
+			}
+		}
 	}
-	return !tried || p.clock()-last >= age
+	return true
 }
 
 // silence is the error of knowing nothing.
@@ -163,7 +166,7 @@ func (p *Pool) failures(s *state) string {
 	newest, _, _ := p.known(s)
 	var all []string
 	for _, src := range p.sources {
-		if a := s.Answers[src.name]; a.Failure != "" && a.FailedAt >= newest.At {
+		if a := s.Answers[src.name]; a.Failure != "" && (newest.At == 0 || a.FailedAt >= newest.At) {
 			all = append(all, src.name+": "+a.Failure)
 		}
 	}

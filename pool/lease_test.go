@@ -28,7 +28,7 @@ func TestALeaseSaysWhatItIs(t *testing.T) {
 	f := azure(nic(mac1, "10.240.0.0/16", 3))
 	p := newPool(t, f)
 	got := p.must(t, Request{Owner: "docker/p1"})
-	want := Lease{Addr: addr("10.240.0.5"), Owner: "docker/p1", MAC: mac1, Prefix: prefix("10.240.0.0/16"), Since: time.Hour}
+	want := Lease{Addr: addr("10.240.0.5"), Owner: "docker/p1", MAC: mac1, Prefix: prefix("10.240.0.0/16"), Since: f.now}
 	if got != want {
 		t.Errorf("lease is %+v, not %+v", got, want)
 	}
@@ -387,7 +387,7 @@ func TestStatus(t *testing.T) {
 		}}}},
 		Leases:  map[netip.Addr]Lease{a.Addr: a},
 		Cooling: map[netip.Addr]time.Duration{b.Addr: 10 * time.Second},
-		Now:     time.Hour + 20*time.Second,
+		Now:     f.now,
 	}
 	if diff := cmp.Diff(want, got, compareAddr); diff != "" {
 		t.Errorf("status (-want +got):\n%s", diff)

@@ -65,7 +65,7 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 	now := p.clock()
 	suspects := map[netip.Addr]record{}
 	for addr, r := range seen.Leases {
-		if !r.Linkless && now-max(r.Since, r.Confirmed) >= grace {
+		if !r.Linkless && now-r.lastSeen() >= grace {
 			suspects[addr] = r
 		}
 	}

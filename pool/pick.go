@@ -147,10 +147,16 @@ func (p *Pool) hostHas(addrs []string, dev string) string {
 // lag warns, within an error, that the list may be old.
 func (p *Pool) lag(v *view) string {
 	f := p.failures(v.state)
-	if f == "" || v.now-v.answer.At < p.cfg.QueryInterval {
+	age := v.now - v.answer.At
+	switch {
+	case f == "":
+		return ""
+	case v.answer.At == 0:
+		return fmt.Sprintf(" (as known before the boot, since when: %s)", f)
+	case age < p.cfg.QueryInterval:
 		return ""
 	}
-	return fmt.Sprintf(" (as known %v ago, since when: %s)", (v.now - v.answer.At).Round(time.Second), f)
+	return fmt.Sprintf(" (as known %v ago, since when: %s)", age.Round(time.Second), f)
 }
 
 func plural(n int, noun string) string {

@@ -43,15 +43,16 @@ type fabric struct {
 	body    string
 	answer  http.HandlerFunc // instead of body
 	asked   int
-	now     time.Duration // of the pools that face it
+	now     time.Duration // since boot, of the pools that face it
 	onHost  map[netip.Addr]string
 	url     string
 	reclaim bool
 }
 
-// azure is a fabric whose host agent lists these NICs.
+// azure is a fabric whose host agent lists these NICs. Its clock begins at this
+// machine's time since boot, which make test sets to a second.
 func azure(nics ...docNIC) *fabric {
-	f := &fabric{now: time.Hour}
+	f := &fabric{now: bootTime()}
 	f.list(nics...)
 	return f
 }

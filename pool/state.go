@@ -20,6 +20,13 @@ const version = 1 // of leases.json
 // state is leases.json. Times are of CLOCK_BOOTTIME, in ns: they go on through
 // clock steps and suspend, and mean nothing in another boot. Fields are only
 // ever added; a change that is none of that kind takes another version.
+//
+// The clock starts at 0 when the machine boots, so a time that is a few minutes
+// older than now may be negative. No program writes a negative time, but tests
+// and operators that make a lease look older do. Such a time is compared as any
+// other. Where 0 means that something never happened, it must not be compared:
+// it would be later than a negative time, and on a machine that booted seconds
+// ago it would look like seconds ago.
 type state struct {
 	Version int                   `json:"version"`
 	Boot    string                `json:"boot"`              // boot id: leases of another boot are void
@@ -35,12 +42,30 @@ type answer struct {
 	At       time.Duration `json:"at"`                 // when it said so; 0: in an earlier boot, or never
 	Notes    []string      `json:"notes,omitempty"`    // what was odd about it
 	Failure  string        `json:"failure,omitempty"`  // since then
-	FailedAt time.Duration `json:"failedAt,omitempty"` // last time
+	FailedAt time.Duration `json:"failedAt,omitempty"` // last time; 0: not in this boot
+}
+
+// newerThan says that a came later than b. An answer of an earlier boot is older
+// than every one of this boot.
+func (a answer) newerThan(b answer) bool {
+	if a.At == 0 || b.At == 0 {
+		return a.At != 0
+	}
+	return a.At > b.At
 }
 
 type record struct {
 	Lease
-	Confirmed time.Duration `json:"confirmed,omitempty"` // last time, if that was late in the grace: see Confirm
+	Confirmed time.Duration `json:"confirmed,omitempty"` // last time, if that was late in the grace: see Confirm; 0: never
+}
+
+// lastSeen returns when the owner was last known to want the lease: when it was
+// given or, if that is later, confirmed.
+func (r record) lastSeen() time.Duration {
+	if r.Confirmed == 0 {
+		return r.Since
+	}
+	return max(r.Since, r.Confirmed)
 }
 
 type rest struct {
@@ -48,7 +73,8 @@ type rest struct {
 	Until time.Duration `json:"until"` // cools
 }
 
-// Check refuses what this program cannot know how to keep.
+// Check refuses what this program cannot know how to keep. It accepts every time,
+// negative ones too: a refusal would throw away all leases because of one.
 func (s *state) Check() error {
 	if s.Version != version {
 		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, version)
@@ -57,12 +83,12 @@ func (s *state) Check() error {
 }
 
 // begin makes a new state usable and voids what another boot left: a /run that
-// is a disk. What the sources said may still be true, but is as old as the boot.
+// is a disk. The NICs that the sources told may still be true. When they were
+// told is not known in this boot's time, and a failure of then says nothing now.
 func (s *state) begin(boot string) {
 	if s.Boot != boot {
 		for name, a := range s.Answers {
-			a.At, a.FailedAt = 0, 0
-			s.Answers[name] = a
+			s.Answers[name] = answer{NICs: a.NICs, Notes: a.Notes}
 		}
 		*s = state{Version: version, Boot: boot, Answers: s.Answers}
 	}

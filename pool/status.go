@@ -29,6 +29,7 @@ type SourceStatus struct {
 	Used       bool          `json:"used,omitempty"`       // its answer is the newest, and is what counts
 	Answered   bool          `json:"answered"`             // ever
 	Age        time.Duration `json:"age,omitempty"`        // of the answer; one from before the boot counts from the boot
+	BeforeBoot bool          `json:"beforeBoot,omitempty"` // the answer is from before the boot: it is older than Age
 	Failure    string        `json:"failure,omitempty"`    // of the last try; empty: it answered, or was not needed
 	FailureAge time.Duration `json:"failureAge,omitempty"` // of that try
 }
@@ -97,7 +98,7 @@ func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
 	a := s.Answers[name]
 	st := SourceStatus{Name: name, Used: used, Answered: len(a.NICs) > 0, Failure: a.Failure}
 	if st.Answered {
-		st.Age = now - a.At
+		st.Age, st.BeforeBoot = now-a.At, a.At == 0
 	}
 	if a.Failure != "" {
 		st.FailureAge = now - a.FailedAt
