@@ -25,6 +25,7 @@ type holder struct {
 	cmd  *exec.Cmd
 	pipe io.Closer     // closing it ends the holder in good order
 	done chan struct{} // closed when the holder, and all it held, is gone
+	time string        // of nsenter's --time: the file of its time namespace; empty: this process's
 	err  error         // of the holder's exit, once done is closed
 	stop sync.Once
 }
@@ -103,8 +104,9 @@ func removeAll(dirs []string, timeout time.Duration) error {
 }
 
 // startHolder starts a holder in the new namespaces that flags say, and waits
-// until it has done its setup.
-func startHolder(flags uintptr, spec holderSpec) (*holder, error) {
+// until it has done its setup. It keeps the time namespace of clock, unless that
+// is nil, but is not in it: clone makes none, and a Go program can enter none.
+func startHolder(flags uintptr, clock *os.File, spec holderSpec) (*holder, error) {
 	arg, err := json.Marshal(spec)
 	if err != nil {
 		return nil, err
@@ -117,6 +119,9 @@ func startHolder(flags uintptr, spec holderSpec) (*holder, error) {
 		Stderr: &stderr,
 		// A session of its own: Ctrl-C is for this process, which then ends the holders.
 		SysProcAttr: &syscall.SysProcAttr{Cloneflags: flags, Setsid: true},
+	}
+	if clock != nil {
+		cmd.ExtraFiles = []*os.File{clock}
 	}
 	pipe, err := cmd.StdinPipe()
 	if err != nil {
@@ -131,6 +136,9 @@ func startHolder(flags uintptr, spec holderSpec) (*holder, error) {
 	}
 	said, _ := io.ReadAll(stdout)
 	h := &holder{cmd: cmd, pipe: pipe, done: make(chan struct{})}
+	if clock != nil {
+		h.time = fmt.Sprintf("/proc/%d/fd/3", cmd.Process.Pid) // the first of ExtraFiles
+	}
 	go func() {
 		defer close(h.done)
 		if h.err = cmd.Wait(); h.err != nil && stderr.Len() > 0 {

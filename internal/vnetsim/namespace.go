@@ -41,9 +41,20 @@ func (n *Namespace) PidOne() int {
 	return n.holder.cmd.Process.Pid
 }
 
+// timeFile is the file of the namespace's time namespace, empty if it has none.
+func (n *Namespace) timeFile() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.holder == nil {
+		return ""
+	}
+	return n.holder.time
+}
+
 // Do runs f on a thread in the network namespace, so that sockets, links,
 // started processes and /proc/sys/net are those of the namespace. The mount
-// namespace stays the caller's. f must start no goroutine and resolve no name.
+// namespace and the boot clock stay the caller's. f must start no goroutine and
+// resolve no name.
 func (n *Namespace) Do(f func() error) error {
 	pid := n.PidOne()
 	if pid == 0 {
@@ -79,6 +90,9 @@ func (n *Namespace) Do(f func() error) error {
 func (n *Namespace) Command(ctx context.Context, name string, arg ...string) *exec.Cmd {
 	pid := n.PidOne()
 	args := append([]string{"--target", strconv.Itoa(pid), "--net"}, n.enter...)
+	if file := n.timeFile(); file != "" {
+		args = append(args, "--time="+file)
+	}
 	args = append(append(args, "--", name), arg...)
 	cmd := exec.CommandContext(ctx, "nsenter", args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -24,10 +24,10 @@ type VMConfig struct {
 	NICs            []NICConfig  // eth1, eth2…
 }
 
-// VM is a virtual machine of the VNet: namespaces of net, mount, pid, uts, ipc
-// and cgroup, with a private /run, and a private /etc, /var/lib and
-// /var/lib/docker that survive power cuts. The rest of its file system is this
-// machine's.
+// VM is a virtual machine of the VNet: namespaces of net, mount, pid, uts, ipc,
+// cgroup and, where the kernel has it, time, with a private /run, and a private
+// /etc, /var/lib and /var/lib/docker that survive power cuts. Its boot clock
+// begins anew with every boot. The rest of its file system is this machine's.
 type VM struct {
 	*Namespace
 	Name    string
@@ -162,7 +162,14 @@ func (m *VM) boot() (err error) {
 		return err
 	}
 	const flags = syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
-	h, err := startHolder(flags, holderSpec{VM: &machine{Name: m.Name, Disk: m.disk, Cgroups: m.cgroups}})
+	clock, err := newBootClock()
+	if err != nil {
+		return err
+	}
+	if clock != nil {
+		defer clock.Close() // the holder has its own
+	}
+	h, err := startHolder(flags, clock, holderSpec{VM: &machine{Name: m.Name, Disk: m.disk, Cgroups: m.cgroups}})
 	if err != nil {
 		return err
 	}

@@ -91,7 +91,7 @@ func New(cfg Config) (_ *VNet, err error) {
 		return nil, fmt.Errorf("start vnet: %w", err)
 	}
 	// The fabric's holder outlives the others: it cleans up after this process.
-	fabric, err := startHolder(syscall.CLONE_NEWNET, holderSpec{Clean: append([]string{v.dir}, cgroupDirs(v.cgroups)...)})
+	fabric, err := startHolder(syscall.CLONE_NEWNET, nil, holderSpec{Clean: append([]string{v.dir}, cgroupDirs(v.cgroups)...)})
 	if err != nil {
 		os.Remove(cfg.Dir)
 		return nil, fmt.Errorf("start vnet: %w", err)
@@ -105,7 +105,7 @@ func New(cfg Config) (_ *VNet, err error) {
 
 // start makes the internet and the fabric's part that belongs to no VM.
 func (v *VNet) start() error {
-	internet, err := startHolder(syscall.CLONE_NEWNET, holderSpec{})
+	internet, err := startHolder(syscall.CLONE_NEWNET, nil, holderSpec{})
 	if err != nil {
 		return err
 	}

@@ -483,3 +483,33 @@ func wantNothingOf(t *testing.T, cgroupName, dir string) {
 	}
 	t.Errorf("left behind: %s", left)
 }
+
+// A VM's boot clock is seconds old after every boot, whatever this machine's is.
+func TestTheBootClockBeginsWithTheBoot(t *testing.T) {
+	if _, err := os.Stat("/proc/self/ns/time"); err != nil {
+		t.Skipf("this kernel has no time namespaces: %v", err)
+	}
+	_, vms := newVNet(t, VMConfig{})
+	vm := vms[0]
+	age := func() (seconds float64) {
+		t.Helper()
+		out := mustRun(t, vm.Namespace, "cat", "/proc/uptime")
+		if _, err := fmt.Sscan(out, &seconds); err != nil {
+			t.Fatal(err)
+		}
+		return seconds
+	}
+	time.Sleep(5 * time.Second) // longer than a boot takes
+	before := age()
+	if before < ageAtBoot+5 || before > 60 {
+		t.Errorf("after the first boot the machine is %v s old", before)
+	}
+	for _, err := range []error{vm.PowerCut(), vm.Boot()} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if after := age(); after < ageAtBoot || after >= before {
+		t.Errorf("after the second boot the machine is %v s old, before it was %v s", after, before)
+	}
+}
