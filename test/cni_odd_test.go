@@ -93,7 +93,7 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 				n.del(l, rt)
 				n.must("ip", "netns", "del", "mute")
 			default:
-				n.must("sed", "-i", `s/"since":[0-9]*/"since":-400000000000/`, "/run/azure-vnet/leases.json") // older than the grace
+				n.must("sed", "-i", `s/"since":-\?[0-9]*/"since":-400000000000/`, "/run/azure-vnet/leases.json") // older than the grace
 				n.must(n.dir+"/azure-vnet", "reconcile")
 			}
 			if left := n.must("sh", "-c", "conntrack -L 2>/dev/null | grep -wF "+addr.String()+" || true"); left != "" {
