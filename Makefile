@@ -56,7 +56,7 @@ pushed: rootfs
 	scripts/plugin.sh push $(plugin) $(REGISTRY):$(if $(TAG),$(TAG)-)$(ARCH)
 
 .PHONY: uninstall
-uninstall: ## give the NIC its addresses back and leave nothing
+uninstall: ## remove the plugin and all that it made
 	scripts/plugin.sh uninstall $(binary) $(PREFIX)
 
 .PHONY: status

@@ -273,7 +273,7 @@ func (at *attach) settle(v *view) (ownRules bool, err error) {
 	if nic == nil {
 		return false, fmt.Errorf("no network interface of this host has the MAC %s", at.a.nic)
 	}
-	if err := errors.Join(refuseTaken(v.links, nic), refuseFormer(v.links)); err != nil {
+	if err := refuseHost(v.links, nic); err != nil {
 		return false, err
 	}
 	at.mtu = nic.Attrs().MTU

@@ -15,8 +15,8 @@ import (
 )
 
 // Detach takes owner's interface away. None is success. The container sends nothing any more as soon as
-// its elements are gone, and the alias is cleared next: from there on the link is nobody's, and whoever
-// comes deletes it. The link itself goes last and without the lock, since the kernel takes some 20 ms.
+// its elements are gone. When all else is gone the alias is cleared: from there on the link is nobody's, and
+// whoever comes deletes it. The link itself goes last and without the lock, since the kernel takes some 20 ms.
 func (h *Host) Detach(ctx context.Context, owner string) error {
 	d := &detach{h: h}
 	defer d.close()

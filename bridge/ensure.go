@@ -84,7 +84,7 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	if err != nil {
 		return Bridge{}, err
 	}
-	if err := errors.Join(refuseTaken(links, nic), refuseFormer(links)); err != nil {
+	if err := refuseHost(links, nic); err != nil {
 		return Bridge{}, err
 	}
 	s, err := h.state()

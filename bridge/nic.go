@@ -87,8 +87,9 @@ func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	return fmt.Errorf("%w: %s is in %s, a %s that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes %s", ErrTaken, name, master, m.Type(), master)
 }
 
-// Ready is nil if containers could be attached to the NICs: it reports ErrTaken of each
-// NIC with one of these MACs, of all NICs that were told of for none.
+// Ready is nil if containers could be attached to the NICs with these MACs; for none, to all that were told
+// of. It is ErrTaken where one of them is a port of a bridge, and where a bridge named azure… that is not
+// ours has a port.
 func (h *Host) Ready(ctx context.Context, macs ...string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -104,21 +105,37 @@ func (h *Host) Ready(ctx context.Context, macs ...string) error {
 		}
 		slices.Sort(macs)
 	}
-	var errs []error
 	for _, mac := range macs {
 		if nic, err := findNIC(links, mac); err == nil {
-			errs = append(errs, refuseTaken(links, nic))
+			if err := refuseHost(links, nic); err != nil {
+				return err
+			}
 		}
 	}
-	errs = append(errs, refuseFormer(links))
-	return errors.Join(errs...)
+	return refuseBridges(links, func(name, alias string) bool {
+		return strings.HasPrefix(alias, formerAlias) || strings.HasPrefix(name, "azure")
+	})
 }
 
-// refuseFormer finds a NIC that an earlier build of ours moved, also where its MAC is
-// not known.
+// refuseHost is an error for a host that is not to be touched: its NIC is a port of a bridge, or an
+// earlier build of ours moved any NIC.
+func refuseHost(links rtnl.Links, nic netlink.Link) error {
+	if err := refuseTaken(links, nic); err != nil {
+		return err
+	}
+	return refuseFormer(links)
+}
+
+// refuseFormer finds a NIC that an earlier build of ours moved, also where its MAC is not known.
 func refuseFormer(links rtnl.Links) error {
+	return refuseBridges(links, func(_, alias string) bool { return strings.HasPrefix(alias, formerAlias) })
+}
+
+// refuseBridges is an error if a bridge that is chosen, and not ours, has a port that is no container's.
+func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error {
 	for _, l := range links {
-		if l.Type() != "bridge" || !strings.HasPrefix(l.Attrs().Alias, formerAlias) {
+		_, ours := bridgeOf(l)
+		if l.Type() != "bridge" || ours || !choose(l.Attrs().Name, l.Attrs().Alias) {
 			continue
 		}
 		for _, p := range links {
@@ -149,6 +166,8 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 		if l, err = findNIC(links, nic); err != nil {
 			return "", "", err
 		}
+	} else if err := refuseBridges(links, func(name, _ string) bool { return name == nameOrMAC }); err != nil {
+		return "", "", err
 	}
 	a := l.Attrs()
 	if m := links.Index(a.MasterIndex); m != nil && !takesPorts(m) {

@@ -69,6 +69,9 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 	if err != nil {
 		return nil, err
 	}
+	if err := refuseFormer(v.links); err != nil {
+		return nil, err // forget would take its containers' leases
+	}
 	if on := v.attached(func(endpoint) bool { return true }); len(on) > 0 {
 		return nil, fmt.Errorf("containers are attached: %s: end them first", strings.Join(on, ", "))
 	}
