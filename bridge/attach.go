@@ -168,55 +168,61 @@ func (at *attach) clearOld(ctx context.Context) error {
 // address and the MAC, the ports, and tables that have its policy. ownRules says that its way out takes
 // routing rules that rest on what containers the NIC has.
 func (at *attach) decide(ctx context.Context) (ownRules bool, err error) {
-	v, ready, err := at.look()
+	v, tables, enough, err := at.look()
 	if err != nil {
 		return false, err
 	}
-	if ready {
+	if enough {
 		return at.settle(v)
 	}
 	if v, err = at.h.read(); err != nil {
 		return false, err
 	}
-	ownRules, err = at.prepare(ctx, v)
+	ownRules, err = at.prepare(ctx, v, tables)
 	if err != nil {
 		err = errors.Join(err, at.undoAll())
 	}
 	return ownRules, err
 }
 
-// look reads as little as can tell whether all that nearly every attach needs stands already: then v has
-// the NIC and its bridge.
-func (at *attach) look() (v *view, ready bool, err error) {
+// look reads as little as nearly every attach needs: v has the NIC and its bridge. tables says that the nft tables
+// stand with the endpoint's policy. enough says that the tables stand, that nobody has the address, and that no
+// port is to be claimed, so that nothing else has to be read.
+func (at *attach) look() (v *view, tables, enough bool, err error) {
 	state, err := at.h.state()
 	if err != nil {
-		return nil, false, err
+		return nil, false, false, err
 	}
 	v = &view{state: state, nics: map[string]netlink.Link{}}
-	nic := nicByName(state, at.a.nic)
-	if _, known := state.Policies[at.a.policy]; !known || nic == nil || len(at.e.Ports) > 0 {
-		return v, false, nil
-	}
-	v.links, v.nics[at.a.nic] = rtnl.Links{nic}, nic
 	part := ruleset.ForTransparent
 	if at.a.bridge != "" {
 		part = ruleset.ForBridges
+	}
+	if _, known := state.Policies[at.a.policy]; !known {
+		return v, false, false, nil
+	}
+	if tables, err = ruleset.Stands(at.e.Policy.network(), part); !tables || err != nil {
+		return v, false, false, err
+	}
+	nic := nicByName(state, at.a.nic)
+	if nic == nil || len(at.e.Ports) > 0 {
+		return v, true, false, nil
+	}
+	v.links, v.nics[at.a.nic] = rtnl.Links{nic}, nic
+	if at.a.bridge != "" {
 		l, err := netlink.LinkByName(at.a.bridge)
 		if err != nil {
-			return v, false, ignoreMissing(err)
+			return v, true, false, ignoreMissing(err)
 		}
 		v.links = append(v.links, l)
 	}
-	if ready, err = ruleset.Stands(at.e.Policy.network(), part); !ready || err != nil {
-		return v, false, err
-	}
-	ready, err = addressIsFree(at.a.addr.Addr())
-	return v, ready, err
+	enough, err = addressIsFree(at.a.addr.Addr())
+	return v, true, enough, err
 }
 
-// prepare refuses what another endpoint or the host has, claims the ports, and makes the tables what the
-// endpoint's policy needs.
-func (at *attach) prepare(ctx context.Context, v *view) (ownRules bool, err error) {
+// prepare refuses what another endpoint or the host has, claims the ports, and, unless the tables stand, makes them
+// what the endpoint's policy needs.
+func (at *attach) prepare(ctx context.Context, v *view, tables bool) (ownRules bool, err error) {
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
@@ -238,8 +244,8 @@ func (at *attach) prepare(ctx context.Context, v *view) (ownRules bool, err erro
 		}
 		v.state.Policies[at.a.policy] = at.e.Policy
 	}
-	if ownRules, err = at.settle(v); err != nil {
-		return false, err
+	if ownRules, err = at.settle(v); err != nil || tables {
+		return ownRules, err
 	}
 	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
 	return ownRules, at.syncTables(v)

@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
 )
@@ -21,7 +22,7 @@ import (
 type fault struct {
 	what     string       // in a sentence's words: "azure0 is down"
 	mend     func() error // nil: only a person can
-	endpoint bool         // of one endpoint: the host and other containers do without
+	bearable bool         // containers can be attached in spite of it
 }
 
 // faults says what is wrong with the host. This is the one place that says what ought to
@@ -65,7 +66,7 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	add(routingFaults(v)...)
 	for _, e := range v.endpoints {
 		for _, f := range h.endpointFaults(v, e) {
-			f.endpoint = true
+			f.bearable = true
 			add(f)
 		}
 	}
@@ -76,8 +77,8 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	for _, what := range accepts {
 		add(fault{what: what, mend: func() error { _, err := v.forward().Sync(); return err }})
 	}
-	if err != nil { // what ails iptables keeps nothing else from being mended
-		add(fault{what: err.Error(), mend: func() error { return err }})
+	if err != nil { // keeps nothing else from being mended, nor containers away that can do without
+		add(fault{what: err.Error(), mend: func() error { return err }, bearable: !forward.PolicyDrops()})
 	}
 	add(h.dropInFaults(v)...)
 	return all, nil

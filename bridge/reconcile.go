@@ -20,9 +20,9 @@ import (
 const passes = 6
 
 // mendAll makes everything stand as it should, and says what it mended. The caller holds the
-// lock. It works on after an error. hostErr is of what containers cannot do without, and
-// endpointErr of single endpoints.
-func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointErr error) {
+// lock. It works on after an error. hostErr is of what containers cannot do without, and bearableErr
+// of the rest.
+func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, bearableErr error) {
 	failed := map[string]bool{}
 	for range passes {
 		v, err := h.read()
@@ -39,7 +39,7 @@ func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointE
 				continue
 			}
 			if err := ctx.Err(); err != nil {
-				return mended, errors.Join(hostErr, err), endpointErr
+				return mended, errors.Join(hostErr, err), bearableErr
 			}
 			err := h.hook("mend: " + f.what)
 			if err == nil {
@@ -47,8 +47,8 @@ func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointE
 			}
 			if err != nil {
 				failed[f.what] = true
-				if err = fmt.Errorf("%s: %w", f.what, err); f.endpoint {
-					endpointErr = errors.Join(endpointErr, err)
+				if err = fmt.Errorf("%s: %w", f.what, err); f.bearable {
+					bearableErr = errors.Join(bearableErr, err)
 				} else {
 					hostErr = errors.Join(hostErr, err)
 				}
@@ -60,7 +60,7 @@ func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, endpointE
 			break
 		}
 	}
-	return mended, hostErr, endpointErr
+	return mended, hostErr, bearableErr
 }
 
 // Reconcile makes everything of ours stand as it should, whoever broke it, and finishes what a
@@ -76,8 +76,8 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 	}
 	defer unlock()
 	h.noteRound()
-	mended, hostErr, endpointErr := h.mendAll(ctx)
-	if err := errors.Join(hostErr, endpointErr); err != nil {
+	mended, hostErr, bearableErr := h.mendAll(ctx)
+	if err := errors.Join(hostErr, bearableErr); err != nil {
 		return mended, fmt.Errorf("reconcile: %w", err)
 	}
 	return mended, nil

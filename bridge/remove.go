@@ -110,8 +110,8 @@ func (h *Host) sweep(ctx context.Context) error {
 	if !s.asked() {
 		return h.sweepAll()
 	}
-	_, hostErr, endpointErr := h.mendAll(ctx)
-	return errors.Join(hostErr, endpointErr)
+	_, hostErr, bearableErr := h.mendAll(ctx)
+	return errors.Join(hostErr, bearableErr)
 }
 
 // sweepAll takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,

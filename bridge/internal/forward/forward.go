@@ -17,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/coreos/go-iptables/iptables"
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/nfnl"
@@ -68,6 +69,17 @@ func (c Config) Differences() ([]string, error) {
 		}
 		return have.differences(c), nil
 	})
+}
+
+// PolicyDrops reports whether iptables-nft's FORWARD chain drops what no rule accepts. Where that cannot be read it
+// is false.
+func PolicyDrops() bool {
+	c, err := nftables.New()
+	if err != nil {
+		return false
+	}
+	chain, err := c.ListChain(&nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}, parent)
+	return err == nil && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop
 }
 
 // Drop removes our jump and our chain. None is success.
