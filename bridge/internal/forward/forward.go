@@ -193,28 +193,59 @@ func (b *backend) rules(chain string) ([]string, error) {
 	return slices.DeleteFunc(all, func(r string) bool { return !strings.HasPrefix(r, "-A ") }), nil
 }
 
-// everything matches a rule without any condition.
-var everything = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
+// everything matches a rule without any condition, and onward the target of any rule.
+var (
+	everything = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
+	onward     = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
+)
 
-// ends reports whether a rule drops or rejects every packet: itself, or by the
-// first rule of the chain that it leads to.
+// ends reports whether a rule stops every packet that nobody has accepted: it drops or
+// rejects all, or leads all to a chain that does.
 func (b *backend) ends(rule string) (bool, error) {
 	m := everything.FindStringSubmatch(rule)
 	if m == nil || m[1] == ours {
 		return false, nil
 	}
-	if m[1] == "DROP" || m[1] == "REJECT" {
+	return b.stopsAll(m[1], maxDepth)
+}
+
+// maxDepth bounds how far a rule is followed from chain to chain.
+const maxDepth = 8
+
+// stopsAll reports whether a target drops or rejects every packet. A chain does if a rule
+// without condition does, and the rules before it do no more than accept or note packets:
+// those rules lose nothing when our accepts come first. A chain that drops or returns some
+// packets earlier is a policy of somebody, and our accepts stay behind it.
+func (b *backend) stopsAll(target string, depth int) (bool, error) {
+	switch target {
+	case "DROP", "REJECT":
 		return true, nil
+	case "ACCEPT", "RETURN":
+		return false, nil
 	}
-	if ok, err := b.run.ChainExists(table, m[1]); err != nil || !ok {
+	if depth == 0 {
+		return false, nil
+	}
+	inside, err := b.rules(target)
+	var failed *iptables.Error
+	if errors.As(err, &failed) && failed.ExitStatus() == 1 {
+		return false, nil // no chain, but an extension such as LOG
+	}
+	if err != nil {
 		return false, err
 	}
-	inside, err := b.rules(m[1])
-	if err != nil || len(inside) == 0 {
-		return false, err
+	for _, rule := range inside {
+		if m := everything.FindStringSubmatch(rule); m != nil {
+			if stops, err := b.stopsAll(m[1], depth-1); err != nil || stops {
+				return stops, err
+			}
+		}
+		m := onward.FindStringSubmatch(rule + " ")
+		if m == nil || !slices.Contains([]string{"ACCEPT", "LOG", "NFLOG", "ULOG"}, m[1]) {
+			return false, nil
+		}
 	}
-	m = everything.FindStringSubmatch(inside[0])
-	return m != nil && (m[1] == "DROP" || m[1] == "REJECT"), nil
+	return false, nil
 }
 
 func printed(chain string, rule []string) string {
