@@ -237,6 +237,9 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	if dev := v.holds(addr); dev != "" && !v.isOurs(dev) {
 		add(true, fmt.Sprintf("%s holds its address too, so the host answers in its place: ip addr del %s dev %s, or set reclaim", dev, addr, dev), nil)
 	}
+	if nic := v.nics[e.nic]; nic != nil && e.link.MTU > nic.Attrs().MTU {
+		add(true, fmt.Sprintf("its MTU of %d bytes is more than the %d of %s, so larger packets to it vanish: restart its container", e.link.MTU, nic.Attrs().MTU, nic.Attrs().Name), nil)
+	}
 	add(e.link.Group != e.group(), "not in its link group", func() error { return netlink.LinkSetGroup(l, int(e.group())) })
 	if e.bridge == "" {
 		add(e.link.MasterIndex != 0, "in a bridge", func() error { return netlink.LinkSetNoMaster(l) })
