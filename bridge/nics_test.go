@@ -117,7 +117,7 @@ func TestVPNRoutesKeepTheirPlace(t *testing.T) {
 		h.ensureAll(mode)
 		a, b := h.runningOn(0, 0, mode, Policy{SNAT: true}), h.runningOn(1, 0, mode, Policy{SNAT: true})
 		site, own := h.room("site"), netip.MustParseAddr("192.168.99.1")
-		h.tunnel("tun0", h.place(), site.place(), own, netip.MustParseAddr("192.168.99.2"))
+		h.tunnel(h.place(), site.place(), own, netip.MustParseAddr("192.168.99.2"))
 		behind, onlyThere := netip.MustParseAddr("198.18.0.7"), netip.MustParseAddr("100.101.102.103")
 		site.sh("ip addr add " + behind.String() + " dev lo; ip addr add " + onlyThere.String() + " dev lo")
 		h.answerAt(site.place(), netip.AddrPortFrom(netip.IPv4Unspecified(), tcpPort))

@@ -9,83 +9,27 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
-	"os/exec"
 	"strings"
 	"time"
 
-	"azurevnet/internal/vnetsim"
-
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
-// place is where a client or a server stands.
-type place struct {
-	name string
-	do   func(f func() error) error // runs f in its network namespace
-}
-
-func (h *host) place() place { return place{h.Name, h.Do} }
-
-func (c *container) place() place { return place{c.name + " on " + c.Name, c.within} }
-
-func internet(v *vnetsim.VNet) place { return place{"the internet", v.Internet.Do} }
-
-// within runs f in the container's network namespace, from any goroutine.
-func (c *container) within(f func() error) error {
-	ns, err := netns.GetFromPath(fmt.Sprintf("/proc/%d/root/run/netns/%s", c.PidOne(), c.name))
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return doIn(ns, f)
-}
-
-// tunnel makes a point-to-point link like a VPN's, of kind tun, between two namespaces. It takes an
-// address at each end, and ends with the test.
-func (h *host) tunnel(name string, a, b place, addrA, addrB netip.Addr) {
+// tunnel makes a point-to-point link tun0 like a VPN's between two places, with an address at each end.
+func (h *host) tunnel(a, b place, addrA, addrB netip.Addr) {
 	h.t.Helper()
-	open := func(p place, own, peer netip.Addr) (tun *os.File) {
-		err := p.do(func() error {
-			fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-			if err != nil {
-				return err
-			}
-			req, err := unix.NewIfreq(name)
-			if err != nil {
-				return err
-			}
-			req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-			if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
-				return err
-			}
-			tun = os.NewFile(uintptr(fd), "tun") // for the poller, which takes it from here on; Close then ends a Read
-			line := fmt.Sprintf("ip addr add %s peer %s dev %s && ip link set %[3]s up", own, peer, name)
-			if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
-				return fmt.Errorf("%s: %w: %s", line, err, out)
-			}
+	connectTuns(h.t, a, b)
+	for _, end := range []struct {
+		place
+		own, peer netip.Addr
+	}{{a, addrA, addrB}, {b, addrB, addrA}} {
+		if err := end.do(func() error {
+			shell(h.t, fmt.Sprintf("ip addr add %s peer %s dev tun0 && ip link set tun0 up", end.own, end.peer))
 			return nil
-		})
-		if err != nil {
-			h.t.Fatalf("tunnel in %s: %v", p.name, err)
-		}
-		h.t.Cleanup(func() { tun.Close() })
-		return tun
-	}
-	one, two := open(a, addrA, addrB), open(b, addrB, addrA)
-	pump := func(to, from *os.File) {
-		buf := make([]byte, 1<<16)
-		for {
-			n, err := from.Read(buf)
-			if err != nil {
-				return
-			}
-			_, _ = to.Write(buf[:n]) // a packet more or less
+		}); err != nil {
+			h.t.Fatal(err)
 		}
 	}
-	go pump(one, two)
-	go pump(two, one)
 }
 
 // room is a network namespace on the VM that is nobody's container.
