@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -294,39 +296,95 @@ func (c *checks) hostPings(want bool, from *host, to ...netip.Addr) {
 	}
 }
 
-// kernelState is what of ours lies in the kernel, as text.
+// kernelState is what of ours lies in the kernel and under /run, with all nftables rules, as text. Link indexes and
+// what counts or changes by itself are left out. It starts few processes, since tests call it often.
 func (h *host) kernelState() string {
 	h.t.Helper()
 	var out strings.Builder
-	if err := h.Do(func() error {
-		all, err := h.Attachments(context.Background())
-		slices.SortFunc(all, func(a, b Attachment) int { return strings.Compare(a.Link, b.Link) })
-		for _, a := range all {
-			fmt.Fprintf(&out, "%+v\n", a)
+	part := func(title string, lines []string, keep func(string) bool) {
+		slices.Sort(lines)
+		lines = slices.DeleteFunc(lines, func(l string) bool { return !keep(l) })
+		fmt.Fprintf(&out, "%s\n%s\n", title, strings.Join(lines, "\n"))
+	}
+	all := func(string) bool { return true }
+	with := func(words ...string) func(string) bool {
+		return func(l string) bool {
+			return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(l, w) })
 		}
+	}
+	ours := with("proto 168")
+	if err := h.Do(func() error {
+		attachments, err := h.Attachments(context.Background())
+		if err != nil {
+			return err
+		}
+		var attached, settings []string
+		for _, a := range attachments {
+			attached = append(attached, fmt.Sprintf("%+v", a))
+			settings = append(settings, settingsOf(a.Link)...)
+		}
+		part("ATTACHED", attached, all)
+		tables := strings.SplitAfter(sortElements(command("nft", "-s", "list", "ruleset")), "\n}\n")
+		part("NFT", tables, with("\t"))
+		for _, c := range []struct {
+			title, args string
+			keep        func(string) bool
+		}{
+			{"FORWARDING", "bridge fdb show", func(l string) bool { return strings.Contains(l, " azv") && strings.Contains(l, "static") }},
+			{"NEIGHBOURS", "ip neigh show nud permanent", ours},
+			{"ROUTES", "ip route show table all", ours},
+			{"RULES", "ip rule show", ours},
+			{"LINKS", "ip -o -d link show", func(l string) bool { return strings.HasPrefix(l, "azv") || strings.HasPrefix(l, "azure") }},
+			{"ADDRESSES", "ip -o addr show", with(" azv", " azure")},
+		} {
+			args := strings.Fields(c.args)
+			part(c.title, strings.Split(passing.ReplaceAllString(command(args[0], args[1:]...), ""), "\n"), c.keep)
+		}
+		bridges, err := h.Bridges(context.Background())
+		for _, b := range bridges {
+			settings = append(settings, settingsOf(b.Name)...)
+		}
+		part("SETTINGS", settings, all)
 		return err
 	}); err != nil {
 		h.t.Fatal(err)
 	}
-	for _, family := range []string{"bridge", "arp", "ip"} {
-		out.WriteString(sortElements(h.sh("nft list table " + family + " azure_vnet 2>/dev/null || true")))
-	}
-	for _, cmd := range []string{
-		"bridge fdb show | grep static | grep azv", "bridge -d link show | grep -A1 azv | sed 's/^[0-9]*: //;s/@[^:]*//'",
-		"ip neigh show nud permanent proto 168", "ip route show table all proto 168", "ip rule show | grep -v from.all.lookup",
-		"ip -o -d link show type bridge | sed 's/^[0-9]*: //;s/ *[a-z_]*timer *[0-9.]*//g;s/gc_timer.*//'",
-	} {
-		lines := strings.Split(h.sh(cmd+" || true"), "\n")
-		slices.Sort(lines)
-		out.WriteString(cmd + strings.Join(lines, "\n") + "\n")
+	for _, name := range []string{networkd, networkManager} {
+		text, _ := os.ReadFile(filepath.Join(h.cfg.Run, name))
+		fmt.Fprintf(&out, "FILE %s\n%s", name, text)
 	}
 	return out.String()
+}
+
+// passing matches what of a listing differs between two hosts that are alike: indexes of links, the names of
+// the namespaces of their peers, what counts, and what the kernel does some time after a link is up.
+var passing = regexp.MustCompile(`(?m)^\d+: |@[\w-]+|link-netns\w* \S+| *\w*timer +[\d.]+|(port_no|port_id|designated_port|state|qdisc) \S+|NO-CARRIER,|,LOWER_UP`)
+
+// command is what a program prints in the calling thread's namespace. One that fails prints its error.
+func command(name string, arg ...string) string {
+	out, err := exec.Command(name, arg...).CombinedOutput()
+	if err != nil {
+		return fmt.Sprintf("%s: %v: %s", name, err, out)
+	}
+	return string(out)
+}
+
+// settingsOf are the sysctls that we set of a link of ours.
+func settingsOf(link string) (out []string) {
+	for _, s := range linkSysctls(link, false) {
+		is, _ := os.ReadFile(filepath.Join("/proc/sys/net", s.name))
+		out = append(out, s.name+": "+strings.TrimSpace(string(is)))
+	}
+	return out
 }
 
 // checkSame compares pictures of a host.
 func checkSame(t *testing.T, what, want, got string) {
 	t.Helper()
-	if diff := cmp.Diff(want, got); diff != "" {
+	if want == got {
+		return
+	}
+	if diff := cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n")); diff != "" {
 		t.Errorf("%s (-want +got):\n%s", what, diff)
 	}
 }
