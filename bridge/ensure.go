@@ -44,6 +44,9 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 		return Bridge{}, false
 	}
 	n := s.NICs[spec.MAC]
+	if !n.Prepared {
+		return Bridge{}, false
+	}
 	if spec.Mode == ModeTransparent && !n.Transparent || spec.Mode != ModeTransparent && n.Bridge == "" || spec.Primary && !n.Primary {
 		return Bridge{}, false
 	}
@@ -105,6 +108,9 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	_, err, _ = h.mendAll(ctx)
+	if err == nil {
+		err = h.notePrepared(ctx, mac)
+	}
 	if err != nil && before.Bridge == "" && !before.Transparent {
 		err = errors.Join(err, h.unask(context.WithoutCancel(ctx), mac, before))
 	}
@@ -128,12 +134,26 @@ func (h *Host) ask(ctx context.Context, nic netlink.Link, bridge string, spec Sp
 			}
 		}
 		n := s.NICs[mac]
-		n.Name = nic.Attrs().Name
+		n.Name, n.Prepared = nic.Attrs().Name, false
 		n.Primary = n.Primary || spec.Primary
 		n.Transparent = n.Transparent || spec.Mode == ModeTransparent
 		if bridge != "" {
 			n.Bridge = bridge
 		}
+		s.NICs[mac] = n
+		return nil
+	})
+}
+
+// notePrepared notes that all that was asked for stands. An Ensure that dies before
+// leaves a table or a bridge, and its repeat must not take these for all of it.
+func (h *Host) notePrepared(ctx context.Context, mac string) error {
+	if err := h.hook("note"); err != nil {
+		return err
+	}
+	return h.updateState(ctx, "prepare the NIC "+mac, func(s *hostState) error {
+		n := s.NICs[mac]
+		n.Prepared = true
 		s.NICs[mac] = n
 		return nil
 	})

@@ -27,6 +27,7 @@ type nicState struct {
 	Bridge      string `json:"bridge,omitempty"`      // name of its bridge; empty: none is asked for
 	Primary     bool   `json:"primary,omitempty"`     // the VM's
 	Transparent bool   `json:"transparent,omitempty"` // transparent endpoints are asked for
+	Prepared    bool   `json:"prepared,omitempty"`    // all that was asked for has stood; false after a crash of Ensure
 }
 
 const stateVersion = 2
