@@ -206,12 +206,13 @@ func TestKilledCallIsFinished(t *testing.T) {
 		h := hosts[0]
 		nothing := h.kernelState()
 		ensureSteps := h.steps(func() { h.mustEnsure(h.spec(mode)) })
-		none := h.kernelState()
+		prepared := h.kernelState()
 		e := h.container(0).endpoint(mode, Policy{SNAT: true})
 		e.Ports = []Port{{Proto: "tcp", HostPort: 8080, Port: 80}}
 		attachSteps := h.steps(func() { h.mustAttach(e) })
 		whole := h.kernelState()
 		detachSteps := h.steps(func() { h.mustDetach(e.Owner) })
+		none := h.kernelState() // with the policy's chain
 
 		for _, step := range attachSteps {
 			h.kill(childCall{Do: "attach", Step: step, Endpoint: e})
@@ -228,10 +229,14 @@ func TestKilledCallIsFinished(t *testing.T) {
 		if err := h.removeAll(); err != nil {
 			t.Fatal(err)
 		}
-		for _, step := range ensureSteps {
+		for i, step := range ensureSteps {
+			if (i%2 == 0) != (mode == ModeBridge) { // each step in one of the modes: TestHalfPreparedIsFinished has them all in both
+				continue
+			}
+			h.sh("echo 0 >/proc/sys/net/ipv4/ip_forward") // so that each step is met
 			h.kill(childCall{Do: "ensure", Step: step, Spec: h.spec(mode)})
 			h.mustEnsure(h.spec(mode))
-			checkSame(t, "ensured after a kill at "+step, none, h.kernelState())
+			checkSame(t, "ensured after a kill at "+step, prepared, h.kernelState())
 			if err := h.removeAll(); err != nil {
 				t.Fatal(err)
 			}
@@ -246,7 +251,9 @@ func TestHalfPreparedIsFinished(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
-		h.run("iptables-nft", "-P", "FORWARD", "DROP")
+		if mode == ModeBridge { // iptables is slow
+			h.run("iptables-nft", "-P", "FORWARD", "DROP")
+		}
 		nothing := h.kernelState()
 		ensureSteps := h.steps(func() { h.mustEnsure(h.spec(mode)) })
 		mustPass(t, ensureSteps, "ask", "mend: ipv4.ip_forward is not 1", "mend: the nft table ip azure_vnet is gone")

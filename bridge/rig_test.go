@@ -358,7 +358,7 @@ func (h *host) kernelState() string {
 
 // passing matches what of a listing differs between two hosts that are alike: indexes of links, the names of
 // the namespaces of their peers, what counts, and what the kernel does some time after a link is up.
-var passing = regexp.MustCompile(`(?m)^\d+: |@[\w-]+|link-netns\w* \S+| *\w*timer +[\d.]+|(port_no|port_id|designated_port|state|qdisc) \S+|NO-CARRIER,|,LOWER_UP`)
+var passing = regexp.MustCompile(`(?m)^\d+: |@[\w-]+|link-netns\w* \S+| *\w*timer +[\d.]+|(port_no|port_id|designated_port|state|qdisc|tso_max_size) \S+|NO-CARRIER,|,LOWER_UP|(dead |linkdown )`)
 
 // command is what a program prints in the calling thread's namespace. One that fails prints its error.
 func command(name string, arg ...string) string {
