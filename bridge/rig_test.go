@@ -371,7 +371,7 @@ func command(name string, arg ...string) string {
 
 // settingsOf are the sysctls that we set of a link of ours.
 func settingsOf(link string) (out []string) {
-	for _, s := range linkSysctls(link, false) {
+	for _, s := range linkSysctls(link) {
 		is, _ := os.ReadFile(filepath.Join("/proc/sys/net", s.name))
 		out = append(out, s.name+": "+strings.TrimSpace(string(is)))
 	}
