@@ -3,8 +3,8 @@
 package bridge
 
 import (
+	"cmp"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -50,22 +50,22 @@ func newCluster(t *testing.T, mode Mode) *cluster {
 	return c
 }
 
-// recorded is a file of testdata with the addresses of the simulated VMs in place of the recorded ones.
+// recorded is a copy of a file of testdata with the addresses of the simulated VMs, and the link of
+// container a, in place of the recorded ones.
 func (c *cluster) recorded(file string) string {
 	c.node1.t.Helper()
 	text, err := os.ReadFile(filepath.Join("testdata", file))
 	if err != nil {
 		c.node1.t.Fatal(err)
 	}
-	simulated := map[string]netip.Addr{
-		"10.240.0.4": c.node1.Primary, "10.240.0.5": c.node2.Primary,
-		"10.240.0.20": c.a.addr, "10.240.0.21": c.b.addr, "10.240.0.30": c.far.addr,
+	link, _ := linkNames("cni/net/" + c.a.name + "/eth0")
+	simulated := map[string]string{
+		"10.240.0.4": c.node1.Primary.String(), "10.240.0.5": c.node2.Primary.String(),
+		"10.240.0.20": c.a.addr.String(), "10.240.0.21": c.b.addr.String(), "10.240.0.30": c.far.addr.String(),
+		"azv20": link,
 	}
-	replaced := regexp.MustCompile(`\b10\.240\.0\.[0-9]+\b`).ReplaceAllFunc(text, func(recorded []byte) []byte {
-		if a, ok := simulated[string(recorded)]; ok {
-			return []byte(a.String())
-		}
-		return recorded
+	replaced := regexp.MustCompile(`\b(?:10\.240\.0\.[0-9]+|azv20)\b`).ReplaceAllFunc(text, func(recorded []byte) []byte {
+		return []byte(cmp.Or(simulated[string(recorded)], string(recorded)))
 	})
 	path := filepath.Join(c.node1.t.TempDir(), filepath.Base(file))
 	if err := os.WriteFile(path, replaced, 0o644); err != nil {
@@ -104,7 +104,7 @@ func (c *cluster) loadIPTables(program string) {
 
 // unload takes all rules away, ours too, which the next round writes again.
 func (c *cluster) unload() {
-	c.node1.sh("nft flush ruleset; printf '*filter\n:FORWARD ACCEPT\nCOMMIT\n*nat\nCOMMIT\n' | iptables-legacy-restore" +
+	c.node1.sh("nft flush ruleset; printf '*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\nCOMMIT\n' | iptables-legacy-restore" +
 		"; echo 0 >/proc/sys/net/ipv4/conf/all/route_localnet")
 }
 

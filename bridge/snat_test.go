@@ -53,7 +53,7 @@ func newCrossroads(t *testing.T, mode Mode) *crossroads {
 		c.containers[name] = c.h.running(len(c.containers), mode, policy)
 	}
 
-	tun, veth, docker := c.h.otherNetns("tunnel"), c.h.otherNetns("branch"), c.h.otherNetns("docker")
+	tun, veth, docker := c.h.otherNetns("tunnel"), c.h.otherNetns("branch"), c.h.dockerContainer()
 	connectTuns(t, c.h.place(), tun)
 	c.h.ip("address add "+tunHere+"/24 dev tun0", "link set tun0 up",
 		"route add 10.50.0.0/16 dev tun0", "rule add pref 5270 lookup 52", "route add 10.60.0.0/16 dev tun0 table 52",
@@ -61,10 +61,7 @@ func newCrossroads(t *testing.T, mode Mode) *crossroads {
 		"-n tunnel address add "+tunPeer+"/24 dev tun0", "-n tunnel link set tun0 up", "-n tunnel route add default dev tun0",
 		"-n tunnel address add "+tunNet+"/32 dev lo", "-n tunnel address add "+tunTable+"/32 dev lo", "-n tunnel address add "+tunDefault+"/32 dev lo",
 		"link add vpn1 type veth peer name eth0 netns branch", "address add "+vethHere+"/24 dev vpn1", "link set vpn1 up",
-		"-n branch address add "+vethPeer+"/24 dev eth0", "-n branch link set eth0 up", "-n branch route add default via "+vethHere,
-		"link add docker0 type bridge", "address add "+dockerHere+"/16 dev docker0", "link set docker0 up",
-		"link add veth0 master docker0 type veth peer name eth0 netns docker", "link set veth0 up",
-		"-n docker address add "+dockerPeer+"/16 dev eth0", "-n docker link set eth0 up", "-n docker route add default via "+dockerHere)
+		"-n branch address add "+vethPeer+"/24 dev eth0", "-n branch link set eth0 up", "-n branch route add default via "+vethHere)
 	for server, p := range map[string]place{"tun": tun, "veth": veth, "docker": docker, "far": c.far.place(), "on": c.containers["on"].place()} {
 		p.serve(t, server, ":8000")
 	}
@@ -73,6 +70,16 @@ func newCrossroads(t *testing.T, mode Mode) *crossroads {
 	internet(v).serve(t, "imds", vnetsim.IMDSAddr.String()+":8000")
 	c.h.reconcile() // FORWARD accepts the tunnel, which came after the containers
 	return c
+}
+
+// dockerContainer makes Docker's bridge on the VM, with one container in it.
+func (h *host) dockerContainer() place {
+	h.t.Helper()
+	docker := h.otherNetns("docker")
+	h.ip("link add docker0 type bridge", "address add "+dockerHere+"/16 dev docker0", "link set docker0 up",
+		"link add veth0 master docker0 type veth peer name eth0 netns docker", "link set veth0 up",
+		"-n docker address add "+dockerPeer+"/16 dev eth0", "-n docker link set eth0 up", "-n docker route add default via "+dockerHere)
+	return docker
 }
 
 // connectTuns makes a tun device tun0 in each of two places, and carries packets from one to the other.

@@ -1,0 +1,126 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"fmt"
+	"testing"
+)
+
+// Rules of other programs stay in force, whatever our FORWARD accepts, and stop no container that they do
+// not mean. They are loaded while containers run, with br_netfilter calling iptables or not.
+func TestForeignRules(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		c := newCluster(t, mode)
+		c.a.place().serve(t, "a", ":8081")
+		c.node1.place().serve(t, "node1", ":8000")
+		docker := c.node1.dockerContainer()
+		docker.serve(t, "docker", ":80")
+		docker.serve(t, "docker", ":81")
+		for name, check := range map[string]func(*cluster, *checks){
+			"calico-policy-only": map[Mode]func(*cluster, *checks){ModeBridge: (*cluster).expectOpen, ModeTransparent: (*cluster).expectCalico}[mode],
+			"docker-27":          func(c *cluster, all *checks) { c.expectDocker(all, docker) },
+			"hardened-image":     (*cluster).expectNoWayIn,
+			"kube-router":        (*cluster).expectKubeRouter,
+			"tailscale":          (*cluster).expectOpen,
+			"ufw":                (*cluster).expectNoWayIn,
+		} {
+			for _, with := range []struct{ iptables, call string }{{"iptables-nft", "0"}, {"iptables-nft", "1"}, {"iptables-legacy", "1"}} {
+				t.Run(fmt.Sprintf("%s/%s call-iptables %s", name, with.iptables, with.call), func(t *testing.T) {
+					c.node1.run(with.iptables+"-restore", c.recorded("foreign/"+name+".iptables-save.txt"))
+					c.node1.sh("echo " + with.call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
+					c.node1.reconcile()
+					c.node1.whole("with the rules of others")
+					all := &checks{t: t}
+					check(c, all)
+					all.wait.Wait()
+					if name == "docker-27" || name == "tailscale" { // no rule of theirs decides before one that is appended
+						c.checkSavedDrop(t, with.iptables)
+					}
+					c.unload()
+				})
+			}
+		}
+		checkFabric(t, c.v, c.a.addr, c.b.addr, c.far.addr, c.node1.Primary)
+	})
+}
+
+// expectOpen demands that the containers reach each other, the VNet and the internet, and are reached.
+func (c *cluster) expectOpen(all *checks) {
+	for _, local := range []*container{c.a, c.b} {
+		all.expectAnswers(local.place(), "tcp/"+c.far.addr.String()+":8080", answers{"far": local.addr.String()})
+		all.expectAnswers(local.place(), "tcp/203.0.113.10:8000", answers{"internet": c.node1.Public.String()})
+	}
+	c.expectReached(all)
+}
+
+// expectReached demands that the containers are reached from their VM, from each other and from another VM.
+func (c *cluster) expectReached(all *checks) {
+	a, b := "tcp/"+c.a.addr.String()+":8080", "tcp/"+c.b.addr.String()+":8080"
+	all.expectAnswers(c.far.place(), a, answers{"a": c.far.addr.String()})
+	all.expectAnswers(c.far.place(), b, answers{"b": c.far.addr.String()})
+	all.expectAnswers(c.node1.place(), a, answers{"a": c.node1.Primary.String()})
+	all.expectAnswers(c.b.place(), a, answers{"a": c.b.addr.String()})
+	all.expectAnswers(c.a.place(), b, answers{"b": c.a.addr.String()})
+}
+
+// expectNoWayIn is for firewalls that let nobody in but by ssh: to the host, which containers are not.
+func (c *cluster) expectNoWayIn(all *checks) {
+	c.expectOpen(all)
+	for _, from := range []place{c.a.place(), c.far.place()} {
+		all.expectAnswers(from, "tcp/"+c.node1.Primary.String()+":8000", nil)
+	}
+}
+
+// expectKubeRouter is for a policy that lets far in to a's port 8080, and a out to the internet's port 8000.
+func (c *cluster) expectKubeRouter(all *checks) {
+	a, far, b := c.a.addr.String(), c.far.addr.String(), c.b.addr.String()
+	all.expectAnswers(c.far.place(), "tcp/"+a+":8080", answers{"a": far})
+	all.expectAnswers(c.far.place(), "tcp/"+a+":8081", nil)
+	all.expectAnswers(c.other.place(), "tcp/"+a+":8080", nil)
+	all.expectAnswers(c.b.place(), "tcp/"+a+":8080", nil)
+	all.expectAnswers(c.node1.place(), "tcp/"+a+":8080", answers{"a": c.node1.Primary.String()})
+	all.expectAnswers(c.a.place(), "tcp/203.0.113.10:8000", answers{"internet": c.node1.Public.String()})
+	all.expectAnswers(c.a.place(), "tcp/203.0.113.10:80", nil)
+	all.expectAnswers(c.a.place(), "tcp/"+far+":8080", nil)
+	all.expectAnswers(c.a.place(), "tcp/"+b+":8080", nil)
+	all.expectAnswers(c.b.place(), "tcp/"+far+":8080", answers{"far": b})
+	all.expectAnswers(c.far.place(), "tcp/"+b+":8080", answers{"b": far})
+}
+
+// expectCalico is for a policy that lets a out to the internet's host alone, and everybody in. Calico does
+// not know b's link, and drops what comes from it or goes to it.
+func (c *cluster) expectCalico(all *checks) {
+	a, far, b := c.a.addr.String(), c.far.addr.String(), c.b.addr.String()
+	all.expectAnswers(c.a.place(), "tcp/203.0.113.10:8000", answers{"internet": c.node1.Public.String()})
+	all.expectAnswers(c.a.place(), "tcp/"+far+":8080", nil)
+	all.expectAnswers(c.a.place(), "tcp/"+b+":8080", nil)
+	all.expectAnswers(c.far.place(), "tcp/"+a+":8080", answers{"a": far})
+	all.expectAnswers(c.far.place(), "tcp/"+b+":8080", nil)
+	all.expectAnswers(c.b.place(), "tcp/"+far+":8080", nil)
+}
+
+// expectDocker is for Docker's own bridge network: its container is reached at the port that it publishes,
+// and at no other.
+func (c *cluster) expectDocker(all *checks, docker place) {
+	c.expectOpen(all)
+	node1 := c.node1.Primary.String()
+	all.expectAnswers(c.a.place(), "tcp/"+node1+":8081", answers{"docker": dockerHere})
+	all.expectAnswers(c.far.place(), "tcp/"+node1+":8081", answers{"docker": c.far.addr.String()})
+	all.expectAnswers(c.a.place(), "tcp/"+dockerPeer+":81", nil)
+	all.expectAnswers(docker, "tcp/"+c.a.addr.String()+":8080", answers{"a": node1})
+}
+
+// checkSavedDrop demands that a drop which somebody appends behind our jump holds after the next round.
+func (c *cluster) checkSavedDrop(t *testing.T, iptables string) {
+	for _, rule := range []string{"-s " + c.b.addr.String(), "-i eth0 -d " + c.a.addr.String() + " -m conntrack --ctstate NEW"} {
+		c.node1.sh(iptables + " -A FORWARD " + rule + " -j DROP")
+	}
+	c.node1.reconcile()
+	all := &checks{t: t}
+	defer all.wait.Wait()
+	all.expectAnswers(c.b.place(), "tcp/"+c.far.addr.String()+":8080", nil)
+	all.expectAnswers(c.b.place(), "tcp/"+c.a.addr.String()+":8080", nil)
+	all.expectAnswers(c.far.place(), "tcp/"+c.a.addr.String()+":8080", nil)
+	all.expectAnswers(c.a.place(), "tcp/203.0.113.10:8000", answers{"internet": c.node1.Public.String()})
+}
