@@ -18,6 +18,8 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
+var errForward = errors.New("iptables may drop what containers send and receive")
+
 // fault is one thing that is not as it should be.
 type fault struct {
 	what     string       // in a sentence's words: "azure0 is down"
@@ -77,8 +79,10 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	for _, what := range accepts {
 		add(fault{what: what, mend: func() error { _, err := v.forward().Sync(); return err }})
 	}
-	if err != nil { // keeps nothing else from being mended, nor containers away that can do without
-		add(fault{what: err.Error(), mend: func() error { return err }, bearable: !forward.PolicyDrops()})
+	if errors.Is(err, forward.ErrUnreadable) {
+		add(fault{what: err.Error()})
+	} else if err != nil { // keeps nothing else from being mended, nor containers away that can do without
+		add(fault{what: err.Error(), mend: func() error { return errForward }, bearable: !forward.PolicyDrops()})
 	}
 	add(h.dropInFaults(v)...)
 	return all, nil

@@ -4,7 +4,10 @@ package bridge
 
 import (
 	"fmt"
+	"strings"
 	"testing"
+
+	"azurevnet/internal/vnetsim"
 )
 
 // Rules of other programs stay in force, whatever our FORWARD accepts, and stop no container that they do
@@ -123,4 +126,46 @@ func (c *cluster) checkSavedDrop(t *testing.T, iptables string) {
 	all.expectAnswers(c.b.place(), "tcp/"+c.a.addr.String()+":8080", nil)
 	all.expectAnswers(c.far.place(), "tcp/"+c.a.addr.String()+":8080", nil)
 	all.expectAnswers(c.a.place(), "tcp/203.0.113.10:8000", answers{"internet": c.node1.Public.String()})
+}
+
+// A FORWARD chain that iptables cannot read, such as one that its rules were translated to, keeps no
+// container away. It is named with the remedy, and the remedy works.
+func TestForwardOfNft(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.run("nft", "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; ct state vmap { established : accept, related : accept }; }; }")
+		for _, h := range hosts {
+			h.mustEnsure(h.spec(mode))
+		}
+		near, far := h.running(0, mode, Policy{SNAT: true}), hosts[1].running(0, mode, Policy{SNAT: true})
+		far.place().serve(t, "far", ":8080")
+		near.place().serve(t, "near", ":8080")
+		checkAnswers(t, near.place(), "tcp/"+far.addr.String()+":8080", nil)
+		wrong := h.broken()
+		if len(wrong) != 1 {
+			t.Fatalf("broken: %q, want one sentence", wrong)
+		}
+		_, remedy, _ := strings.Cut(wrong[0], ": nft ")
+		h.sh("nft '" + strings.ReplaceAll(remedy, "; nft ", "' && nft '") + "'")
+		checkAnswers(t, near.place(), "tcp/"+far.addr.String()+":8080", answers{"far": near.addr.String()})
+		checkAnswers(t, far.place(), "tcp/"+near.addr.String()+":8080", answers{"near": far.addr.String()})
+		h.whole("with the remedy")
+		checkFabric(t, v, near.addr, far.addr)
+	})
+}
+
+// A host whose FORWARD needs an accept and that lacks the program to write it gets no containers, and says
+// what it lacks.
+func TestNoIPTables(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.sh("iptables-legacy -P FORWARD DROP")
+	t.Setenv("PATH", "") // of this process, in which the product looks for iptables
+	if _, err := h.ensure(h.spec(ModeBridge)); err == nil || !strings.Contains(err.Error(), "install the package iptables") {
+		t.Errorf("without iptables: %v, want the remedy", err)
+	}
+	t.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+	h.mustEnsure(h.spec(ModeBridge))
+	h.whole("with iptables")
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/nfnl"
@@ -51,6 +52,56 @@ func (c Config) accepts() [][]string {
 	return rules
 }
 
+// ErrUnreadable is in the error of Sync and Differences for a FORWARD chain that was written
+// with nft and that iptables can neither read nor change. The error's text has the commands
+// that accept by hand what Sync would. After them there is no error.
+var ErrUnreadable = errors.New("FORWARD has rules that iptables cannot read")
+
+// checkUnreadable turns iptables' error about such a chain into ErrUnreadable, and into nil if
+// the chain has as many rules with our comment as we ask for.
+func (c Config) checkUnreadable(err error) error {
+	if err == nil || !strings.Contains(err.Error(), "is incompatible, use 'nft' tool") {
+		return err
+	}
+	nft, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	rules, err := nft.GetRules(&nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}, &nftables.Chain{Name: parent})
+	if err != nil {
+		return fmt.Errorf("read the chain %s: %w", parent, err)
+	}
+	byHand := 0
+	for _, r := range rules {
+		if said, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok && said == comment {
+			byHand++
+		}
+	}
+	commands := c.nftCommands()
+	if byHand >= len(commands) {
+		return nil
+	}
+	return fmt.Errorf("%w, so containers' packets pass only where others accept them. Accept them yourself: %s", ErrUnreadable, strings.Join(commands, "; "))
+}
+
+// nftCommands are the accepts as a person enters them. They go to the top of the chain, for
+// where its policy ends cannot be told.
+func (c Config) nftCommands() (all []string) {
+	for _, rule := range c.accepts() {
+		command := fmt.Sprintf("nft insert rule ip %s %s", table, parent)
+		for i := 0; i+1 < len(rule); i += 2 {
+			switch name := strings.Replace(rule[i+1], "+", "*", 1); rule[i] {
+			case "-i":
+				command += fmt.Sprintf(" iifname %q", name)
+			case "-o":
+				command += fmt.Sprintf(" oifname %q", name)
+			}
+		}
+		all = append(all, command+fmt.Sprintf(" accept comment %q", comment))
+	}
+	return all
+}
+
 // jump is the one rule in FORWARD.
 var jump = []string{"-m", "comment", "--comment", comment, "-j", ours}
 
@@ -65,7 +116,7 @@ func (c Config) Differences() ([]string, error) {
 	return c.each(func(b *backend) ([]string, error) {
 		have, err := b.read()
 		if err != nil {
-			return nil, err
+			return nil, c.checkUnreadable(err)
 		}
 		return have.differences(c), nil
 	})
@@ -294,7 +345,7 @@ func (s state) differences(c Config) (out []string) {
 func (b *backend) sync(c Config) (mended []string, err error) {
 	have, err := b.read()
 	if err != nil {
-		return nil, err
+		return nil, c.checkUnreadable(err)
 	}
 	mended = have.differences(c)
 	if len(mended) == 0 {
