@@ -149,7 +149,11 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 		add(a.MTU != mtu, fmt.Sprintf("%s has an MTU of %d bytes and not the %d of %s", name, a.MTU, mtu, nic.Attrs().Name), func() error { return netlink.LinkSetMTU(l, mtu) })
 	}
 	br := l.(*netlink.Bridge)
-	add(br.MulticastSnooping != nil && *br.MulticastSnooping, name+" snoops multicast", func() error { return netlink.BridgeSetMcastSnoop(l, false) })
+	add(br.MulticastSnooping != nil && *br.MulticastSnooping, name+" snoops multicast", func() error {
+		attrs := netlink.NewLinkAttrs() // of the link as it was read, the kernel refuses to change some
+		attrs.Name, attrs.Index = name, a.Index
+		return netlink.BridgeSetMcastSnoop(&netlink.Bridge{LinkAttrs: attrs}, false)
+	})
 	for _, s := range linkSysctls(name) {
 		all = append(all, h.sysctlFault(s)...)
 	}
@@ -301,9 +305,30 @@ func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, 
 	case i < 0:
 		return "no forwarding entry", func() error { return rtnl.AddForwarding(own) }
 	case v.forwarding[i].Port != e.link.Index:
-		return fmt.Sprintf("its MAC %s is %s's", e.mac, v.nameOf(v.forwarding[i].Port)), nil
+		other := v.forwarding[i]
+		what = fmt.Sprintf("its MAC %s is %s's", e.mac, v.nameOf(other.Port))
+		if v.hasMAC(other.Port, e.mac) {
+			return what, nil
+		}
+		return what, func() error { // somebody moved the entry
+			if err := rtnl.DelForwarding(other); err != nil && !rtnl.NotThere(err) {
+				return err
+			}
+			return rtnl.AddForwarding(own)
+		}
 	}
 	return "", nil
+}
+
+// hasMAC reports whether the MAC is rightly that of a port: of the link itself, or of
+// the container behind it.
+func (v *view) hasMAC(port int, mac net.HardwareAddr) bool {
+	l := v.links.Index(port)
+	if l == nil {
+		return true
+	}
+	a, ours := endpointOf(l)
+	return ours && a.mac.String() == mac.String() || l.Attrs().HardwareAddr.String() == mac.String()
 }
 
 func (v *view) nameOf(index int) string {
