@@ -1,0 +1,285 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+
+	"golang.org/x/sys/unix"
+)
+
+// sysctlsOfOthers are settings as administrators, distributions and other programs make them. LINK is
+// the link that leads to containers; one that is not there yet is passed over.
+var sysctlsOfOthers = []string{
+	"ipv4/conf/all/arp_ignore=1", "ipv4/conf/all/arp_ignore=2", "ipv4/conf/all/arp_ignore=8",
+	"ipv4/conf/eth0/arp_ignore=2", "ipv4/conf/LINK/arp_ignore=8", "ipv4/conf/default/arp_ignore=8",
+	"ipv4/conf/all/arp_filter=1", "ipv4/conf/LINK/arp_filter=1 ipv4/conf/default/arp_filter=1",
+	"ipv4/conf/all/arp_announce=2",
+	"ipv4/conf/all/rp_filter=0 ipv4/conf/eth0/rp_filter=0", "ipv4/conf/all/rp_filter=1", "ipv4/conf/all/rp_filter=2",
+	"ipv4/conf/LINK/rp_filter=0", "ipv4/conf/LINK/rp_filter=2", "ipv4/conf/eth0/rp_filter=1", "ipv4/conf/default/rp_filter=0",
+	"ipv4/conf/all/src_valid_mark=1",
+	"ipv4/conf/LINK/forwarding=0", "ipv4/conf/eth0/forwarding=0", "ipv4/conf/default/forwarding=0", "ipv4/conf/all/forwarding=0", "ipv4/ip_forward=0",
+	"ipv4/conf/LINK/proxy_arp=0", "ipv4/conf/LINK/proxy_arp_pvlan=0", "ipv4/neigh/LINK/proxy_delay=80", "ipv4/neigh/default/proxy_delay=80",
+	"ipv4/conf/all/send_redirects=1", "ipv4/conf/LINK/send_redirects=1",
+	"ipv4/conf/LINK/route_localnet=0", "ipv6/conf/LINK/disable_ipv6=0",
+	"bridge/bridge-nf-call-iptables=1 bridge/bridge-nf-call-arptables=1",
+}
+
+// Settings of others, made before or after, keep no container from host, VNet and internet; or Broken says so, and
+// Reconcile mends it. Containers ask for their gateway by ARP, as Docker's do.
+func TestSettingsOfOthers(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+		h, peer := hosts[0], hosts[1]
+		h.ensureAll(mode)
+		a := h.container(0)
+		e := a.endpoint(mode, Policy{SNAT: true})
+		link, _ := linkNames(e.Owner)
+		if mode == ModeBridge {
+			link = "azure0"
+		}
+		other := h.running(1, mode, Policy{SNAT: true})
+		reached := func(wait time.Duration) error {
+			a.sh("ip neigh del " + a.Gateway.String() + " dev eth0 2>/dev/null || ip neigh flush dev eth0")
+			errs := make(chan error)
+			asks := map[netip.Addr]place{h.Primary: a.place(), peer.Primary: a.place(), vnetsim.InternetAddr: a.place(), other.addr: a.place()}
+			for to, from := range asks {
+				go func() { errs <- echo(from, to, small, wait) }()
+			}
+			for _, from := range []place{h.place(), peer.place(), other.place()} {
+				go func() { errs <- echo(from, a.addr, small, wait) }()
+			}
+			var all error
+			for range len(asks) + 3 {
+				all = errors.Join(all, <-errs)
+			}
+			return all
+		}
+		// write makes settings and returns the line that undoes them.
+		write := func(settings string) (undo string) {
+			var line strings.Builder
+			for s := range strings.FieldsSeq(strings.ReplaceAll(settings, "LINK", link)) {
+				name, value, _ := strings.Cut(s, "=")
+				fmt.Fprintf(&line, "f=/proc/sys/net/%s; if [ -e $f ]; then echo \"echo $(cat $f) >$f;\"; echo %s >$f; fi\n", name, value)
+			}
+			return h.sh(line.String())
+		}
+		check := func(when, settings string) {
+			t.Helper()
+			err := reached(1500 * time.Millisecond)
+			broken := h.broken()
+			if err != nil && len(broken) == 0 {
+				t.Errorf("%s %s an attach: %v, and nothing is said to be broken", settings, when, err)
+			}
+			if len(broken) == 0 {
+				return
+			}
+			h.reconcile()
+			h.whole(settings)
+			if err := reached(patience); err != nil {
+				t.Errorf("%s %s an attach, and Reconcile: %v", settings, when, err)
+			}
+		}
+		for _, settings := range sysctlsOfOthers {
+			if !strings.Contains(settings, "LINK") {
+				undo := write(settings)
+				h.mustAttach(e)
+				check("before", settings)
+				h.mustDetach(e.Owner)
+				h.sh(undo)
+			}
+		}
+		h.reconcile()
+		h.mustAttach(e)
+		for _, settings := range sysctlsOfOthers {
+			undo := write(settings)
+			check("after", settings)
+			h.sh(undo)
+			h.reconcile()
+		}
+		checkFabric(t, v, a.addr)
+	})
+}
+
+// The neighbour table is the kernel's, of all namespaces together, and holds 1,024 entries by default. A container
+// takes one of them, and the host one for all its containers' peers, however many they are.
+func TestNeighboursOfContainersAreFew(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		const peers = 10
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: peers})
+		h, far := hosts[0], hosts[1]
+		h.ensureAll(mode)
+		far.ensureAll(mode)
+		cni, docker := h.running(0, mode, Policy{SNAT: true}), h.container(1)
+		e := docker.endpoint(mode, Policy{SNAT: true})
+		e.Netns, e.IfName = "", ""
+		at := h.mustAttach(e)
+		h.ip("link set " + at.Peer + " netns " + docker.name + " name eth0")
+		gateway := docker.Gateway.String()
+		docker.sh("ip addr add " + e.Addr.String() + " dev eth0 noprefixroute; ip link set eth0 up; ip route add " + gateway + " dev eth0; ip route add default via " + gateway +
+			"; ip route add " + docker.Prefix.String() + " via " + gateway) // as libnetwork makes it of Join's answer
+		c := &checks{t: t}
+		for n := range peers {
+			to := far.running(n, mode, Policy{SNAT: true}).addr
+			c.reaches(cni.place(), to)
+			c.reaches(docker.place(), to)
+		}
+		c.reaches(cni.place(), h.Primary, docker.addr)
+		c.reaches(docker.place(), h.Primary, cni.addr)
+		c.wait.Wait()
+		for _, from := range []*container{cni, docker} {
+			if got := strings.TrimSpace(from.sh("ip -4 neigh show | cut -d' ' -f1-3")); got != gateway+" dev eth0" {
+				t.Errorf("%s has the neighbours %q, want its gateway alone", from.name, got)
+			}
+		}
+		if got := strings.TrimSpace(h.sh("ip -4 neigh show | grep -v PERMANENT | cut -d' ' -f1-3")); got != gateway+" dev eth0" {
+			t.Errorf("the host has the neighbours %q, want its gateway alone", got)
+		}
+	})
+}
+
+// A container that sends to more absent addresses than the kernel has neighbour entries, and ARP in as many names,
+// keeps nobody from new peers.
+func TestAFloodHarmsNobody(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 6})
+		h, far := hosts[0], hosts[1]
+		h.ensureAll(mode)
+		far.ensureAll(mode)
+		evil, good := h.running(0, mode, Policy{SNAT: true}), h.running(1, mode, Policy{SNAT: true})
+		var peers []netip.Addr
+		for n := range 6 {
+			peers = append(peers, far.running(n, mode, Policy{SNAT: true}).addr)
+		}
+		var udp net.PacketConn
+		evil.do(func() (err error) { udp, err = net.ListenPacket("udp4", ":0"); return err })
+		defer udp.Close()
+		out, mine, zero := evil.wire(), MACFor(evil.addr), make(net.HardwareAddr, 6)
+		for n := range 3000 {
+			absent := netip.AddrFrom4([4]byte{10, 240, byte(200 + n>>8), byte(n)})
+			_, _ = udp.WriteTo([]byte("anybody?"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(absent, 9)))
+			forged := ether(net.HardwareAddr{255, 255, 255, 255, 255, 255}, mine, unix.ETH_P_ARP, arp(1, mine, absent, zero, evil.Gateway)...)
+			if _, err := unix.Write(out, forged); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EAGAIN) {
+				t.Fatal(err)
+			}
+		}
+		c := &checks{t: t}
+		c.reaches(good.place(), peers...)
+		c.reaches(h.place(), far.Primary, good.addr)
+		c.reaches(far.place(), good.addr)
+		c.wait.Wait()
+		if got, err := strconv.Atoi(strings.TrimSpace(h.sh("ip -4 neigh show | wc -l"))); err != nil || got > 20 {
+			t.Errorf("the host has %d neighbours: %v", got, err)
+		}
+		checkFabric(t, v, good.addr, evil.addr)
+	})
+}
+
+// A bridge that has all the ports it can have says so, and nothing of the attach is left.
+func TestBridgeIsFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("makes a thousand links")
+	}
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
+	h := hosts[0]
+	h.ensureAll(ModeBridge)
+	c, d := h.running(0, ModeBridge, Policy{SNAT: true}), h.container(1)
+	const ports = 1022 // and the container's
+	h.sh(fmt.Sprintf("{ for i in $(seq %d); do echo link add v$i group 9 type veth peer name w$i group 9; done; "+
+		"for i in $(seq %[1]d); do echo link set v$i master azure0; echo link set w$i master azure0; done; } | ip -batch -", ports/2))
+	before := h.kernelState()
+	_, err := h.attach(d.endpoint(ModeBridge, Policy{SNAT: true}))
+	if err == nil || !strings.Contains(err.Error(), "a port of azure0") || !strings.Contains(err.Error(), "a bridge takes 1,023 ports") {
+		t.Errorf("attach to a bridge that is full: %v", err)
+	}
+	checkSame(t, "what the attach left", before, h.kernelState())
+	checks := &checks{t: t}
+	checks.reaches(c.place(), h.Primary)
+	checks.wait.Wait()
+	h.ip("link del v1")
+	h.mustAttach(d.endpoint(ModeBridge, Policy{SNAT: true}))
+	h.ip("link del group 9")
+}
+
+// Traffic control of others on the host end, such as that of the bandwidth plugin and of eBPF programs, works and is
+// not passed by; we put nothing in its place.
+func TestTrafficControlOfOthers(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+		h, peer := hosts[0], hosts[1]
+		h.ensureAll(mode)
+		c, other := h.running(0, mode, Policy{SNAT: true}).answer(), h.running(1, mode, Policy{SNAT: true})
+		link, _ := linkNames(c.endpoint(mode, Policy{}).Owner)
+		if got := strings.Fields(h.sh("tc qdisc show dev " + link)); !slices.Contains(got, "noqueue") || strings.Count(strings.Join(got, " "), "qdisc") != 1 {
+			t.Errorf("%s has queueing of ours: %q", link, got)
+		}
+		if got := h.sh("tc filter show dev " + link + " ingress; tc filter show dev " + link + " egress"); got != "" {
+			t.Errorf("%s has filters of ours: %q", link, got)
+		}
+		takes := func(from, to place, addr netip.Addr) time.Duration {
+			t.Helper()
+			start := time.Now()
+			if _, err := fetch(from, netip.AddrPortFrom(addr, tcpPort), megabyte, 2*patience); err != nil {
+				t.Errorf("a megabyte from %s to %s: %v", from.name, to.name, err)
+			}
+			return time.Since(start)
+		}
+		// 8 Mbit/s take a second for the megabyte, less what the bucket holds.
+		const atLeast = 700 * time.Millisecond
+		h.sh("tc qdisc add dev " + link + " root tbf rate 8mbit burst 32kb latency 400ms")
+		for _, from := range []place{peer.place(), h.place(), other.place()} {
+			if took := takes(from, c.place(), c.addr); took < atLeast {
+				t.Errorf("a shaped container takes a megabyte of %s in %v", from.name, took)
+			}
+		}
+		h.whole("with a tbf")
+		h.sh("tc qdisc del dev " + link + " root")
+
+		// The bandwidth plugin's other direction: an ingress qdisc, and a filter that takes all.
+		h.sh("tc qdisc add dev " + link + " handle ffff: ingress && tc filter add dev " + link + " parent ffff: protocol ip u32 match u32 0 0 action mirred egress mirror dev lo")
+		checks := &checks{t: t}
+		checks.reaches(c.place(), h.Primary, peer.Primary, other.addr)
+		checks.wait.Wait()
+		if got := h.sh("tc -s filter show dev " + link + " parent ffff:"); !strings.Contains(got, "Sent ") || strings.Contains(got, "Sent 0 bytes") {
+			t.Errorf("a filter on ingress saw nothing: %s", got)
+		}
+		h.whole("with an ingress qdisc")
+		h.sh("tc qdisc del dev " + link + " ingress")
+
+		// A program that drops: 2 is TC_ACT_SHOT.
+		h.sh("tc qdisc add dev " + link + " clsact && tc filter add dev " + link + " ingress bpf da bytecode '1,6 0 0 2'")
+		for to, from := range map[netip.Addr]place{h.Primary: c.place(), other.addr: c.place(), peer.Primary: c.place()} {
+			if err := echo(from, to, small, time.Second); err == nil {
+				t.Errorf("a program drops all of %s, and it reaches %s", from.name, to)
+			}
+		}
+		h.sh("tc filter del dev " + link + " ingress && tc filter add dev " + link + " egress bpf da bytecode '1,6 0 0 2'")
+		for _, from := range []place{h.place(), peer.place(), other.place()} {
+			if err := echo(from, c.addr, small, time.Second); err == nil {
+				t.Errorf("a program drops all that goes to a container, and %s reaches it", from.name)
+			}
+		}
+		if mended := h.reconcile(); len(mended) > 0 {
+			t.Errorf("reconcile mended %q", mended)
+		}
+		if got := h.sh("tc filter show dev " + link + " egress"); !strings.Contains(got, "bpf") {
+			t.Errorf("reconcile took a program away: %q", got)
+		}
+		h.sh("tc filter del dev " + link + " egress")
+		checks.reaches(c.place(), h.Primary, peer.Primary, other.addr)
+		checks.reaches(peer.place(), c.addr)
+		checks.wait.Wait()
+		h.mustDetach(c.endpoint(mode, Policy{}).Owner)
+		checkFabric(t, v, c.addr)
+	})
+}
