@@ -148,13 +148,23 @@ func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error
 }
 
 // NIC resolves a NIC's name or MAC, or the name of a bridge of ours, to the NIC: its
-// name and its MAC, lower case with colons.
+// name and its MAC, lower case with colons. Empty is the NIC that the best default
+// route leaves by.
 func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return "", "", err
 	}
 	l := links.Named(nameOrMAC)
+	if nameOrMAC == "" {
+		index, err := defaultLink()
+		if err != nil {
+			return "", "", fmt.Errorf("read the default route: %w", err)
+		}
+		if l = links.Index(index); l == nil {
+			return "", "", errors.New("the host has no default route to tell its NIC by: name the NIC, as master")
+		}
+	}
 	if l == nil {
 		if _, bad := parseMAC(nameOrMAC); bad != nil {
 			return "", "", fmt.Errorf("no network interface of this host is named %q", nameOrMAC)

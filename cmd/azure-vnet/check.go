@@ -82,7 +82,7 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
 		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)
 	}
-	has, err := in.AddrList(l, netlink.FAMILY_V4)
+	has, err := retryDump(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the addresses in %s: %w", c.Netns, err)
 	}
@@ -111,7 +111,7 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Att
 	if err != nil {
 		return changed("%s: %v", cmp.Or(at.Bridge, at.Link), err)
 	}
-	entries, err := in.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
+	entries, err := retryDump(func() ([]netlink.Neigh, error) { return in.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the neighbour entries in %s: %w", c.Netns, err)
 	}
@@ -126,7 +126,7 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Att
 }
 
 func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {
-	has, err := in.RouteList(l, netlink.FAMILY_V4)
+	has, err := retryDump(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the routes in %s: %w", c.Netns, err)
 	}
@@ -142,6 +142,16 @@ func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.
 		}
 	}
 	return nil
+}
+
+// retryDump repeats a listing that a change of the kernel's tables interrupted. Such a listing may lack entries.
+func retryDump[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 20 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
 }
 
 // prefixOf reads a route's destination, of which none is everything.

@@ -22,17 +22,8 @@ import (
 // master is the NIC of a network whose addresses come from another IPAM: the one
 // that is named, else the one that the default route leaves by.
 func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, primary bool, err error) {
-	byRoute, err := defaultLink()
-	if err != nil {
-		return "", false, err
-	}
-	if byRoute != "" {
-		_, mac, err = host.NIC(ctx, byRoute)
-	}
+	_, mac, err = host.NIC(ctx, "")
 	if c.Conf.Master == "" {
-		if err == nil && byRoute == "" {
-			err = errors.New("the host has no default route to tell its NIC by: name it with \"master\"")
-		}
 		return mac, true, err
 	}
 	_, named, err := host.NIC(ctx, c.Conf.Master)
@@ -40,29 +31,6 @@ func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, pr
 		return "", false, types.NewError(types.ErrInvalidNetworkConfig, "master: "+err.Error(), "")
 	}
 	return named, named == mac, nil
-}
-
-// defaultLink names the link that the best default route leaves by; "" if there is none.
-func defaultLink() (string, error) {
-	any4 := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: any4}, netlink.RT_FILTER_DST)
-	if err != nil {
-		return "", fmt.Errorf("read the default route: %w", err)
-	}
-	best := -1
-	for i, r := range routes {
-		if best < 0 || r.Priority < routes[best].Priority {
-			best = i
-		}
-	}
-	if best < 0 {
-		return "", nil
-	}
-	l, err := netlink.LinkByIndex(routes[best].LinkIndex)
-	if err != nil {
-		return "", fmt.Errorf("read the default route's link: %w", err)
-	}
-	return l.Attrs().Name, nil
 }
 
 // misnamed gives err, with which Ensure failed, the code of a wrong configuration if
