@@ -69,18 +69,28 @@ cp -R "$cni" "$rootfs/cni"
 
 extensions=$(dirname "$(find_one libxt_mark.so)")
 loader=$(find_one 'ld-linux*.so.*')
+# named <file of the tree>: the libraries that it names. Names are whole strings of a
+# file's string table. One grep looks for all of them: there are many files.
+named() {
+	for name in $(printf '%s\n' "$names" | LC_ALL=C grep -aozxF -f - "$tree$1" | tr '\0' '\n' | sort -u); do
+		for library in $libraries; do
+			case $library in
+			*/"$name") echo "$library" ;;
+			esac
+		done
+	done
+}
 # need <file of the tree>: puts the libraries that it names, and those that they name.
-# Names are whole strings of a file's string table.
 need() {
-	for library in $libraries; do
-		name=$(basename "$library")
-		! LC_ALL=C grep -qazxF -e "$name" "$tree$1" || [ -e "$rootfs$library" ] || {
+	for library in $(named "$1"); do
+		[ -e "$rootfs$library" ] || {
 			put "$library"
-			[ "$name" = libc.so.6 ] || need "$library" # it names what it could load, and needs the loader only
+			[ "${library##*/}" = libc.so.6 ] || need "$library" # it names what it could load, and needs the loader only
 		}
 	done
 }
 libraries=$(cd "$tree" && find . -name 'lib*.so.*' ! -path '*/xtables/*' | sed 's/^\.//' | sort)
+names=$(printf '%s\n' "$libraries" | sed 's|.*/||')
 for multi in xtables-legacy-multi xtables-nft-multi; do
 	put "/usr/sbin/$multi"
 	need "/usr/sbin/$multi"
