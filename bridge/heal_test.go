@@ -94,7 +94,7 @@ var transparentHarms = []harm{
 
 // settingHarms sets each of our settings of a link to another value.
 func settingHarms(link string) (all []harm) {
-	for _, s := range linkSysctls(link, true) {
+	for _, s := range linkSysctls(link) {
 		other := "0"
 		if s.value == "0" {
 			other = "80" // proxy_delay is in units of 10 ms, of which the kernel rounds small ones to 0
