@@ -40,6 +40,7 @@ const (
 	subnetRule    = 32762 // to the NICs' subnets
 	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN
 	outRule       = 32764 // not of the primary NIC, to all the rest
+	lastRule      = 32765 // of the primary NIC's transparent containers, to the NICs' subnets: another NIC in the same subnet has decided before
 )
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
@@ -133,18 +134,17 @@ func (v *view) linkTo(e endpoint) int {
 // NIC.
 func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
 	n, subnets := v.state.NICs[mac], v.subnets(mac)
-	if v.nics[mac] == nil || n.Bridge == "" && !v.state.needsOwnRules(mac) || len(subnets) == 0 {
+	if v.nics[mac] == nil || n.Bridge == "" && !n.Transparent || len(subnets) == 0 {
 		return netip.Addr{}, false
 	}
 	return subnets[0].Addr().Next(), true
 }
 
-// needsOwnRules reports whether transparent endpoints of the NIC have rules. A rule that names
-// azv+ would mean a link of that very name, so each link has rules of its own. On a VM with one
-// NIC they would only spare the host's neighbour table, and every packet of the host passes all
-// rules.
+// needsOwnRules reports whether each transparent endpoint of the NIC has rules: a rule that names azv+ would mean a
+// link of that very name. The primary NIC's have rules by their subnet instead, which are as many for 250
+// containers as for one.
 func (s *hostState) needsOwnRules(mac string) bool {
-	return s.NICs[mac].Transparent && (len(s.NICs) > 1 || !s.NICs[mac].Primary)
+	return s.NICs[mac].Transparent && !s.NICs[mac].Primary
 }
 
 // containerPriority is that of the rule that leads to containers: before every rule of others but
@@ -195,8 +195,20 @@ func (v *view) wantedRules() []netlink.Rule {
 		}
 	}
 	for _, mac := range v.macs() {
-		if _, ok := v.ownWay(mac); ok && v.state.NICs[mac].Bridge != "" {
-			way(mac, v.state.NICs[mac].Bridge, everything)
+		n := v.state.NICs[mac]
+		_, ok := v.ownWay(mac)
+		if ok && n.Bridge != "" {
+			way(mac, n.Bridge, everything)
+		}
+		if !ok || !n.Primary || !n.Transparent {
+			continue
+		}
+		for _, from := range v.subnets(mac) {
+			for _, to := range subnets { // what the host itself sends, which comes in by lo, goes as it did
+				add(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
+				add(otherRule, unix.RT_TABLE_MAIN, -1, "lo", from, to)
+				add(lastRule, nicTables+v.nics[mac].Attrs().Index, -1, "", from, to)
+			}
 		}
 	}
 	for _, e := range v.endpoints {

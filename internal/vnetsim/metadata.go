@@ -62,7 +62,9 @@ func client(r *http.Request) netip.Addr {
 func (v *VNet) ask(s Source, r *http.Request) (vm *VM, nics []NIC, f Fault, ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	i := slices.IndexFunc(v.vms, func(vm *VM) bool { return vm.Primary == client(r) })
+	i := slices.IndexFunc(v.vms, func(vm *VM) bool {
+		return vm.Primary == client(r) || s == IMDS && slices.ContainsFunc(vm.nics, func(n *nic) bool { return n.Primary == client(r) })
+	})
 	if i < 0 {
 		return nil, nil, "", false
 	}
