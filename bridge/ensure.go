@@ -107,6 +107,7 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	if err := h.ask(ctx, nic, name, spec); err != nil {
 		return Bridge{}, err
 	}
+	h.noteRound() // this is one, and the first call of a host found no directory to note its own in
 	_, err, _ = h.mendAll(ctx)
 	if err == nil {
 		err = h.notePrepared(ctx, mac)
