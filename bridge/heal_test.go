@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -23,8 +24,8 @@ type harm struct {
 }
 
 var hostHarms = []harm{
-	{line: "ip rule del pref 10", names: "no routing rule 10"},
-	{line: "ip rule flush; ip rule add pref 32766 lookup main proto kernel; ip rule add pref 32767 lookup default proto kernel", names: "no routing rule 10"},
+	{line: "ip rule del pref 100", names: "no routing rule 100"},
+	{line: "ip rule flush; ip rule add pref 32766 lookup main proto kernel; ip rule add pref 32767 lookup default proto kernel", names: "no routing rule 100"},
 	{line: "ip rule add pref 7 lookup 99 proto 168", names: "is nobody's", silent: true},
 	{line: "ip route add 10.240.77.77/32 dev eth0 proto 168 scope link", names: "is nobody's", silent: true},
 	{line: "nft flush ruleset; iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -s 192.0.2.2 -j DROP", names: "the nft table ip azure_vnet is gone"},
@@ -126,8 +127,9 @@ func TestReconcileHeals(t *testing.T) {
 
 		told := h.watch()
 		heals := func(harms []harm) {
+			whole := h.kernelState()
 			for _, harm := range harms {
-				t.Run(harm.line, func(t *testing.T) { harm.heals(t, c, other, told, vars) })
+				t.Run(harm.line, func(t *testing.T) { harm.heals(t, c, other, told, vars, whole) })
 			}
 		}
 		h.whole("before")
@@ -145,8 +147,8 @@ func TestReconcileHeals(t *testing.T) {
 	})
 }
 
-func (harm harm) heals(t *testing.T, c, other *container, told watching, vars *strings.Replacer) {
-	whole, names := c.kernelState(), vars.Replace(harm.names)
+func (harm harm) heals(t *testing.T, c, other *container, told watching, vars *strings.Replacer, whole string) {
+	names := vars.Replace(harm.names)
 	if !harm.silent {
 		told.drain()
 	}
@@ -209,4 +211,180 @@ func (w watching) within(d time.Duration) bool {
 func (w watching) drain() {
 	for w.within(watchPause + 100*time.Millisecond) {
 	}
+}
+
+// Rules of legacy iptables tell nobody, and are looked at in each round. A policy of DROP breaks nothing.
+func TestLegacyForwardIsMended(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		c := h.running(0, mode, Policy{SNAT: true})
+		h.sh("iptables-legacy -P FORWARD DROP")
+		if mended := h.reconcile(); len(mended) == 0 {
+			t.Error("a new policy of DROP went unnoticed")
+		}
+		h.sh("iptables-legacy -P FORWARD ACCEPT; iptables-legacy -P FORWARD DROP")
+		h.whole("after the policy was set again")
+		h.sh("iptables-legacy -F FORWARD")
+		if wrong := strings.Join(h.broken(), "\n"); !strings.Contains(wrong, "iptables-legacy: the jump to AZURE-VNET") {
+			t.Errorf("broken: %q", wrong)
+		}
+		h.reconcile()
+		h.whole("after a reconcile")
+		if !c.try(ping(vnetsim.HostAgentAddr)) {
+			t.Error("the container is cut off")
+		}
+	})
+}
+
+// An iptables that does not work is told, and keeps nothing else from being mended.
+func TestReconcileHealsWithoutIptables(t *testing.T) {
+	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+	h := hosts[0]
+	h.mustEnsure(h.spec(ModeBridge))
+	h.running(0, ModeBridge, Policy{SNAT: true})
+	h.sh("iptables-nft -P FORWARD DROP")
+	h.reconcile()
+	whole := h.kernelState()
+	h.sh("nft flush ruleset; iptables-nft -P FORWARD DROP; ip link del azure0")
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", "")
+	err := h.Do(func() error { _, err := h.Reconcile(t.Context()); return err })
+	if err == nil || !strings.Contains(err.Error(), "install the package iptables") {
+		t.Errorf("reconcile without iptables: %v", err)
+	}
+	t.Setenv("PATH", path)
+	if wrong := h.broken(); len(wrong) == 0 || slices.ContainsFunc(wrong, func(w string) bool { return !strings.HasPrefix(w, "iptables-nft: ") }) {
+		t.Errorf("more than iptables' rules is broken: %q", wrong)
+	}
+	checkSame(t, "reconciled with iptables", whole, h.settled())
+}
+
+// A network that wants a list of its own has it again after host.json was lost, for whoever knows the network says
+// it. Until then its containers keep their place.
+func TestALostPolicyIsLearntAgain(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		own := Policy{SNAT: true, Direct: prefixes("203.0.113.0/24")}
+		c := h.running(0, mode, own)
+		h.running(1, mode, Policy{Internal: true})
+		h.running(2, mode, Policy{SNAT: true, NoMetadata: true})
+		whole := h.kernelState()
+		for _, order := range []string{"learn, reconcile", "reconcile, learn"} {
+			if err := os.Remove(h.path("host.json")); err != nil {
+				t.Fatal(err)
+			}
+			if order == "reconcile, learn" {
+				h.reconcile()
+				h.whole(order)
+				if !c.try(ping(h.Primary)) {
+					t.Error("the container of the lost policy is cut off")
+				}
+			}
+			if err := h.Do(func() error { return h.Learn(t.Context(), own) }); err != nil {
+				t.Fatal(err)
+			}
+			checkSame(t, order, whole, h.settled())
+		}
+	})
+}
+
+// A secondary address that comes up on the host is named, with the remedy, and is the administrator's to take away.
+func TestTheHostHoldsAContainersAddress(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		c := h.running(0, mode, Policy{SNAT: true})
+		told := h.watch()
+		h.ip("addr add " + c.addr.String() + "/32 dev eth0")
+		if !told.within(time.Second) {
+			t.Error("Watch does not tell")
+		}
+		remedy := "ip addr del " + c.addr.String() + "/32 dev eth0"
+		for range 2 {
+			if wrong := strings.Join(h.broken(), "\n"); !strings.Contains(wrong, "eth0 holds its address too") || !strings.Contains(wrong, strings.Replace(remedy, "/32", "", 1)) {
+				t.Errorf("broken: %q", wrong)
+			}
+			if mended := h.reconcile(); len(mended) > 0 {
+				t.Errorf("mended %q", mended)
+			}
+		}
+		h.sh(remedy)
+		h.reconcile()
+		h.whole("when it was taken away")
+		if !c.try(ping(h.Primary)) {
+			t.Error("the container is cut off")
+		}
+	})
+}
+
+// A NIC that somebody puts into a bridge of theirs stays there. It is named, with words that cut nobody off, and
+// when it is back all is as it was.
+func TestTheNICIsTakenAtRunTime(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		c := h.running(0, mode, Policy{SNAT: true})
+		whole := h.kernelState()
+		told := h.watch()
+		h.ip("link add br0 type bridge", "link set eth0 master br0")
+		if !told.within(time.Second) {
+			t.Error("Watch does not tell")
+		}
+		if wrong := strings.Join(h.broken(), "\n"); !strings.Contains(wrong, "eth0 is in br0") || !strings.Contains(wrong, "Drain this VM and reboot") {
+			t.Errorf("broken: %q", wrong)
+		}
+		_ = h.Do(func() error { _, err := h.Reconcile(t.Context()); return err })
+		if !h.try("ip link show eth0 | grep -q 'master br0'") {
+			t.Error("eth0 was taken out of br0")
+		}
+		if _, err := h.ensure(h.spec(mode)); !errors.Is(err, ErrTaken) {
+			t.Errorf("ensure: %v", err)
+		}
+		h.ip("link set eth0 nomaster", "link del br0")
+		checkSame(t, "with the NIC back", whole, h.settled())
+		h.whole("with the NIC back")
+		if !c.try(ping(vnetsim.HostAgentAddr)) {
+			t.Error("the container is cut off")
+		}
+	})
+}
+
+// Watch tells of no container that comes to stand, and of nothing that happens to links and tables of others.
+func TestWatchKeepsQuiet(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		h.running(0, mode, Policy{SNAT: true}) // whose policy is new to the table
+		second := h.container(1)
+		h.sh("ip netns add other; ip link add docker9 type bridge; ip link set docker9 up; ip link add v9 type veth peer w9 netns other; ip link set v9 master docker9")
+		told := h.watch()
+		for name, do := range map[string]func(){
+			"a container":       func() { h.mustAttach(second.endpoint(mode, Policy{SNAT: true})) },
+			"another's address": func() { h.ip("addr add 192.0.2.11/32 dev docker9", "addr del 192.0.2.11/32 dev docker9") },
+			"another's port":    func() { h.sh("ip link set v9 up; bridge link set dev v9 learning off; ip link set v9 nomaster") },
+			"another's route":   func() { h.sh("ip route add 198.51.100.0/24 dev docker9; ip route del 198.51.100.0/24 dev docker9") },
+			"another's table":   func() { h.sh("nft add table ip other; nft add chain ip other x; nft delete table ip other") },
+			"a neighbour": func() {
+				h.sh("ip neigh add 10.240.0.99 lladdr 02:00:00:00:00:01 dev eth0; ip neigh del 10.240.0.99 dev eth0")
+			},
+			"another's sysctl": func() { h.sh("echo 1 >/proc/sys/net/ipv4/conf/v9/rp_filter") },
+			"another's fdb": func() {
+				h.sh("bridge fdb add 02:00:00:00:00:05 dev docker9 self local; bridge fdb del 02:00:00:00:00:05 dev docker9 self local")
+			},
+			"an element of ours": func() { h.sh("nft add element ip azure_vnet no_metadata { 192.0.2.9 }") },
+		} {
+			told.drain()
+			do()
+			if told.within(watchPause + 200*time.Millisecond) {
+				t.Errorf("%s: told", name)
+			}
+		}
+	})
 }
