@@ -29,6 +29,9 @@ func TestForeignRules(t *testing.T) {
 			"ufw":                (*cluster).expectNoWayIn,
 		} {
 			for _, with := range []struct{ iptables, call string }{{"iptables-nft", "0"}, {"iptables-nft", "1"}, {"iptables-legacy", "1"}} {
+				if with.iptables == "iptables-legacy" && name != "docker-27" && name != "hardened-image" {
+					continue // as iptables-nft does
+				}
 				t.Run(fmt.Sprintf("%s/%s call-iptables %s", name, with.iptables, with.call), func(t *testing.T) {
 					c.node1.run(with.iptables+"-restore", c.recorded("foreign/"+name+".iptables-save.txt"))
 					c.node1.sh("echo " + with.call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
