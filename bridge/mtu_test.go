@@ -35,9 +35,15 @@ func (c *checks) fits(from place, to netip.Addr, size, larger int) {
 	})
 }
 
+// transfers bounds how many megabytes are on their way at once, so that each of them is in time on a
+// machine that is busy.
+var transfers = make(chan struct{}, 4)
+
 // carries checks that a megabyte goes to the server and comes back.
 func (c *checks) carries(from place, to netip.Addr, port uint16) {
 	c.wait.Go(func() {
+		transfers <- struct{}{}
+		defer func() { <-transfers }()
 		if _, err := fetch(from, netip.AddrPortFrom(to, port), megabyte, 2*patience); err != nil {
 			c.t.Errorf("a megabyte from %s to %s:%d: %v", from.name, to, port, err)
 		}
