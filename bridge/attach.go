@@ -175,7 +175,7 @@ func (at *attach) decide(ctx context.Context) (ownRules bool, err error) {
 	if enough {
 		return at.settle(v)
 	}
-	if v, err = at.h.read(); err != nil {
+	if v, err = at.h.readEndpoints(); err != nil {
 		return false, err
 	}
 	ownRules, err = at.prepare(ctx, v, tables)
@@ -358,7 +358,7 @@ func (at *attach) addElements() error {
 		return nil
 	}
 	// An element that a killed process left for this address is in the way.
-	v, err := at.h.read()
+	v, err := at.h.readEndpoints()
 	if err != nil {
 		return err
 	}

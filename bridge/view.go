@@ -46,11 +46,10 @@ type endpoint struct {
 	link *netlink.LinkAttrs
 }
 
-// read reads the host. The caller holds the lock, unless it changes nothing and bears with
-// an endpoint that is half made.
-func (h *Host) read() (*view, error) {
-	v := &view{nics: map[string]netlink.Link{}}
-	var err error
+// readEndpoints reads what stands, and not how the host leads to it: state, links and addresses. The rest of the
+// view is empty.
+func (h *Host) readEndpoints() (v *view, err error) {
+	v = &view{nics: map[string]netlink.Link{}}
 	if v.state, err = h.state(); err != nil {
 		return nil, err
 	}
@@ -59,6 +58,16 @@ func (h *Host) read() (*view, error) {
 	}
 	if v.addrs, err = rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
 		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	return v, v.adopt()
+}
+
+// read reads the host. The caller holds the lock, unless it changes nothing and bears with
+// an endpoint that is half made.
+func (h *Host) read() (*view, error) {
+	v, err := h.readEndpoints()
+	if err != nil {
+		return nil, err
 	}
 	if v.routes, err = rtnl.ReadRoutes(ourProtocol); err != nil {
 		return nil, err
@@ -84,7 +93,7 @@ func (h *Host) read() (*view, error) {
 	if v.flags, err = rtnl.ReadPortFlags(); err != nil {
 		return nil, fmt.Errorf("list the bridges' ports: %w", err)
 	}
-	return v, v.adopt()
+	return v, nil
 }
 
 // adopt takes from the links what the state does not know: the file is lost sooner than
