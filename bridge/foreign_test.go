@@ -158,17 +158,34 @@ func TestForwardOfNft(t *testing.T) {
 	})
 }
 
-// A host whose FORWARD needs an accept and that lacks the program to write it gets no containers, and says
-// what it lacks.
+// A host whose FORWARD drops what nobody accepts, and that lacks the program to accept, gets no containers
+// and says what it lacks. Where FORWARD may pass them, containers are attached and status says it.
 func TestNoIPTables(t *testing.T) {
-	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
-	h := hosts[0]
-	h.sh("iptables-legacy -P FORWARD DROP")
-	t.Setenv("PATH", "") // of this process, in which the product looks for iptables
-	if _, err := h.ensure(h.spec(ModeBridge)); err == nil || !strings.Contains(err.Error(), "install the package iptables") {
-		t.Errorf("without iptables: %v, want the remedy", err)
+	for name, test := range map[string]struct {
+		rules   string
+		refused bool
+	}{
+		"policy drop":   {"iptables-nft -P FORWARD DROP", true},
+		"policy accept": {"iptables-nft -P FORWARD ACCEPT", false},
+		"legacy":        {"iptables-legacy -P FORWARD DROP", false}, // whose policy cannot be read without the program
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+			h := hosts[0]
+			h.sh(test.rules)
+			const remedy = "install the package iptables"
+			t.Setenv("PATH", "") // of this process, in which the product looks for iptables
+			_, err := h.ensure(h.spec(ModeBridge))
+			if refused := err != nil && strings.Contains(err.Error(), remedy); refused != test.refused || err != nil && !refused {
+				t.Errorf("without iptables: %v, want the remedy: %v", err, test.refused)
+			}
+			if wrong := h.broken(); !test.refused && (len(wrong) != 1 || !strings.Contains(wrong[0], remedy)) {
+				t.Errorf("without iptables: broken: %q, want the remedy", wrong)
+			}
+			t.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+			h.mustEnsure(h.spec(ModeBridge))
+			h.reconcile()
+			h.whole("with iptables")
+		})
 	}
-	t.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-	h.mustEnsure(h.spec(ModeBridge))
-	h.whole("with iptables")
 }
