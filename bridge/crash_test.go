@@ -256,7 +256,7 @@ func TestHalfPreparedIsFinished(t *testing.T) {
 		}
 		nothing := h.kernelState()
 		ensureSteps := h.steps(func() { h.mustEnsure(h.spec(mode)) })
-		mustPass(t, ensureSteps, "ask", "mend: ipv4.ip_forward is not 1", "mend: the nft table ip azure_vnet is gone")
+		mustPass(t, ensureSteps, "ask", "mend: net.ipv4.ip_forward is not 1", "mend: the nft table ip azure_vnet is gone")
 		if mode == ModeBridge {
 			mustPass(t, ensureSteps, "mend: azure0 is gone", "bridge", "bridge alias", "bridge MTU", "bridge sysctls", "bridge up")
 		}

@@ -93,7 +93,7 @@ func (h *Host) sysctlFault(s sysctl) []fault {
 	if is := h.readSysctl(s.name); is == "" || is == s.value {
 		return nil
 	}
-	return []fault{{what: fmt.Sprintf("%s is not %s", strings.ReplaceAll(s.name, "/", "."), s.value), mend: func() error { return h.setSysctl(s) }}}
+	return []fault{{what: fmt.Sprintf("net.%s is not %s", strings.ReplaceAll(s.name, "/", "."), s.value), mend: func() error { return h.setSysctl(s) }}}
 }
 
 // linkSysctls are the settings of a link that leads to containers. It answers ARP in Azure's

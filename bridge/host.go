@@ -81,7 +81,7 @@ func (h *Host) setSysctl(s sysctl) error {
 		return nil
 	}
 	if err := os.WriteFile(filepath.Join(h.cfg.Sysctl, s.name), []byte(s.value), 0); err != nil {
-		return fmt.Errorf("set %s to %s: %w", strings.ReplaceAll(s.name, "/", "."), s.value, err)
+		return fmt.Errorf("set net.%s to %s: %w", strings.ReplaceAll(s.name, "/", "."), s.value, err)
 	}
 	return nil
 }
