@@ -70,7 +70,7 @@ func TestReadmeTryIt(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"container client on vm2", "plain VM vm3", "its own host vm1", "the internet, by SNAT", "fabric violations: 0"} {
+	for _, want := range []string{"container client on vm2", "mode bridge", "mode transparent", "plain VM vm3", "its own host vm1", "the internet, by SNAT", "fabric violations: 0"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("the demo does not say %q:\n%s", want, out)
 		}

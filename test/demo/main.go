@@ -90,7 +90,8 @@ func (d *demo) boot(context.Context) (err error) {
 	return nil
 }
 
-// install starts an engine on vm1 and vm2 and gives it the plugin and a network.
+// install starts an engine on vm1 and vm2 and gives it the plugin and a network. vm1
+// has one of each mode.
 func (d *demo) install(ctx context.Context) error {
 	for _, vm := range d.vm[:2] {
 		say("%s: dockerd, and docker plugin create %s", vm.Name, plugin)
@@ -108,45 +109,58 @@ func (d *demo) install(ctx context.Context) error {
 				return err
 			}
 		}
-		if err := show(ctx, vm, "network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", d.vnet.Subnet.String(), "azure"); err != nil {
+		create := []string{"network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", d.vnet.Subnet.String()}
+		if err := show(ctx, vm, append(create, "azure")...); err != nil {
+			return err
+		}
+		if vm != d.vm[0] {
+			continue
+		}
+		if err := show(ctx, vm, append(create, "-o", "mode=transparent", "alone")...); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// containers runs a web server on vm1 and a client on vm2.
+// containers runs a web server on each network of vm1, and a client on vm2.
 func (d *demo) containers(ctx context.Context) error {
-	page := "echo a container with an address of the VNet > /index.html; exec httpd -f -p 80"
-	if err := show(ctx, d.vm[0], "run", "-d", "--name", "web", "--network", "azure", "busybox", "sh", "-c", page); err != nil {
-		return err
+	for _, c := range []struct{ name, network string }{{"web", "azure"}, {"lone", "alone"}} {
+		page := "echo container " + c.name + ", with an address of the VNet > /index.html; exec httpd -f -p 80"
+		if err := show(ctx, d.vm[0], "run", "-d", "--name", c.name, "--network", c.network, "busybox", "sh", "-c", page); err != nil {
+			return err
+		}
 	}
 	return show(ctx, d.vm[1], "run", "-d", "--name", "client", "--network", "azure", "busybox", "sleep", "3600")
 }
 
-// reach fetches the page from everywhere, and the internet from a container.
+// reach fetches the pages from everywhere, and the internet from a container.
 func (d *demo) reach(ctx context.Context) error {
-	web, err := address(ctx, d.vm[0], "web")
-	if err != nil {
-		return err
+	at := map[string]string{}
+	for name, vm := range map[string]*vnetsim.VM{"web": d.vm[0], "lone": d.vm[0], "client": d.vm[1]} {
+		var err error
+		if at[name], err = address(ctx, vm, name); err != nil {
+			return err
+		}
 	}
-	client, err := address(ctx, d.vm[1], "client")
-	if err != nil {
-		return err
-	}
-	url := "http://" + web + "/"
+	web, lone, client := at["web"], at["lone"], at["client"]
+	url, loneURL := "http://"+web+"/", "http://"+lone+"/"
 	fetch := []string{"busybox", "timeout", "10", "busybox", "wget", "-q", "-O", "-"}
-	inClient := append([]string{"docker", "exec", "client"}, fetch...)
+	in := func(name string) []string { return append([]string{"docker", "exec", name}, fetch...) }
 	for _, f := range []struct {
 		who, address string
 		vm           *vnetsim.VM
 		command      []string
 		url, whom    string
 	}{
-		{"container client on vm2", client, d.vm[1], inClient, url, "container web on vm1"},
-		{"plain VM vm3", d.vm[2].Primary.String(), d.vm[2], fetch, url, "container web on vm1"},
-		{"its own host vm1", d.vm[0].Primary.String(), d.vm[0], fetch, url, "container web on vm1"},
-		{"container client on vm2", client, d.vm[1], inClient, "http://" + vnetsim.InternetAddr.String() + "/", "the internet, by SNAT"},
+		{"container client on vm2", client, d.vm[1], in("client"), url, "web on vm1, mode bridge"},
+		{"container client on vm2", client, d.vm[1], in("client"), loneURL, "lone on vm1, mode transparent"},
+		{"container lone on vm1", lone, d.vm[0], in("lone"), url, "web on vm1"},
+		{"plain VM vm3", d.vm[2].Primary.String(), d.vm[2], fetch, url, "web on vm1"},
+		{"plain VM vm3", d.vm[2].Primary.String(), d.vm[2], fetch, loneURL, "lone on vm1"},
+		{"its own host vm1", d.vm[0].Primary.String(), d.vm[0], fetch, url, "web on vm1"},
+		{"container client on vm2", client, d.vm[1], in("client"), "http://" + vnetsim.InternetAddr.String() + "/", "the internet, by SNAT"},
+		{"container lone on vm1", lone, d.vm[0], in("lone"), "http://" + vnetsim.InternetAddr.String() + "/", "the internet, by SNAT"},
 	} {
 		out, err := f.vm.Run(ctx, f.command[0], append(f.command[1:], f.url)...)
 		if err != nil {
