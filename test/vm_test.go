@@ -157,10 +157,16 @@ func (h host) startEngine(arg ...string) {
 // withPlugin starts a dockerd with the plugin enabled; settings are KEY=value.
 func (h host) withPlugin(settings ...string) {
 	h.t.Helper()
+	h.withEngine()
+	h.enablePlugin(settings...)
+}
+
+// enablePlugin gives the plugin to the engine.
+func (h host) enablePlugin(settings ...string) {
+	h.t.Helper()
 	if err := built(); err != nil {
 		h.t.Fatal(err)
 	}
-	h.withEngine()
 	h.docker("plugin", "create", plugin, filepath.Join(top, "build", "plugin"))
 	if len(settings) > 0 {
 		h.docker(append([]string{"plugin", "set", plugin}, settings...)...)
@@ -226,17 +232,41 @@ func (h host) state() state {
 // veth is a name of one of ours, or of its peer.
 var veth = regexp.MustCompile(`az[vc][0-9a-f]{11}`)
 
-// empty says that no lease, veth and map element is left.
+// empty says that no lease and no link is left, nor anything that the kernel held
+// for a container.
 func (h host) empty() {
 	h.t.Helper()
 	if s := h.state(); len(s.Leases)+len(s.Attachments) > 0 {
 		h.t.Errorf("%s still holds %+v", h.Name, s)
 	}
-	if links := h.must("ip", "-o", "link"); veth.MatchString(links) {
-		h.t.Errorf("%s still has veths:\n%s", h.Name, links)
+	h.forgotten()
+}
+
+// ofContainers lists what azure-vnet keeps in the kernel for containers: 168 is the
+// protocol number of its routes and neighbour entries.
+const ofContainers = `ip -o link
+for family in bridge arp ip; do nft list table $family azure_vnet 2>/dev/null; done
+ip route show table all proto 168
+ip neigh show nud permanent proto 168
+ip -d rule | grep "proto 168" || true`
+
+var anAddress = regexp.MustCompile(`\d+\.\d+\.\d+\.\d+`)
+
+// forgotten says that the kernel holds no link, and no entry of a table, a set, a map or
+// a rule, for a container of a NIC of this VM.
+func (h host) forgotten() {
+	h.t.Helper()
+	out := h.must("sh", "-c", ofContainers)
+	if found := veth.FindAllString(out, -1); len(found) > 0 {
+		h.t.Errorf("%s still has %s:\n%s", h.Name, slices.Compact(found), out)
 	}
-	if table := h.must("nft", "list", "table", "bridge", "azure_vnet"); veth.MatchString(table) || strings.Contains(table, "02:42:") {
-		h.t.Errorf("%s still has map elements:\n%s", h.Name, table)
+	for _, nic := range h.NICs() {
+		for _, found := range anAddress.FindAllString(out, -1) {
+			if addr, err := netip.ParseAddr(found); err == nil && slices.Contains(nic.Secondaries, addr) {
+				h.t.Errorf("%s still has something of %s:\n%s", h.Name, addr, out)
+				return
+			}
+		}
 	}
 }
 
@@ -280,8 +310,9 @@ func eventually(t *testing.T, what string, within time.Duration, ok func() bool)
 	}
 }
 
-// clean says that the fabric dropped nothing.
-func clean(t *testing.T, vnet *vnetsim.VNet) {
+// clean says that the fabric dropped nothing, and that it carried something from each
+// of the addresses.
+func clean(t *testing.T, vnet *vnetsim.VNet, used ...netip.Addr) {
 	t.Helper()
 	v, err := vnet.Violations()
 	if err != nil {
@@ -289,5 +320,14 @@ func clean(t *testing.T, vnet *vnetsim.VNet) {
 	}
 	if len(v) > 0 {
 		t.Errorf("the fabric dropped frames that break Azure's rules: %v", v)
+	}
+	accepted, err := vnet.Accepted()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, addr := range used {
+		if accepted[addr] == 0 {
+			t.Errorf("the fabric carried nothing from %s: its rules were not tried", addr)
+		}
 	}
 }
