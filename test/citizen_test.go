@@ -59,25 +59,28 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 	vm2.withPlugin()
 	vm1.network("azure")
 	vm1.network("bare", "snat=off")
+	vm1.network("alone", "mode=transparent")
 	vm2.network("azure")
 	servers := []place{
 		inContainer(vm1, "a1", vm1.container("azure", "a1", server)),
 		inContainer(vm1, "a2", vm1.container("azure", "a2", server)),
 		inContainer(vm1, "b1", vm1.container("bare", "b1", server)),
 		inContainer(vm2, "a3", vm2.container("azure", "a3", server)),
+		inContainer(vm1, "t1", vm1.container("alone", "t1", server)),
 	}
 	everywhere := append([]place{onHost(vm1), onHost(vm2), onHost(plain)}, servers...)
-	a1, b1 := servers[0], servers[2]
+	a1, b1, t1 := servers[0], servers[2], servers[4]
+	var used []netip.Addr
+	for _, s := range servers {
+		used = append(used, s.addr)
+	}
 
-	t.Run("everyone reaches every container, and is seen with his own address", func(t *testing.T) {
+	t.Run("everyone reaches every container, and is seen with their own address", func(t *testing.T) {
 		for _, from := range everywhere {
 			for _, to := range servers {
-				if _, err := from.try("ping", "-c", "1", "-W", "3", to.addr.String()); err != nil {
-					t.Errorf("%s does not ping %s: %v", from.name, to.name, err)
-				}
-				got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to.addr))...)
+				got, err := from.try("sh", "-c", fmt.Sprintf("ping -q -c 1 -W 3 %[1]s >/dev/null || echo no ping; timeout 5 busybox wget -q -O - http://%[1]s/cgi-bin/who", to.addr))
 				if err != nil || got != from.addr.String() {
-					t.Errorf("%s fetches from %s and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
+					t.Errorf("%s pings %s, fetches from it and is seen as %q, want %s: %v", from.name, to.name, got, from.addr, err)
 				}
 			}
 		}
@@ -89,11 +92,16 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 	})
 	t.Run("jumbo frames pass whole, and udev has no MAC to change", func(t *testing.T) {
 		const fragments = "awk '/^Ip: [0-9]/{print $20}' /proc/net/snmp" // FragCreates
-		if out, err := a1.try("sh", "-c", "cat /sys/class/net/eth0/mtu; "+fragments+"; ping -c 1 -W 3 -s 8972 "+servers[3].addr.String()+" >/dev/null && "+fragments); err != nil || out != "9000\n0\n0" {
-			t.Errorf("MTU, fragments before and after a large packet:\n%s %v", out, err)
+		for _, from := range []place{a1, t1} {
+			if out, err := from.try("sh", "-c", "cat /sys/class/net/eth0/mtu; "+fragments+"; ping -c 1 -W 3 -s 8972 "+servers[3].addr.String()+" >/dev/null && "+fragments); err != nil || out != "9000\n0\n0" {
+				t.Errorf("%s: MTU, fragments before and after a large packet:\n%s %v", from.name, out, err)
+			}
 		}
 		// NET_ADDR_SET: given, and neither random nor stolen.
-		kinds := []string{a1.on.must("sh", "-c", "cat /sys/class/net/azv*/addr_assign_type"), a1.on.docker("exec", "a1", "cat", "/sys/class/net/eth0/addr_assign_type")}
+		kinds := []string{a1.on.must("sh", "-c", "cat /sys/class/net/azv*/addr_assign_type")}
+		for _, c := range []string{"a1", "t1"} {
+			kinds = append(kinds, a1.on.docker("exec", c, "cat", "/sys/class/net/eth0/addr_assign_type"))
+		}
 		for _, kind := range strings.Fields(strings.Join(kinds, " ")) {
 			if kind != "3" {
 				t.Errorf("the MACs of veths are of kinds %q, want 3 alone", kinds)
@@ -111,8 +119,10 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 	})
 	t.Run("the internet is reached with snat=on and not with snat=off", func(t *testing.T) {
 		url := "http://" + vnetsim.InternetAddr.String() + "/"
-		if got, err := a1.try(fetch(url)...); err != nil || got != vm1.Public.String() {
-			t.Errorf("with snat=on the internet sees %q, want %s: %v", got, vm1.Public, err)
+		for _, from := range []place{a1, t1} {
+			if got, err := from.try(fetch(url)...); err != nil || got != vm1.Public.String() {
+				t.Errorf("with snat=on the internet sees %s as %q, want %s: %v", from.name, got, vm1.Public, err)
+			}
 		}
 		if got, err := b1.try(fetch(url)...); err == nil {
 			t.Errorf("with snat=off the internet answers %q", got)
@@ -123,20 +133,24 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 		if got, err := vm1.try("busybox", fetch(url)...); err != nil || !strings.Contains(got, "<Interfaces>") {
 			t.Errorf("the host gets %q: %v", got, err)
 		}
-		for _, from := range []place{a1, b1} {
+		for _, from := range []place{a1, b1, t1} {
 			if got, err := from.try(fetch(url)...); err == nil {
 				t.Errorf("%s gets %.80q", from.name, got)
 			}
 		}
-		if _, err := a1.try("nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err != nil {
-			t.Errorf("DNS of the host agent: %v", err)
+		for _, from := range []place{a1, t1} {
+			if _, err := from.try("nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err != nil {
+				t.Errorf("%s asks the host agent's DNS: %v", from.name, err)
+			}
 		}
 	})
 	t.Run("IMDS answers with snat=on, unless the host forbids it", func(t *testing.T) {
 		h := vm1.in(t)
 		url := []string{"timeout", "5", "busybox", "wget", "-q", "-O", "-", "--header", "Metadata: true", "http://169.254.169.254/metadata/instance/network?api-version=2021-02-01"}
-		if got, err := a1.try(url...); err != nil || !strings.Contains(got, "interface") {
-			t.Errorf("a1 gets %q: %v", got, err)
+		for _, from := range []place{a1, t1} {
+			if got, err := from.try(url...); err != nil || !strings.Contains(got, "interface") {
+				t.Errorf("%s gets %q: %v", from.name, got, err)
+			}
 		}
 		if got, err := b1.try(url...); err == nil {
 			t.Errorf("b1, without SNAT, gets %q", got)
@@ -149,6 +163,7 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 		h.must("sh", "-c", "iptables -D "+forbid)
 	})
 	t.Run("containers find each other by name", func(t *testing.T) {
+		// Docker's names are those of one network.
 		if got, err := a1.try(fetch("http://a2/cgi-bin/who")...); err != nil || got != a1.addr.String() {
 			t.Errorf("a2 sees %q, want %s: %v", got, a1.addr, err)
 		}
@@ -182,7 +197,7 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 			})
 		}
 		all.Wait()
-		clean(t, vnet)
+		clean(t, vnet, used...)
 	})
 	t.Run("what is sent to a container that was just removed stays on the VM", func(t *testing.T) {
 		h := vm1.in(t)
@@ -199,22 +214,28 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 	})
 	t.Run("nobody takes another's address or MAC", func(t *testing.T) {
 		h := vm1.in(t)
-		thief := h.container("azure", "thief", "sleep 1000", "--cap-add", "NET_ADMIN")
-		steal := inContainer(h, "thief", thief)
-		for _, theft := range []string{
-			"ip addr add " + servers[1].addr.String() + "/32 dev eth0; ping -c 2 -W 1 -I " + servers[1].addr.String() + " " + plain.Primary.String(),
-			"ip addr add 10.240.99.99/32 dev eth0; ping -c 2 -W 1 -I 10.240.99.99 " + plain.Primary.String(),
-			"ip link set eth0 address 02:de:ad:be:ef:00 && ping -c 2 -W 1 " + plain.Primary.String(),
-		} {
-			if out, err := steal.try("sh", "-c", theft); err == nil {
-				t.Errorf("%s: it is answered: %s", theft, out)
+		for _, network := range []string{"azure", "alone"} {
+			name := "thief-" + network
+			steal := inContainer(h, name, h.container(network, name, "sleep 1000", "--cap-add", "NET_ADMIN"))
+			if _, err := steal.try("ping", "-c", "1", "-W", "3", plain.Primary.String()); err != nil {
+				t.Errorf("%s, while it is honest, reaches nobody: %v", name, err)
 			}
-		}
-		if got, err := onHost(plain).try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", servers[1].addr))...); err != nil || got != plain.Primary.String() {
-			t.Errorf("the victim is not reached any more: %q %v", got, err)
+			for _, theft := range []string{
+				"ip addr add " + servers[1].addr.String() + "/32 dev eth0; ping -c 2 -W 1 -I " + servers[1].addr.String() + " " + plain.Primary.String(),
+				"ip addr add 10.240.99.99/32 dev eth0; ping -c 2 -W 1 -I 10.240.99.99 " + plain.Primary.String(),
+				"ip link set eth0 address 02:de:ad:be:ef:00 && ping -c 2 -W 1 " + plain.Primary.String(),
+			} {
+				if out, err := steal.try("sh", "-c", theft); err == nil {
+					t.Errorf("%s: %s: it is answered: %s", name, theft, out)
+				}
+			}
+			if got, err := onHost(plain).try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", servers[1].addr))...); err != nil || got != plain.Primary.String() {
+				t.Errorf("after %s the victim is not reached any more: %q %v", name, got, err)
+			}
+			h.docker("rm", "-f", name)
 		}
 	})
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }
 
 func TestAContainersLife(t *testing.T) {
@@ -222,25 +243,31 @@ func TestAContainersLife(t *testing.T) {
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin()
 	h.network("azure")
+	h.network("alone", "mode=transparent")
+	var used []netip.Addr
 	reached := func(t *testing.T, name string) {
 		t.Helper()
-		if _, err := plain.try("ping", "-c", "1", "-W", "3", h.in(t).address(name).String()); err != nil {
+		addr := h.in(t).address(name)
+		used = append(used, addr)
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 			t.Errorf("%s is not reached: %v", name, err)
 		}
 	}
-	t.Run("run, restart, stop, start, rm", func(t *testing.T) {
-		h := h.in(t)
-		h.container("azure", "one", "sleep 1000")
-		reached(t, "one")
-		h.docker("restart", "-t", "0", "one")
-		reached(t, "one")
-		h.docker("stop", "-t", "0", "one")
-		h.empty()
-		h.docker("start", "one")
-		reached(t, "one")
-		h.docker("rm", "-f", "one")
-		h.empty()
-	})
+	for _, network := range []string{"azure", "alone"} {
+		t.Run("run, restart, stop, start, rm: "+network, func(t *testing.T) {
+			h := h.in(t)
+			h.container(network, "one", "sleep 1000")
+			reached(t, "one")
+			h.docker("restart", "-t", "0", "one")
+			reached(t, "one")
+			h.docker("stop", "-t", "0", "one")
+			h.empty()
+			h.docker("start", "one")
+			reached(t, "one")
+			h.docker("rm", "-f", "one")
+			h.empty()
+		})
+	}
 	t.Run("connect and disconnect", func(t *testing.T) {
 		h := h.in(t)
 		h.docker("run", "-d", "--init", "--name", "two", "busybox", "sleep", "1000")
@@ -260,7 +287,7 @@ func TestAContainersLife(t *testing.T) {
 		for i := range names {
 			names[i] = fmt.Sprintf("c%d", i)
 			go func() {
-				_, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", names[i], "busybox", "sleep", "1000")
+				_, err := h.try(client, "run", "-d", "--init", "--network", []string{"azure", "alone"}[i%2], "--name", names[i], "busybox", "sleep", "1000")
 				failed <- err
 			}()
 		}
@@ -283,7 +310,7 @@ func TestAContainersLife(t *testing.T) {
 	})
 	t.Run("the last network gone, the host has everything back", func(t *testing.T) {
 		h := h.in(t)
-		h.docker("network", "rm", "azure")
+		h.docker("network", "rm", "azure", "alone")
 		h.docker("plugin", "disable", plugin)
 		start := time.Now()
 		h.must(top+"/build/azure-vnet-plugin", "uninstall")
@@ -295,5 +322,5 @@ func TestAContainersLife(t *testing.T) {
 			t.Errorf("the host is not reached: %v", err)
 		}
 	})
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

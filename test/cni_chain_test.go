@@ -4,6 +4,7 @@ package test
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -47,10 +48,12 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 	ports := map[string]any{"portMappings": []map[string]any{ // as containerd spells them
 		{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}}}
 	own := n.list("1.1.0", "azure", azure(`"capabilities":{"portMappings":true}`))
+	alone := n.list("1.1.0", "alone", azure(`"mode":"transparent"`, `"capabilities":{"portMappings":true}`))
+	used := []netip.Addr{elsewhere, n.Primary}
 	for _, way := range []struct {
 		name string
 		list *libcni.NetworkConfigList
-	}{{"our own ports", own}, {"the documented configuration, with a chained portmap", chain}} {
+	}{{"our own ports", own}, {"our own ports, without a bridge", alone}, {"the documented configuration, with a chained portmap", chain}} {
 		t.Run(way.name, func(t *testing.T) {
 			n := n.in(t)
 			rt := n.pod("web")
@@ -70,14 +73,14 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 			if failed := reached(); len(failed) > 0 {
 				t.Errorf("not reached from:\n%s", strings.Join(failed, "\n"))
 			}
-			if way.list == own {
-				if err := n.cni.CheckNetworkList(t.Context(), own, rt); err != nil {
+			if way.list != chain {
+				if err := n.cni.CheckNetworkList(t.Context(), way.list, rt); err != nil {
 					t.Error(err)
 				}
 				rival := n.pod("rival")
 				rival.CapabilityArgs = ports
 				before := n.holds()
-				if _, _, err := n.tryAdd(own, rival); err == nil || !strings.Contains(err.Error(), "8080") {
+				if _, _, err := n.tryAdd(way.list, rival); err == nil || !strings.Contains(err.Error(), "8080") {
 					t.Errorf("a port that is taken: %v", err)
 				}
 				if after := n.holds(); len(after.Leases) != len(before.Leases) || len(after.Attachments) != len(before.Attachments) {
@@ -92,27 +95,30 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 			n.must("sh", "-c", "ip netns pids web | xargs -r kill; ip netns del web; ip netns del here")
 		})
 	}
-	t.Run("bandwidth and tuning in the chain", func(t *testing.T) {
-		n := n.in(t)
-		l := n.list("1.1.0", "azure", azure(), `{"type":"tuning","sysctl":{"net.ipv4.ip_unprivileged_port_start":"80"}}`,
-			`{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
-		rt := n.pod("slow")
-		rt.CapabilityArgs = map[string]any{"bandwidth": map[string]any{"egressRate": 8000000, "egressBurst": 8000000}}
-		addr, _, err := n.tryAdd(l, rt)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
-			t.Errorf("not reached: %v", err)
-		}
-		if err := n.cni.CheckNetworkList(t.Context(), l, rt); err != nil {
-			t.Error(err)
-		}
-		if shaped := n.must("tc", "qdisc"); !strings.Contains(shaped, "tbf") || !strings.Contains(shaped, "rate 8Mbit") {
-			t.Errorf("nothing is shaped: %s", shaped)
-		}
-		n.del(l, rt)
-		n.bare()
-	})
-	clean(t, vnet)
+	for _, mode := range []string{"bridge", "transparent"} {
+		t.Run("bandwidth and tuning in the chain, mode "+mode, func(t *testing.T) {
+			n := n.in(t)
+			l := n.list("1.1.0", "azure", azure(`"mode":"`+mode+`"`), `{"type":"tuning","sysctl":{"net.ipv4.ip_unprivileged_port_start":"80"}}`,
+				`{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
+			rt := n.pod("slow-" + mode)
+			rt.CapabilityArgs = map[string]any{"bandwidth": map[string]any{"egressRate": 8000000, "egressBurst": 8000000}}
+			addr, _, err := n.tryAdd(l, rt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			used = append(used, addr)
+			if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+				t.Errorf("not reached: %v", err)
+			}
+			if err := n.cni.CheckNetworkList(t.Context(), l, rt); err != nil {
+				t.Error(err)
+			}
+			if shaped := n.must("tc", "qdisc"); !strings.Contains(shaped, "tbf") || !strings.Contains(shaped, "rate 8Mbit") {
+				t.Errorf("nothing is shaped: %s", shaped)
+			}
+			n.del(l, rt)
+			n.bare()
+		})
+	}
+	clean(t, vnet, used...)
 }

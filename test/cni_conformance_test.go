@@ -417,6 +417,7 @@ func TestConformance(t *testing.T) {
 	ptp[second] = "its route to the gateway is there already, where both are in one subnet"
 	subjects := []subject{
 		{name: "azure-vnet", conf: `{"type":"azure-vnet",` + azureIPAM + `}`},
+		{name: "azure-vnet without a bridge", conf: `{"type":"azure-vnet","mode":"transparent",` + azureIPAM + `}`},
 		{name: "azure-vnet over host-local", conf: `{"type":"azure-vnet",` + local + `}`, deviates: overLocal},
 		{name: "bridge over azure-vnet-ipam", conf: `{"type":"bridge","bridge":"cni0",` + azureIPAM + `}`, deviates: reference},
 		{name: "ptp over azure-vnet-ipam", conf: `{"type":"ptp",` + azureIPAM + `}`, deviates: ptp},

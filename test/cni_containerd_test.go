@@ -234,6 +234,7 @@ func TestContainerdRunsPods(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{})
 	one, two := onNode(vms[0]).withContainerd(documented), onNode(vms[1]).withContainerd(documented)
 	plain := onHost(vms[2])
+	var used []netip.Addr
 	for _, with := range []struct{ name, conflist string }{{"the documented configuration", documented}, {"the shipped one", string(shipped(t).Bytes)}} {
 		t.Run(with.name, func(t *testing.T) {
 			one, two := kubelet{one.node.in(t), one.cri}, kubelet{two.node.in(t), two.cri}
@@ -242,6 +243,7 @@ func TestContainerdRunsPods(t *testing.T) {
 			eventually(t, "the nodes are ready", 20*time.Second, func() bool { return one.ready() && two.ready() })
 			idA, a := one.run("a", 8080)
 			idB, b := two.run("b", 0)
+			used = append(used, a, b)
 			podA, podB := one.inner("a", idA, a), two.inner("b", idB, b)
 			for _, from := range []place{podA, podB, onHost(vms[0]), onHost(vms[1]), plain} {
 				for _, to := range []place{podA, podB} {
@@ -289,5 +291,5 @@ func TestContainerdRunsPods(t *testing.T) {
 			}
 		})
 	}
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

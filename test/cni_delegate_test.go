@@ -137,6 +137,7 @@ func TestAnotherIPAMIsAskedAsTheRuntimeAsksUs(t *testing.T) {
 		n.must("ip", "-n", "pod", "link", "del", "eth0")
 		n.bare()
 	})
+	used := []netip.Addr{addr}
 	t.Run("host-local", func(t *testing.T) {
 		n := n.in(t)
 		local := fmt.Sprintf(`{"type":"azure-vnet","ipam":{"type":"host-local","dataDir":"/run/nets","ranges":[[{"subnet":"10.240.0.0/16","rangeStart":%q,"rangeEnd":%q}]]}}`, n.Secondaries()[0], n.Secondaries()[1])
@@ -146,6 +147,7 @@ func TestAnotherIPAMIsAskedAsTheRuntimeAsksUs(t *testing.T) {
 			addr, _ := n.add(l, n.pod(id))
 			addrs = append(addrs, addr)
 		}
+		used = append(used, addrs...)
 		for i, id := range []string{"l1", "l2"} {
 			if _, err := plain.try("ping", "-c", "1", "-W", "3", addrs[i].String()); err != nil {
 				t.Errorf("%s is not reached: %v", id, err)
@@ -168,5 +170,5 @@ func TestAnotherIPAMIsAskedAsTheRuntimeAsksUs(t *testing.T) {
 		}
 		n.bare()
 	})
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

@@ -5,11 +5,13 @@ package test
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,7 +27,7 @@ var tomorrow = map[string][2]string{
 	"pool/state.go":   {"type record struct {\n\tLease\n", "type record struct {\n\tLease\n\tZone string `json:\"zone\"`\n"},
 	"pool/lease.go":   {"record{Lease: l}", "record{Lease: l, Zone: \"z1\"}"},
 	"bridge/state.go": {"type hostState struct {\n", "type hostState struct {\n\tZone string `json:\"zone,omitempty\"`\n"},
-	"bridge/lock.go":  {"func (h *Host) lockShared(ctx context.Context, who string) (unlock func(), err error) {\n", "func (h *Host) lockShared(ctx context.Context, who string) (unlock func(), err error) {\n\th.updateState(ctx, who, func(s *hostState) error { s.Zone = \"z1\"; return nil })\n"},
+	"bridge/host.go":  {"\treturn unlock, nil\n", "\th.updateState(ctx, who, func(s *hostState) error { s.Zone = \"z1\"; return nil })\n\treturn unlock, nil\n"},
 	"bridge/alias.go": {`" net=" + a.policy`, `" zone=z1 net=" + a.policy`},
 }
 
@@ -84,6 +86,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	n := later
 	h.network("azure")
 	l := n.list("1.1.0", "azure", azure())
+	lists := []*libcni.NetworkConfigList{l, n.list("1.1.0", "azure", azure(`"mode":"transparent"`))}
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 
@@ -113,7 +116,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	}
 	for side := range cniSides {
 		all.Go(func() {
-			n := releases[side%2]
+			n, l := releases[side%2], lists[side%2]
 			dice := rand.New(rand.NewPCG(seed, uint64(100+side)))
 			has := map[string]netip.Addr{}
 			for range cniOps {
@@ -173,6 +176,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	if pods != left || len(file.Leases) != left {
 		t.Errorf("%d leases, %d of pods, and %d pods stand", len(file.Leases), pods, left)
 	}
+	used := slices.Collect(maps.Keys(who.by))
 	for addr, name := range who.by {
 		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 			t.Errorf("%s is not reached at %s: %v", name, addr, err)
@@ -183,7 +187,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 		t.Error("today's plugin lost what tomorrow's wrote in host.json")
 	}
 	n.bare()
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }
 
 // dockerSide is somebody who runs, ends, connects and disconnects containers.

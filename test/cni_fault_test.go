@@ -264,5 +264,5 @@ func TestADDWhateverBecameOfItsState(t *testing.T) {
 	})
 	n.del(l, &libcni.RuntimeConf{ContainerID: "keeper", IfName: "eth0"})
 	n.bare()
-	clean(t, vnet)
+	clean(t, vnet, kept)
 }

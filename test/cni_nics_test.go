@@ -46,25 +46,33 @@ func TestPodsUseTheNICTheyAreOf(t *testing.T) {
 	addr, _ = n.add(l2, n.pod("p2"))
 	n.serve("p2")
 	p2 := inPod(n, "p2", addr)
+	l3 := n.list("1.1.0", "third", azure(`"master":"eth1"`, `"mode":"transparent"`))
+	addr, _ = n.add(l3, n.pod("p3"))
+	n.serve("p3")
+	p3 := inPod(n, "p3", addr)
 	t.Run("both have one", func(t *testing.T) {
-		if !second.Contains(p2.addr) {
-			t.Errorf("p2 has %s", p2.addr)
+		for _, pod := range []place{p2, p3} {
+			if !second.Contains(pod.addr) {
+				t.Errorf("%s has %s", pod.name, pod.addr)
+			}
+			seen(t, pod, other.addr, pod.addr)
+			seen(t, other, pod.addr, other.addr)
+			seen(t, p1, pod.addr, p1.addr)
+			seen(t, pod, p1.addr, pod.addr)
+			seen(t, pod, plain.addr, pod.addr)
+			if got := asSeen(pod); got != eth1.Primary.String() {
+				t.Errorf("the internet sees %s as %q, want %s", pod.name, got, eth1.Primary)
+			}
+			probed(t, vnet, pod.addr)
 		}
-		seen(t, p2, other.addr, p2.addr)
-		seen(t, other, p2.addr, other.addr)
-		seen(t, p1, p2.addr, p1.addr)
-		seen(t, p2, p1.addr, p2.addr)
-		seen(t, p2, plain.addr, p2.addr)
-		if got := asSeen(p2); got != eth1.Primary.String() {
-			t.Errorf("the internet sees %q, want %s", got, eth1.Primary)
-		}
+		seen(t, p2, p3.addr, p2.addr)
+		seen(t, p3, p2.addr, p3.addr)
 		probed(t, vnet, p1.addr)
-		probed(t, vnet, p2.addr)
 	})
-	clean(t, vnet)
+	clean(t, vnet, p1.addr, p2.addr, p3.addr)
 	t.Run("a bridge that is another NIC's is a wrong configuration", func(t *testing.T) {
 		n := n.in(t)
-		rt := n.pod("p3")
+		rt := n.pod("p4")
 		for _, c := range []struct{ master, bridge string }{{"eth1", "azure0"}, {"eth0", "azure7"}} {
 			l := n.list("1.1.0", "third", azure(fmt.Sprintf(`"master":%q,"bridge":%q`, c.master, c.bridge)))
 			if _, _, err := n.tryAdd(l, rt); !says(err, 7, c.bridge) {
@@ -74,6 +82,7 @@ func TestPodsUseTheNICTheyAreOf(t *testing.T) {
 	})
 	n.del(first, &libcni.RuntimeConf{ContainerID: "p1", IfName: "eth0"})
 	n.del(l2, &libcni.RuntimeConf{ContainerID: "p2", IfName: "eth0"})
+	n.del(l3, &libcni.RuntimeConf{ContainerID: "p3", IfName: "eth0"})
 	n.bare()
 }
 
@@ -92,23 +101,25 @@ func TestSNATAndDirectOfPods(t *testing.T) {
 		{"direct to none of these", `"direct":["192.0.2.0/24"]`, func(netip.Addr) string { return n.Primary.String() }, func(netip.Addr) string { return n.Public.String() }},
 		{"direct to the internet", fmt.Sprintf(`"direct":["%s/32","10.0.0.0/8"]`, vnetsim.InternetAddr), netip.Addr.String, func(netip.Addr) string { return "" }},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			n := n.in(t)
-			keys := []string{}
-			if c.keys != "" {
-				keys = append(keys, c.keys)
-			}
-			l, rt := n.list("1.1.0", fmt.Sprintf("net%d", i), azure(keys...)), n.pod(fmt.Sprintf("p%d", i))
-			addr, _ := n.add(l, rt)
-			pod := inPod(n, rt.ContainerID, addr)
-			if got, err := pod.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", plain.addr))...); got != c.there(addr) {
-				t.Errorf("a VM sees %q, want %s: %v", got, c.there(addr), err)
-			}
-			if got := asSeen(pod); got != c.world(addr) {
-				t.Errorf("the internet sees %q, want %q", got, c.world(addr))
-			}
-			n.del(l, rt)
-		})
+		for _, mode := range []string{"bridge", "transparent"} {
+			t.Run(c.name+", mode "+mode, func(t *testing.T) {
+				n := n.in(t)
+				keys := []string{`"mode":"` + mode + `"`}
+				if c.keys != "" {
+					keys = append(keys, c.keys)
+				}
+				l, rt := n.list("1.1.0", fmt.Sprintf("net%d", i), azure(keys...)), n.pod(fmt.Sprint(mode, i))
+				addr, _ := n.add(l, rt)
+				pod := inPod(n, rt.ContainerID, addr)
+				if got, err := pod.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", plain.addr))...); got != c.there(addr) {
+					t.Errorf("a VM sees %q, want %s: %v", got, c.there(addr), err)
+				}
+				if got := asSeen(pod); got != c.world(addr) {
+					t.Errorf("the internet sees %q, want %q", got, c.world(addr))
+				}
+				n.del(l, rt)
+			})
+		}
 	}
 	n.bare() // and the fabric is not clean: it drops what a secondary address sends to the internet
 }

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 
 	"azurevnet/internal/vnetsim"
@@ -28,10 +30,13 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 	n := onNode(vms[0])
 	l := n.list("1.1.0", "azure", azure())
 	conf := stdin("1.1.0", "azure", azure(), nil)
+	alone := stdin("1.1.0", "alone", azure(`"mode":"transparent"`), nil)
+	var used []netip.Addr
 
 	t.Run("DEL in every form that runtimes have for it", func(t *testing.T) {
 		n := n.in(t)
 		keeper, _ := n.add(l, n.pod("keeper"))
+		used = append(used, keeper)
 		prev := map[string]any{"prevResult": map[string]any{"cniVersion": "1.1.0", // of a pod of before the boot: keeper has its address now
 			"interfaces": []any{map[string]any{"name": "eth0", "sandbox": "/run/netns/old"}},
 			"ips":        []any{map[string]any{"interface": 0, "address": keeper.String() + "/16"}}}}
@@ -116,7 +121,8 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 			{"no such namespace", "/run/netns/none", conf, 5, "/run/netns/none"},
 			{"the node's own namespace", "/proc/1/ns/net", conf, 999, "own network namespace"},
 			{"a name that is taken there", "/run/netns/taken", conf, 999, "eth0"},
-			{"mode transparent", "/run/netns/taken", stdin("0.3.0", "azure", azure(`"mode":"transparent"`), nil), 7, `"mode": "bridge"`},
+			{"a name that is taken there, of a pod without a bridge", "/run/netns/taken", stdin("0.3.0", "azure", azure(`"mode":"transparent"`), nil), 999, "eth0"},
+			{"an unknown mode", "/run/netns/taken", stdin("0.3.0", "azure", azure(`"mode":"tunnel"`), nil), 7, `"tunnel"`},
 			{"no IPAM", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet"}`, nil), 7, "ipam.type"},
 			{"an IPAM that is not installed", "/run/netns/taken", stdin("1.1.0", "azure", `{"type":"azure-vnet","ipam":{"type":"nobody"}}`, nil), 7, "nobody"},
 			{"a NIC that is not there", "/run/netns/taken", stdin("1.1.0", "azure", azure(`"master":"eth7"`), nil), 7, "eth7"},
@@ -147,6 +153,7 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 		for i := range count {
 			go func() {
 				id := fmt.Sprintf("at%d", i+1)
+				conf := [][]byte{conf, alone}[i%2]
 				out, err := n.call("ADD", id, "/run/netns/"+id, conf)
 				var r struct {
 					IPs []struct{ Address netip.Prefix }
@@ -182,8 +189,10 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 				}
 			}
 		}
-		if _, err := n.call("GC", "", "", stdin("1.1.0", "azure", azure(), map[string]any{"cni.dev/valid-attachments": nil})); err != nil {
-			t.Error(err)
+		for _, network := range []string{"azure", "alone"} {
+			if _, err := n.call("GC", "", "", stdin("1.1.0", network, azure(), map[string]any{"cni.dev/valid-attachments": nil})); err != nil {
+				t.Error(err)
+			}
 		}
 		n.bare()
 	})
@@ -192,7 +201,10 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 		keeper, _ := n.add(l, n.pod("keeper2"))
 		n.must("sh", "-c", "for i in $(seq 30); do ip netns add kill$i; done")
 		for i := range 30 {
-			id := fmt.Sprintf("kill%d", i+1)
+			id, conf := fmt.Sprintf("kill%d", i+1), conf
+			if i%4 > 1 {
+				conf = stdin("1.1.0", "azure", azure(`"mode":"transparent"`), nil)
+			}
 			verb := "ADD"
 			if i%3 == 2 {
 				if _, err := n.call("ADD", id, "/run/netns/"+id, conf); err != nil {
@@ -246,7 +258,7 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 	t.Run("the log has a line for each call", func(t *testing.T) {
 		n := n.in(t)
 		log := n.must("cat", "/var/log/azure-vnet.log")
-		if got := strings.Count(log, "verb=ADD network=azure container=at"); got != 200 {
+		if got := strings.Count(log, "verb=ADD network=azure container=at") + strings.Count(log, "verb=ADD network=alone container=at"); got != 200 {
 			t.Errorf("of 200 ADDs at once, %d are in the log", got)
 		}
 		for _, want := range []string{"pod=default/keeper", "address=", "level=ERROR", "took="} {
@@ -258,42 +270,62 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 			t.Errorf("torn lines: %s", got)
 		}
 	})
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }
 
 // TestStatusNamesWhatIsBroken, until the next ADD mends it: nobody else looks after
-// this node. (What its pod says while there is no table breaks Azure's rules.)
+// this node. (What its pods say while there is no table breaks Azure's rules.)
 func TestStatusNamesWhatIsBroken(t *testing.T) {
 	t.Parallel()
-	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4})
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6})
 	n := onNode(vms[0])
-	l := n.list("1.1.0", "azure", azure())
-	addr, _ := n.add(l, n.pod("seen"))
-	if told := n.must(n.dir+"/azure-vnet", "status"); !strings.Contains(told, addr.String()) || strings.Contains(told, "broken") {
-		t.Errorf("with all as it should be: %s", told)
-	}
-	for harm, named := range map[string]string{
-		"ip link set eth0 nomaster":                     "broken: eth0 is not in azure0",
-		"ip route del default":                          "broken: azure0 lacks its route default",
-		"nft delete table bridge azure_vnet":            "broken: the nft table azure_vnet is gone",
-		"iptables -F FORWARD":                           "broken: iptables-nft lacks the rule azure-vnet:azure0/azure0",
-		"ip neigh del " + addr.String() + " dev azure0": "neighbour is not as it should be",
-	} {
-		n.must("sh", "-c", harm)
-		out, err := n.try("sh", "-c", n.dir+"/azure-vnet status 2>&1 || echo failed")
-		if err != nil || !strings.Contains(out, named) || !strings.Contains(out, "failed") {
-			t.Errorf("after %s: %s %v", harm, out, err)
+	n.must("iptables", "-P", "FORWARD", "DROP") // as engines and kubelets do
+	azure0, alone := n.list("1.1.0", "azure", azure()), n.list("1.1.0", "alone", azure(`"mode":"transparent"`))
+	seen, r := n.add(azure0, n.pod("seen"))
+	lone, rl := n.add(alone, n.pod("lone"))
+	hostEnd := func(r *current.Result) string {
+		i := slices.IndexFunc(r.Interfaces, func(i *current.Interface) bool { return veth.MatchString(i.Name) })
+		if i < 0 {
+			t.Fatalf("no host end in %+v", r)
 		}
-		n.must("touch", "-d", "2 minutes ago", "/run/azure-vnet/reconciled") // nobody else looks after this node
-		n.add(l, n.pod("next"))
-		n.del(l, &libcni.RuntimeConf{ContainerID: "next", NetNS: "/run/netns/next", IfName: "eth0"})
+		return r.Interfaces[i].Name
+	}
+	port, link := hostEnd(r), hostEnd(rl)
+	told := n.must(n.dir+"/azure-vnet", "status")
+	for _, want := range []string{seen.String(), port, lone.String(), link} {
+		if !strings.Contains(told, want) || strings.Contains(told, "broken") {
+			t.Errorf("with all as it should be, status lacks %s or names a fault:\n%s", want, told)
+		}
+	}
+	for _, harm := range []struct{ what, named string }{
+		{"ip link set " + port + " nomaster", port + " (" + seen.String() + "): not in azure0"},
+		{"ip link set " + link + " group 0", link + " (" + lone.String() + "): not in its link group"},
+		{"ip rule del lookup 16863", "no routing rule"},
+		{"ip route flush table 16863", "no route in table 16863"},
+		{"ip neigh del " + seen.String() + " dev azure0", "no neighbour entry"},
+		{"ip neigh del " + lone.String() + " dev " + link, "no neighbour entry"},
+		{"ip addr add 10.240.99.1/16 dev azure0", "azure0 has the address 10.240.99.1"},
+		{"sysctl -w net.ipv4.conf." + link + ".proxy_arp=0", "net.ipv4.conf." + link + ".proxy_arp is not 1"},
+		{"nft delete table bridge azure_vnet", "the nft table bridge azure_vnet is gone"},
+		{"nft delete table ip azure_vnet", "the nft table ip azure_vnet is gone"},
+		{"iptables -F FORWARD", "the jump to AZURE-VNET"},
+		{"ip link del azure0", "azure0 is gone"},
+	} {
+		n.must("sh", "-c", harm.what)
+		out, err := n.try("sh", "-c", n.dir+"/azure-vnet status 2>&1 || echo failed")
+		if err != nil || !strings.Contains(out, "broken: ") || !strings.Contains(out, harm.named) || !strings.Contains(out, "failed") {
+			t.Errorf("after %s status does not name %q: %s %v", harm.what, harm.named, out, err)
+		}
+		n.must("touch", "-d", "2 minutes ago", "/run/azure-vnet/reconciled")
+		n.add(azure0, n.pod("next"))
+		n.del(azure0, &libcni.RuntimeConf{ContainerID: "next", NetNS: "/run/netns/next", IfName: "eth0"})
 		n.must("ip", "netns", "del", "next")
 		if out, err := n.try(n.dir+"/azure-vnet", "status"); err != nil {
-			t.Errorf("after %s and an ADD: %s %v", harm, out, err)
+			t.Errorf("after %s and an ADD: %s %v", harm.what, out, err)
 		}
 	}
-	n.del(l, &libcni.RuntimeConf{ContainerID: "seen", NetNS: "/run/netns/seen", IfName: "eth0"})
-	n.must("ip", "netns", "del", "seen")
+	n.del(azure0, &libcni.RuntimeConf{ContainerID: "seen", NetNS: "/run/netns/seen", IfName: "eth0"})
+	n.del(alone, &libcni.RuntimeConf{ContainerID: "lone", NetNS: "/run/netns/lone", IfName: "eth0"})
 	n.bare()
 }
 

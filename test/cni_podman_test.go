@@ -69,5 +69,5 @@ func TestPodmanGivesAnAddressAndAMAC(t *testing.T) {
 	}
 	must("rm", "-f", "-t", "0", "asked", "any")
 	n.bare()
-	clean(t, vnet)
+	clean(t, vnet, want)
 }

@@ -71,5 +71,5 @@ func TestLateDELsAfterAReboot(t *testing.T) {
 	if addr, _ := n.add(l, n.pod("more")); slices.Contains(now, addr) {
 		t.Errorf("%s is lent twice", addr)
 	}
-	clean(t, vnet)
+	clean(t, vnet, now...)
 }

@@ -88,5 +88,5 @@ func TestTheShippedConfigurationThroughAllVerbs(t *testing.T) {
 	if after := n.must("sh", "-c", "iptables-save | grep -v '^[#:]' | sort; iptables-save | grep '^:CNI' | sort"); after != before {
 		t.Errorf("left in iptables: %s", cmp.Diff(before, after))
 	}
-	clean(t, vnet)
+	clean(t, vnet, n.Primary)
 }

@@ -91,6 +91,6 @@ func TestANodeIsNotReadyOnlyWhenItDeservesIt(t *testing.T) {
 			t.Errorf("not reached: %v", err)
 		}
 		n.del(l, pod)
+		clean(t, vnet, addr)
 	})
-	clean(t, vnet)
 }

@@ -18,6 +18,7 @@ func TestCNITool(t *testing.T) {
 	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	n, plain := onNode(vms[0]), onHost(vms[1])
+	var used []netip.Addr
 	n.must("mkdir", "-p", "/run/net.d")
 	n.must("ip", "netns", "add", "tool")
 	for _, v := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
@@ -57,6 +58,7 @@ func TestCNITool(t *testing.T) {
 				}
 			}
 			addr := added()
+			used = append(used, addr)
 			if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 				t.Errorf("not reached: %v", err)
 			}
@@ -76,5 +78,5 @@ func TestCNITool(t *testing.T) {
 			n.bare()
 		})
 	}
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

@@ -21,43 +21,50 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 	t.Parallel()
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 8}, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	one, two, plain := onNode(vms[0]), onNode(vms[1]), vms[2]
+	var used []netip.Addr
 
 	t.Run("in every version of the specification", func(t *testing.T) {
 		n := one.in(t)
 		for _, v := range []string{"0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
-			l, rt := n.list(v, "azure", azure()), n.pod("v"+v)
-			addr, r := n.add(l, rt)
-			if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
-				t.Errorf("%s: not reached: %v", v, err)
-			}
-			if v >= "0.3.0" {
-				if len(r.Interfaces) != 3 || r.Interfaces[0].Name != "azure0" || r.Interfaces[2].Sandbox != rt.NetNS || *r.IPs[0].Interface != 2 {
-					t.Errorf("%s: the result is %+v", v, r)
+			for mode, links := range map[string]int{"bridge": 3, "transparent": 2} {
+				l, rt := n.list(v, mode, azure(`"mode":"`+mode+`"`)), n.pod(mode+v)
+				addr, r := n.add(l, rt)
+				used = append(used, addr)
+				if _, err := onHost(plain).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
+					t.Errorf("%s, %s: not reached: %v", v, mode, err)
 				}
+				if v >= "0.3.0" {
+					if len(r.Interfaces) != links || links == 3 && r.Interfaces[0].Name != "azure0" || r.Interfaces[links-1].Sandbox != rt.NetNS || *r.IPs[0].Interface != links-1 {
+						t.Errorf("%s, %s: the result is %+v", v, mode, r)
+					}
+				}
+				if err := n.cni.CheckNetworkList(t.Context(), l, rt); v >= "0.4.0" && err != nil {
+					t.Errorf("%s, %s: CHECK: %v", v, mode, err)
+				}
+				if err := n.cni.GetStatusNetworkList(t.Context(), l); err != nil {
+					t.Errorf("%s, %s: STATUS: %v", v, mode, err)
+				}
+				n.del(l, rt)
+				n.del(l, rt)
+				n.bare()
 			}
-			if err := n.cni.CheckNetworkList(t.Context(), l, rt); v >= "0.4.0" && err != nil {
-				t.Errorf("%s: CHECK: %v", v, err)
-			}
-			if err := n.cni.GetStatusNetworkList(t.Context(), l); err != nil {
-				t.Errorf("%s: STATUS: %v", v, err)
-			}
-			n.del(l, rt)
-			n.del(l, rt)
-			n.bare()
 		}
 	})
 
 	l := one.list("1.1.0", "azure", azure())
 	var pods []place
+	alone := one.list("1.1.0", "alone", azure(`"mode":"transparent"`))
 	for _, p := range []struct {
 		n  node
+		l  *libcni.NetworkConfigList
 		id string
-	}{{one, "p1"}, {one, "p2"}, {two, "p3"}} {
-		addr, _ := p.n.add(l, p.n.pod(p.id))
+	}{{one, l, "p1"}, {one, l, "p2"}, {two, l, "p3"}, {one, alone, "p4"}} {
+		addr, _ := p.n.add(p.l, p.n.pod(p.id))
+		used = append(used, addr)
 		p.n.serve(p.id)
 		pods = append(pods, inPod(p.n, p.id, addr))
 	}
-	t.Run("everyone reaches every pod, and is seen with his own address", func(t *testing.T) {
+	t.Run("everyone reaches every pod, and is seen with their own address", func(t *testing.T) {
 		for _, from := range append([]place{onHost(vms[0]), onHost(vms[1]), onHost(plain)}, pods...) {
 			for _, to := range pods {
 				got, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", to.addr))...)
@@ -71,8 +78,10 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 		url := "http://" + vnetsim.InternetAddr.String() + "/"
 		try := func() {
 			t.Helper()
-			if got, err := pods[0].try(fetch(url)...); err != nil || got != one.Public.String() {
-				t.Errorf("the internet sees %q, want %s: %v", got, one.Public, err)
+			for _, pod := range []place{pods[0], pods[3]} {
+				if got, err := pod.try(fetch(url)...); err != nil || got != one.Public.String() {
+					t.Errorf("the internet sees %s as %q, want %s: %v", pod.name, got, one.Public, err)
+				}
 			}
 		}
 		try()
@@ -154,12 +163,15 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 		addr, r := n.add(l, rt)
 		check := func() error { return n.cni.CheckNetworkList(t.Context(), l, rt) }
 		table := n.must("nft", "list", "table", "bridge", "azure_vnet")
+		n.must("sh", "-c", "ip -n checked route save >/run/routes")
+		restore := "ip -n checked route restore </run/routes 2>/dev/null || true" // some are there still
 		for _, damage := range []struct{ says, do, undo string }{
-			{"lacks the address", "ip -n checked addr del " + addr.String() + "/16 dev eth0", "ip -n checked addr add " + addr.String() + "/16 dev eth0 && ip -n checked route add default via 10.240.0.1"},
-			{"lacks the route", "ip -n checked route del default", "ip -n checked route add default via 10.240.0.1"},
-			{"is down", "ip -n checked link set eth0 down", "ip -n checked link set eth0 up && ip -n checked route add default via 10.240.0.1"},
+			{"lacks the address", "ip -n checked addr del " + addr.String() + "/16 dev eth0", "ip -n checked addr add " + addr.String() + "/16 dev eth0 noprefixroute; " + restore},
+			{"lacks the route", "ip -n checked route del default", restore},
+			{"lacks the route to 10.240.0.0/16", "ip -n checked route del 10.240.0.0/16", restore},
+			{"is down", "ip -n checked link set eth0 down", "ip -n checked link set eth0 up; " + restore},
 			{"has the MAC", "ip -n checked link set eth0 address 02:00:00:00:00:09", "ip -n checked link set eth0 address " + r.Interfaces[2].Mac},
-			{"master", "ip link set " + r.Interfaces[1].Name + " nomaster", filepath.Join(n.dir, "azure-vnet") + " reconcile"},
+			{"not in azure0", "ip link set " + r.Interfaces[1].Name + " nomaster", filepath.Join(n.dir, "azure-vnet") + " reconcile"},
 		} {
 			n.must("sh", "-c", damage.do)
 			if err := check(); err == nil || !strings.Contains(err.Error(), damage.says) {
@@ -173,10 +185,9 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 		if now := n.must("nft", "list", "table", "bridge", "azure_vnet"); now != table {
 			t.Errorf("CHECK or the damage changed the table:\n%s", cmp.Diff(table, now))
 		}
-		element := fmt.Sprintf("delete element bridge azure_vnet ep4_azure0 { %s }", addr)
-		n.must("nft", element)
-		if err := check(); err == nil || !strings.Contains(err.Error(), "ep4_azure0") {
-			t.Errorf("%s: CHECK says %v", element, err)
+		n.must("nft", fmt.Sprintf("delete element bridge azure_vnet own { %s . %s . %s . %s }", r.Interfaces[1].Name, r.Interfaces[2].Mac, r.Interfaces[0].Mac, addr))
+		if err := check(); err == nil || !strings.Contains(err.Error(), "azure_vnet") {
+			t.Errorf("without an element of the table CHECK says %v", err)
 		}
 		n.del(l, rt)
 	})
@@ -198,17 +209,18 @@ func TestAPodIsAFirstClassCitizen(t *testing.T) {
 				t.Errorf("GC took %s: %v", alive, err)
 			}
 		}
-		if s := n.holds(); len(s.Leases) != 3 {
+		if s := n.holds(); len(s.Leases) != 4 { // p4 is of another network too
 			t.Errorf("after GC of %s, %+v is held", stale, s)
 		}
 		if _, err := n.call("GC", "", "", conf(map[string]any{"cni.dev/valid-attachments": nil, "cni.dev/attachments": nil})); err != nil {
 			t.Error(err)
 		}
-		if s := n.holds(); len(s.Leases) != 1 {
+		if s := n.holds(); len(s.Leases) != 2 {
 			t.Errorf("a runtime without containers sends null, and %+v is held", s)
 		}
 		n.del(other, &libcni.RuntimeConf{ContainerID: "o1", IfName: "eth0"})
+		n.del(alone, &libcni.RuntimeConf{ContainerID: "p4", IfName: "eth0"})
 		n.bare()
 	})
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

@@ -66,7 +66,7 @@ func TestComposeExample(t *testing.T) {
 	if out := h.docker("network", "ls", "-q", "--filter", "driver="+plugin); out != "" {
 		t.Errorf("down leaves network %s", out)
 	}
-	clean(t, vnet)
+	clean(t, vnet, web)
 }
 
 // TestSwarmServiceOverTwoVMs: a service's tasks have addresses of the VM that
@@ -112,5 +112,5 @@ func TestSwarmServiceOverTwoVMs(t *testing.T) {
 	for _, h := range []host{manager, worker} {
 		h.holds(0)
 	}
-	clean(t, vnet)
+	clean(t, vnet, tasks...)
 }

@@ -161,9 +161,10 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 			h.docker("network", "rm", "azure")
 		}
 	})
+	var addr netip.Addr
 	t.Run("the address is had, printed alone, and reached", func(t *testing.T) {
 		h := h.in(t)
-		addr := h.runs([]string{"DOCKER_RUN_ARGS=--init -e COLOUR=red"}, "web", "shop", "busybox", "sh", "-c", server)
+		addr = h.runs([]string{"DOCKER_RUN_ARGS=--init -e COLOUR=red"}, "web", "shop", "busybox", "sh", "-c", server)
 		if got := h.address("web"); got != addr {
 			t.Errorf("it printed %s, and docker inspect says %s", addr, got)
 		}
@@ -183,7 +184,7 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		}
 	})
 	// Not at the end too: who was talked to and is removed gets frames that nobody takes.
-	clean(t, vnet)
+	clean(t, vnet, addr)
 	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
 		before := h.left()

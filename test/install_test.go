@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"maps"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -82,6 +83,7 @@ func TestThePluginComesFromARegistry(t *testing.T) {
 	h.docker("plugin", "install", "--grant-all-permissions", "--alias", plugin, tag("old-"))
 	h.network("azure")
 	addr := h.container("azure", "one", "sleep 100000")
+	used := []netip.Addr{addr}
 	works := func(t *testing.T, what string) {
 		t.Helper()
 		if _, err := onHost(maker).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
@@ -102,6 +104,7 @@ func TestThePluginComesFromARegistry(t *testing.T) {
 			t.Errorf("%s: version %q runs, want %q", what, got, version)
 		}
 		two := h.container("azure", "two", "sleep 100000")
+		used = append(used, two)
 		if _, err := onHost(maker).try("ping", "-c", "1", "-W", "3", two.String()); err != nil {
 			t.Errorf("%s: a new container is not reached: %v", what, err)
 		}
@@ -125,7 +128,7 @@ func TestThePluginComesFromARegistry(t *testing.T) {
 	})
 	h.docker("rm", "-f", "one")
 	h.empty()
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }
 
 func mustOutput(t *testing.T, name string, arg ...string) string {

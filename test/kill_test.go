@@ -26,6 +26,8 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin("COOL_DOWN=0s")
 	h.network("azure")
+	h.network("alone", "mode=transparent")
+	networks := []string{"azure", "alone"}
 
 	over := make(chan struct{})
 	running := newHolders(t)
@@ -45,7 +47,7 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	for worker := range workers {
 		storm(func(i int) {
 			name := fmt.Sprintf("w%d-%d", worker, i)
-			h.try(client, "run", "-d", "--init", "--network", "azure", "--name", name, "busybox", "sleep", "1000")
+			h.try(client, "run", "-d", "--init", "--network", networks[worker%2], "--name", name, "busybox", "sleep", "1000")
 			out, _ := h.try(client, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", name)
 			if addr, err := netip.ParseAddr(out); err == nil {
 				running.take(addr, name)
@@ -84,11 +86,14 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	eventually(t, "plugin and engine know the same networks", 2*time.Minute, func() bool {
 		return cmp.Equal(listed, slices.Sorted(slices.Values(h.networks())))
 	})
+	var used []netip.Addr
 	for worker := range workers {
 		name := fmt.Sprint("after", worker)
-		if _, err := plain.try("ping", "-c", "1", "-W", "3", h.container("azure", name, "sleep 1000").String()); err != nil {
+		addr := h.container(networks[worker%2], name, "sleep 1000")
+		used = append(used, addr)
+		if _, err := plain.try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 			t.Errorf("%s is not reached: %v", name, err)
 		}
 	}
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

@@ -86,7 +86,9 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 	before := h.must("sh", "-c", "ip -4 rule; ip -4 route show table all | sort; ip -br -4 addr")
 
 	h.create("second", "--subnet", second.String(), "-o", "master=eth1")
+	h.create("alone", "--subnet", second.String(), "-o", "master=eth1", "-o", "mode=transparent")
 	s1 := inContainer(h, "s1", h.container("second", "s1", server, "-p", "8081:80"))
+	t1 := inContainer(h, "t1", h.container("alone", "t1", server, "-p", "8083:80"))
 	outside := func(t *testing.T, from place, internet netip.Addr) {
 		t.Helper()
 		seen(t, from, plain.addr, from.addr)
@@ -99,44 +101,69 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 			t.Errorf("%s gets from IMDS %q: %v", from.name, got, err)
 		}
 		probed(t, vnet, from.addr)
-		seen(t, onHost(h), from.addr, h.NICs()[map[bool]int{true: 1}[from.addr == s1.addr]].Primary)
+		seen(t, onHost(h), from.addr, h.Primary)
 	}
 	t.Run("the second NIC's, while the primary has none", func(t *testing.T) {
-		outside(t, s1, eth1.Primary)
-		seen(t, s1, other.addr, s1.addr)
-		seen(t, other, s1.addr, other.addr)
+		for _, from := range []place{s1, t1} {
+			outside(t, from, eth1.Primary)
+			seen(t, from, other.addr, from.addr)
+			seen(t, other, from.addr, other.addr)
+		}
 	})
-	clean(t, vnet)
+	clean(t, vnet, s1.addr, t1.addr, eth1.Primary)
 	h.network("azure")
 	a1 := inContainer(h, "a1", h.container("azure", "a1", server))
 	t.Run("both", func(t *testing.T) {
 		outside(t, s1, eth1.Primary)
 		outside(t, a1, h.Public)
-		seen(t, s1, other.addr, s1.addr)
-		seen(t, other, s1.addr, other.addr)
-		seen(t, a1, s1.addr, a1.addr)
-		seen(t, s1, a1.addr, s1.addr)
+		for _, from := range []place{s1, t1} {
+			seen(t, from, other.addr, from.addr)
+			seen(t, other, from.addr, other.addr)
+			seen(t, a1, from.addr, a1.addr)
+			seen(t, from, a1.addr, from.addr)
+		}
+		seen(t, s1, t1.addr, s1.addr)
+		seen(t, t1, s1.addr, t1.addr)
 	})
 	t.Run("the second NIC's published ports", func(t *testing.T) {
-		if got, err := fromOutside(vnet, vnetsim.InternetAddr, eth1.Primary, 8081); got != vnetsim.InternetAddr.String() {
-			t.Errorf("a client on the internet is seen as %q: %v", got, err)
-		}
-		if got, err := fromOutside(vnet, vnetsim.HostAgentAddr, eth1.Primary, 8081); err != nil || got == "" {
-			t.Errorf("a probe is answered with %q: %v", got, err)
-		}
-		for _, from := range []place{plain, other, s1} {
-			if got, err := from.try(fetch(fmt.Sprintf("http://%s:8081/cgi-bin/who", eth1.Primary))...); err != nil {
-				t.Errorf("%s gets %q: %v", from.name, got, err)
+		for port, to := range map[uint16]place{8081: s1, 8083: t1} {
+			for _, client := range []netip.Addr{vnetsim.InternetAddr, vnetsim.HostAgentAddr} {
+				if got, err := fromOutside(vnet, client, eth1.Primary, port); got != client.String() {
+					t.Errorf("%s asks for port %d and is seen as %q: %v", client, port, got, err)
+				}
+			}
+			for _, from := range []place{plain, other, a1, to} {
+				want := from.addr
+				if from.addr == to.addr {
+					want = h.Primary // it reaches itself by the host
+				}
+				if got, err := from.try(fetch(fmt.Sprintf("http://%s:%d/cgi-bin/who", eth1.Primary, port))...); err != nil || got != want.String() {
+					t.Errorf("%s asks for port %d and is seen as %q, want %s: %v", from.name, port, got, want, err)
+				}
+			}
+			// The answer would leave by eth1, with an address that the client did not ask.
+			if got, err := fromOutside(vnet, vnetsim.InternetAddr, h.Public, port); err == nil && got != "" {
+				t.Errorf("asked for by the other NIC, port %d answers %q", port, got)
 			}
 		}
 	})
-	clean(t, vnet)
+	clean(t, vnet, s1.addr, t1.addr, a1.addr)
 	t.Run("the routing is mended", func(t *testing.T) {
-		h.in(t).must("sh", "-c", "ip rule del priority 16863; ip route flush table 16863003")
-		eventually(t, "the rules are back", 35*time.Second, func() bool {
-			return strings.Count(h.must("ip", "rule"), "16863:") == 1 && strings.Contains(h.must("ip", "route", "show", "table", "all"), "default via 10.241.0.1 dev azure3 table 16863")
-		})
-		outside(t, s1, eth1.Primary)
+		h := h.in(t)
+		ours := func() string {
+			return h.must("sh", "-c", "ip -d rule | grep 'proto 168'; ip route show table all proto 168 | sort")
+		}
+		asItWas := ours()
+		for _, want := range []string{"lookup 16863 ", "32764:", "default via 10.241.0.1 dev eth1 table 16863", s1.addr.String() + " dev azure", t1.addr.String() + " dev azv"} {
+			if !strings.Contains(asItWas, want) {
+				t.Errorf("the routing has no %q:\n%s", want, asItWas)
+			}
+		}
+		h.must("sh", "-ec", "ip rule del lookup 16863; for n in 0 1 2 3 4; do while ip rule del priority 3276$n 2>/dev/null; do :; done; done; ip route flush table 16863; ip route flush proto 168 table all")
+		eventually(t, "the routing is as it was", 35*time.Second, func() bool { return ours() == asItWas })
+		for _, from := range []place{s1, t1} {
+			outside(t, from, eth1.Primary)
+		}
 	})
 	t.Run("a container on both is reached at both", func(t *testing.T) {
 		h := h.in(t)
@@ -153,7 +180,7 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 			t.Errorf("by its alias: %v", err)
 		}
 		h.docker("network", "disconnect", "second", "two")
-		if s := h.state(); len(s.Attachments) != 3 {
+		if s := h.state(); len(s.Attachments) != 4 {
 			t.Errorf("disconnected, and attached are %v", s.Attachments)
 		}
 		seen(t, plain, addr, plain.addr)
@@ -167,7 +194,6 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 		}
 		h.docker("rm", "-f", "web")
 	})
-	clean(t, vnet)
 	t.Run("an internal network of one NIC behind a front on the other", func(t *testing.T) {
 		h := h.in(t)
 		h.create("inner", "--internal", "--subnet", second.String())
@@ -185,11 +211,11 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 		h.docker("rm", "-f", "db", "front")
 		h.docker("network", "rm", "inner")
 	})
-	clean(t, vnet)
+	clean(t, vnet, s1.addr, t1.addr, a1.addr)
 	t.Run("uninstall leaves no rule and no route", func(t *testing.T) {
 		h := h.in(t)
-		h.docker("rm", "-f", "a1", "s1", "two")
-		h.docker("network", "rm", "azure", "second")
+		h.docker("rm", "-f", "a1", "s1", "t1", "two")
+		h.docker("network", "rm", "azure", "second", "alone")
 		h.docker("plugin", "disable", "-f", plugin)
 		h.must(top+"/build/azure-vnet-plugin", "uninstall")
 		if after := h.must("sh", "-c", "ip -4 rule; ip -4 route show table all | sort; ip -br -4 addr"); after != before {
@@ -210,40 +236,55 @@ func TestNetworkOptions(t *testing.T) {
 	t.Run("an internal network", func(t *testing.T) {
 		h := h.in(t)
 		h.create("inner", "--internal", "--subnet", subnet)
+		h.create("hermit", "--internal", "--subnet", subnet, "-o", "mode=transparent")
 		i1 := inContainer(h, "i1", h.container("inner", "i1", server))
 		i2 := inContainer(h, "i2", h.container("inner", "i2", server, "--cap-add", "NET_ADMIN"))
-		if out := h.docker("exec", "i1", "ip", "route"); strings.Contains(out, "default") || strings.Count(out, "\n") > 0 {
-			t.Errorf("its routes are\n%s", out)
+		i3 := inContainer(h, "i3", h.container("hermit", "i3", server, "--cap-add", "NET_ADMIN"))
+		inside := []place{i1, i2, i3}
+		for _, i := range inside {
+			// The subnet by the gateway: all meet in the host's IP layer.
+			want := "10.240.0.0/16 dev eth0 scope link  src " + i.addr.String() + "\n10.240.0.0/17 via 10.240.0.1 dev eth0\n10.240.0.1 dev eth0 scope link\n10.240.128.0/17 via 10.240.0.1 dev eth0"
+			if out, err := i.try("sh", "-c", "ip route | sed 's/ *$//' | sort"); out != want {
+				t.Errorf("%s has the routes\n%s\n%v, want\n%s", i.name, out, err, want)
+			}
+			seen(t, onHost(h), i.addr, h.Primary)
+			seen(t, a1, i.addr, a1.addr)
+			for _, to := range inside {
+				seen(t, i, to.addr, i.addr)
+			}
+			unseen(t, plain, i.addr)
+			unseen(t, i, plain.addr)
 		}
-		seen(t, i2, i1.addr, i2.addr)
-		seen(t, onHost(h), i1.addr, h.Primary)
-		seen(t, a1, i1.addr, a1.addr)
-		unseen(t, plain, i1.addr)
-		unseen(t, i1, plain.addr)
-		h.docker("exec", "i2", "ip", "route", "add", "default", "via", h.Gateway.String())
-		unseen(t, i2, plain.addr)
-		unseen(t, i2, vnetsim.InternetAddr)
-		if out, err := i2.try("timeout", "1", "nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err == nil {
-			t.Errorf("it asks the host agent: %s", out)
+		for _, i := range []place{i2, i3} {
+			h.docker("exec", i.name, "ip", "route", "add", "default", "via", h.Gateway.String())
+			unseen(t, i, plain.addr)
+			unseen(t, i, vnetsim.InternetAddr)
+			if out, err := i.try("timeout", "1", "nslookup", "internet.test", vnetsim.HostAgentAddr.String()); err == nil {
+				t.Errorf("%s asks the host agent: %s", i.name, out)
+			}
 		}
 		// No container is on two networks of one subnet: Docker's rule, and it leaves nothing.
 		h.refused([]string{"network", "connect", "inner", "a1"}, "conflicts with existing route")
-		h.docker("restart", "-t", "0", "i1")
+		h.docker("restart", "-t", "0", "i1", "i3")
 		unseen(t, plain, h.address("i1"))
-		h.docker("rm", "-f", "i1", "i2")
-		h.docker("network", "rm", "inner")
+		unseen(t, plain, h.address("i3"))
+		h.docker("rm", "-f", "i1", "i2", "i3")
+		h.docker("network", "rm", "inner", "hermit")
 	})
 	t.Run("networks with a SNAT of their own", func(t *testing.T) {
 		h := h.in(t)
 		h.create("bare", "--subnet", subnet, "-o", "snat=off")
 		h.create("near", "--subnet", subnet, "-o", "direct="+netip.PrefixFrom(h.Primary, 32).String())
+		h.create("near2", "--subnet", subnet, "-o", "mode=transparent", "-o", "direct="+netip.PrefixFrom(h.Primary, 32).String())
 		near := inContainer(h, "near", h.container("near", "near", server))
+		near2 := inContainer(h, "near2", h.container("near2", "near2", server))
 		bare := inContainer(h, "bare", h.container("bare", "bare", server))
 		seen(t, near, plain.addr, h.Primary)
+		seen(t, near2, plain.addr, h.Primary)
 		seen(t, bare, plain.addr, bare.addr)
 		seen(t, a1, plain.addr, a1.addr)
-		h.docker("rm", "-f", "near", "bare")
-		h.docker("network", "rm", "near", "bare")
+		h.docker("rm", "-f", "near", "near2", "bare")
+		h.docker("network", "rm", "near", "near2", "bare")
 	})
 	t.Run("--ip-range bounds the choice and reserves nothing", func(t *testing.T) {
 		h := h.in(t)
@@ -286,7 +327,7 @@ func TestNetworkOptions(t *testing.T) {
 	})
 	h.docker("rm", "-f", "a1")
 	h.empty()
-	clean(t, vnet)
+	clean(t, vnet, a1.addr)
 }
 
 func TestTwoNICsInOneSubnet(t *testing.T) {
@@ -301,12 +342,14 @@ func TestTwoNICsInOneSubnet(t *testing.T) {
 	}
 	h.create("first", "--subnet", subnet.String())
 	h.create("second", "--subnet", subnet.String(), "--ipam-opt", "master=eth1", "-o", "master=eth1")
+	var used []netip.Addr
 	for i, network := range []string{"first", "second"} {
 		nic := h.NICs()[i]
 		c := inContainer(h, network, h.container(network, network, server))
 		if !slices.Contains(nic.Secondaries, c.addr) {
 			t.Errorf("%s has %s, which is not of %s", network, c.addr, nic.Name)
 		}
+		used = append(used, c.addr)
 		seen(t, c, plain.addr, c.addr)
 		seen(t, plain, c.addr, plain.addr)
 		probed(t, vnet, c.addr)
@@ -315,5 +358,5 @@ func TestTwoNICsInOneSubnet(t *testing.T) {
 			t.Errorf("the internet sees %s as %q, want %s: %v", network, got, sees, err)
 		}
 	}
-	clean(t, vnet)
+	clean(t, vnet, used...)
 }

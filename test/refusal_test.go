@@ -4,6 +4,7 @@ package test
 
 import (
 	"fmt"
+	"net/netip"
 	"regexp"
 	"strings"
 	"testing"
@@ -113,18 +114,18 @@ func TestAddressesThatTheHostHolds(t *testing.T) {
 	h.docker("plugin", "disable", "-f", plugin)
 	h.docker("plugin", "set", plugin, "RECLAIM=on")
 	h.docker("plugin", "enable", plugin)
-	var addr string
+	var addr netip.Addr
 	eventually(t, "the host gives its secondary addresses up", 35*time.Second, func() bool {
 		_, err := h.try(client, "run", "-d", "--init", "--network", "azure", "--name", "cc", "busybox", "sleep", "1000")
 		if err != nil {
 			h.try(client, "rm", "-f", "cc")
 			return false
 		}
-		addr = h.address("cc").String()
+		addr = h.address("cc")
 		return true
 	})
-	if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr); err != nil {
+	if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", addr.String()); err != nil {
 		t.Errorf("the container is not reached: %v", err)
 	}
-	clean(t, vnet)
+	clean(t, vnet, addr)
 }

@@ -6,8 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -135,8 +138,11 @@ func TestEveryRestart(t *testing.T) {
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin()
 	h.network("azure")
+	h.network("alone", "mode=transparent")
 	h.container("azure", "always", "sleep 100000", "--restart", "always")
+	h.container("alone", "lone", "sleep 100000", "--restart", "always")
 	h.container("azure", "once", "sleep 100000")
+	used := map[netip.Addr]bool{}
 	answers := func(addr string) bool {
 		_, err := plain.try("ping", "-c", "1", "-W", "1", addr)
 		return err == nil
@@ -146,10 +152,13 @@ func TestEveryRestart(t *testing.T) {
 			h := h.in(t)
 			died := false
 			before, pid := h.address("always").String(), h.docker("inspect", "-f", "{{.State.Pid}}", "once")
+			lone := h.address("lone").String()
 			started := h.docker("inspect", "-f", "{{.State.StartedAt}}", "always")
 			m.happen(h, func() {
-				if !answers(before) {
-					t.Errorf("%s is not reached meanwhile", before)
+				for _, addr := range []string{before, lone} {
+					if !answers(addr) {
+						t.Errorf("%s is not reached meanwhile", addr)
+					}
 				}
 				if m.lossy && os.Getenv("SOAK") == "" {
 					return // the engine repeats each of four calls for 15 s
@@ -163,6 +172,9 @@ func TestEveryRestart(t *testing.T) {
 			if after := h.address("always").String(); !m.ends && after != before {
 				t.Errorf("always had %s and has %s", before, after)
 			}
+			if after := h.address("lone").String(); !m.ends && after != lone {
+				t.Errorf("lone had %s and has %s", lone, after)
+			}
 			if since := h.docker("inspect", "-f", "{{.State.StartedAt}}", "always"); !m.ends && since != started {
 				t.Errorf("always ran since %s and runs since %s", started, since)
 			}
@@ -174,17 +186,18 @@ func TestEveryRestart(t *testing.T) {
 			})
 			h.docker("start", "once")
 			h.container("azure", "new", "sleep 100000")
-			for _, name := range []string{"always", "once", "new"} {
+			for _, name := range []string{"always", "lone", "once", "new"} {
 				eventually(t, name+" answers", 20*time.Second, func() bool { return answers(h.address(name).String()) })
+				used[h.address(name)] = true
 			}
 			h.docker("rm", "-f", "new")
-			h.holds(2)
+			h.holds(3)
 		})
 	}
-	h.docker("rm", "-f", "always", "once")
+	h.docker("rm", "-f", "always", "lone", "once")
 	h.empty()
-	h.docker("network", "rm", "azure")
-	clean(t, vnet)
+	h.docker("network", "rm", "azure", "alone")
+	clean(t, vnet, slices.Collect(maps.Keys(used))...)
 }
 
 // counts is how many containers the VM has addresses and links for, -1 if it does not agree.
@@ -207,8 +220,9 @@ func TestWhatWasLostHeals(t *testing.T) {
 	h.network("azure")
 	spare := h.Secondaries()[2].String()
 	h.docker("network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", h.Prefix.String(), "--aux-address", "spare="+spare, "lost")
+	h.network("alone", "mode=transparent")
 	h.container("azure", "removed", "sleep 100000")
-	h.container("azure", "died", "sleep 100000")
+	h.container("alone", "died", "sleep 100000")
 	if s := h.state(); len(s.Leases) != 3 || len(s.Attachments) != 2 {
 		t.Fatalf("two containers and an auxiliary address, and the state is %+v", s)
 	}
@@ -232,11 +246,15 @@ func TestWhatWasLostHeals(t *testing.T) {
 		s := h.state()
 		return len(s.Leases) == 1 && len(s.Attachments) == 0
 	})
-	eventually(t, "the removed network is forgotten", 2*time.Minute, func() bool { return len(h.networks()) == 1 })
+	eventually(t, "the removed network is forgotten", 2*time.Minute, func() bool { return len(h.networks()) == 2 })
 	h.empty()
 	h.docker("start", "died")
 	h.docker("rm", "-f", "died")
-	h.container("azure", "again", "sleep 100000", "--ip", spare)
+	again := h.container("azure", "again", "ping "+h.Gateway.String(), "--ip", spare)
+	eventually(t, "the spare address is used", 10*time.Second, func() bool {
+		accepted, err := vnet.Accepted()
+		return err == nil && accepted[again] > 0
+	})
 	h.docker("rm", "-f", "again")
 	clean(t, vnet)
 }

@@ -34,6 +34,7 @@ func TestSoak(t *testing.T) {
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin("COOL_DOWN=5s")
 	h.network("azure")
+	h.network("alone", "mode=transparent")
 	boot := func(args ...string) {
 		if err := h.Boot(); err != nil {
 			t.Fatal(err)
@@ -49,7 +50,7 @@ func TestSoak(t *testing.T) {
 			}
 			next++
 			name := fmt.Sprintf("c%d", next)
-			h.container("azure", name, "sleep 100000", "--restart", "always")
+			h.container([]string{"azure", "alone"}[next%2], name, "sleep 100000", "--restart", "always")
 			running[name] = true
 		},
 		"a container goes": func() {
@@ -78,10 +79,16 @@ func TestSoak(t *testing.T) {
 		"dockerd is stopped":          func() { h.stopEngine(syscall.SIGTERM); h.startEngine() },
 		"dockerd is killed":           func() { h.stopEngine(syscall.SIGKILL); h.startEngine() },
 		"the power is cut":            func() { h.must("sync"); h.cut(); boot() },
-		"somebody flushes nft":        func() { h.must("nft", "delete", "table", "bridge", "azure_vnet") },
+		"somebody flushes nft":        func() { h.must("nft", "flush", "ruleset") },
 		"somebody flushes FORWARD":    func() { h.must("iptables", "-F", "FORWARD") },
-		"somebody deletes azure0":     func() { h.must("ip", "link", "del", "azure0") },
-		"somebody takes eth0 out":     func() { h.must("ip", "link", "set", "eth0", "nomaster") },
+		"somebody deletes azure0":     func() { h.must("sh", "-c", "ip link del azure0 || true") }, // it stands only while it is asked for
+		"somebody flushes our routes": func() { h.must("ip", "route", "flush", "table", "all", "proto", "168") },
+		"somebody flushes rules":      func() { h.must("sh", "-c", "ip rule del lookup 16863 || true") },
+		"somebody flushes neighbours": func() { h.must("sh", "-c", "ip neigh flush nud permanent proto 168") },
+		"somebody takes a port out": func() {
+			h.must("sh", "-c", "for l in /sys/class/net/azure0/brif/*; do ip link set $(basename $l) nomaster; break; done; true")
+		},
+		"somebody turns sysctls off":  func() { h.must("sysctl", "-w", "net.ipv4.ip_forward=0") },
 		"somebody changes eth0's MTU": func() { h.must("ip", "link", "set", "eth0", "mtu", strconv.Itoa(1400+dice.IntN(100))) },
 	}
 	var names []string
