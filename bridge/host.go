@@ -48,8 +48,9 @@ func (h *Host) path(elem ...string) string {
 	return filepath.Join(append([]string{h.cfg.Run, "azure-vnet"}, elem...)...)
 }
 
-// lockWait bounds the wait for the host's lock, for a caller that has more time.
-const lockWait = 8 * time.Second
+// lockWait bounds the wait for the host's lock, for a caller that has more time. A call
+// of CNI has 30 s: of 200 ADDs at once on a busy node, the last ones wait long.
+const lockWait = 20 * time.Second
 
 // lock holds the host's network alone: whoever reads it in order to change it holds
 // the lock from the reading to the change. who is told to those who wait in vain. While
