@@ -5,7 +5,6 @@ package bridge
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"net"
 	"net/netip"
@@ -25,8 +24,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
-
-var update = flag.Bool("update", false, "write the golden files instead of comparing with them")
 
 // host is a VM of a simulated VNet, with its bridge package.
 type host struct {
