@@ -79,7 +79,11 @@ func TestTwoNICs(t *testing.T) {
 				a, b, d := h.runningOn(0, 0, mode, Policy{SNAT: true}), h.runningOn(1, 0, mode, Policy{SNAT: true}), h.runningOn(1, 1, mode, Policy{SNAT: true})
 				far, far2 := hosts[1].running(0, mode, Policy{}), hosts[2].running(0, mode, Policy{})
 				used := []netip.Addr{a.addr, b.addr, d.addr, h.Primary, b.nic.Primary, far.addr, far2.addr}
-				for _, filter := range []string{"0", "1", "2"} {
+				filters := []string{"1"}
+				if soaking {
+					filters = []string{"0", "1", "2"}
+				}
+				for _, filter := range filters {
 					t.Run("rp_filter "+filter, func(t *testing.T) {
 						for _, dev := range []string{"all", "default", "eth0", "eth1"} {
 							h.sh("echo " + filter + " >/proc/sys/net/ipv4/conf/" + dev + "/rp_filter")
@@ -332,12 +336,12 @@ func TestNICsChange(t *testing.T) {
 
 // A VM has as many containers as Azure gives it addresses: all are reached, and all go without a trace.
 func TestManyContainers(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes long")
-	}
-	const many = 250
 	for _, mode := range Modes {
 		t.Run(string(mode), func(t *testing.T) {
+			many := 250
+			if mode == ModeTransparent && !soaking {
+				many = 50
+			}
 			v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: many}, vnetsim.VMConfig{})
 			h, peer := hosts[0], hosts[1]
 			h.mustEnsure(h.spec(mode))
