@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"azurevnet/internal/vnetsim"
 )
 
@@ -151,7 +153,7 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 	t.Run("the routing is mended", func(t *testing.T) {
 		h := h.in(t)
 		ours := func() string {
-			return h.must("sh", "-c", "ip -d rule | grep 'proto 168'; ip route show table all proto 168 | sort")
+			return h.must("sh", "-c", "(ip -d rule | grep 'proto 168'; ip route show table all proto 168) | sort")
 		}
 		asItWas := ours()
 		for _, want := range []string{"lookup 16863 ", "32764:", "default via 10.241.0.1 dev eth1 table 16863", s1.addr.String() + " dev azure", t1.addr.String() + " dev azv"} {
@@ -160,7 +162,16 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 			}
 		}
 		h.must("sh", "-ec", "ip rule del lookup 16863; for n in 0 1 2 3 4; do while ip rule del priority 3276$n 2>/dev/null; do :; done; done; ip route flush table 16863; ip route flush proto 168 table all")
-		eventually(t, "the routing is as it was", 35*time.Second, func() bool { return ours() == asItWas })
+		diff := ""
+		defer func() {
+			if diff != "" {
+				t.Errorf("the routing (- was, + is):\n%s", diff)
+			}
+		}()
+		eventually(t, "the routing is as it was", 35*time.Second, func() bool {
+			diff = cmp.Diff(asItWas, ours())
+			return diff == ""
+		})
 		for _, from := range []place{s1, t1} {
 			outside(t, from, eth1.Primary)
 		}
