@@ -82,7 +82,7 @@ func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	}
 	name, master := nic.Attrs().Name, m.Attrs().Name
 	if strings.HasPrefix(m.Attrs().Alias, formerAlias) {
-		return fmt.Errorf("%w: %s is in %s, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot", ErrTaken, name, master)
+		return fmt.Errorf("%w: %s is in %s, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM. Then run that build's own uninstall; or disable that build (docker plugin disable -f azure-vnet:latest, or remove its conflist) and reboot", ErrTaken, name, master)
 	}
 	return fmt.Errorf("%w: %s is in %s, a %s that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes %s", ErrTaken, name, master, m.Type(), master)
 }

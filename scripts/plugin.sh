@@ -34,7 +34,7 @@ untaken() {
 		case $bridge:$(cat "$port/master/ifalias") in
 		*:"azv2 bridge"*) ;; # this release's, which has no NIC
 		*:"azv1 bridge"*)
-			die "the NIC is a port of a bridge: $nic is in $bridge, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot" ;;
+			die "the NIC is a port of a bridge: $nic is in $bridge, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM. Then run that build's own uninstall; or disable that build (docker plugin disable -f azure-vnet:latest, or remove its conflist) and reboot" ;;
 		azure*)
 			die "the NIC is a port of a bridge: $nic is in $bridge, a bridge that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes $bridge" ;;
 		esac

@@ -37,7 +37,7 @@ const formerCommit = "7f651bb476cc3e83a11092e86d8b91e6704ad2d4"
 
 // takenWords are what every refusal says on a host where a former build runs.
 const takenWords = "the NIC is a port of a bridge: eth0 is in azure0, where an earlier build of azure-vnet put it. " +
-	"Nothing was changed, and the containers that run keep their network. Drain this VM, then run that build's own uninstall, or reboot"
+	"Nothing was changed, and the containers that run keep their network. Drain this VM. Then run that build's own uninstall; or disable that build (docker plugin disable -f azure-vnet:latest, or remove its conflist) and reboot"
 
 var errNoHistory = errors.New("git does not know the former build here")
 
