@@ -120,12 +120,12 @@ func (at *attach) run(ctx context.Context) (Attachment, error) {
 	if err := at.clearOld(ctx); err != nil {
 		return Attachment{}, err
 	}
-	ownRules, err := at.decide(ctx)
+	secondNIC, err := at.decide(ctx)
 	if err != nil {
 		return Attachment{}, err
 	}
 	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
-	if err := at.act(ownRules); err != nil {
+	if err := at.act(secondNIC); err != nil {
 		return Attachment{}, errors.Join(err, at.undoAll())
 	}
 	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
@@ -165,9 +165,9 @@ func (at *attach) clearOld(ctx context.Context) error {
 }
 
 // decide finds what the endpoint needs and makes sure that it can have it: the NIC and its bridge, the
-// address and the MAC, the ports, and tables that have its policy. ownRules says that its way out takes
-// routing rules that rest on what containers the NIC has.
-func (at *attach) decide(ctx context.Context) (ownRules bool, err error) {
+// address and the MAC, the ports, and tables that have its policy. secondNIC: the container's NIC is not
+// the primary one, so act must also make the routing rules of that NIC.
+func (at *attach) decide(ctx context.Context) (secondNIC bool, err error) {
 	v, tables, enough, err := at.look()
 	if err != nil {
 		return false, err
@@ -178,16 +178,16 @@ func (at *attach) decide(ctx context.Context) (ownRules bool, err error) {
 	if v, err = at.h.readEndpoints(); err != nil {
 		return false, err
 	}
-	ownRules, err = at.prepare(ctx, v, tables)
+	secondNIC, err = at.prepare(ctx, v, tables)
 	if err != nil {
 		err = errors.Join(err, at.undoAll())
 	}
-	return ownRules, err
+	return secondNIC, err
 }
 
 // look reads as little as nearly every attach needs: v has the NIC and its bridge. tables says that the nft tables
-// stand with the endpoint's policy. enough says that the tables stand, that nobody has the address, and that no
-// port is to be claimed, so that nothing else has to be read.
+// stand with the endpoint's policy. enough: nothing more has to be read. The tables stand, no route leads to the
+// address, and no port is asked for.
 func (at *attach) look() (v *view, tables, enough bool, err error) {
 	state, err := at.h.state()
 	if err != nil {
@@ -222,7 +222,7 @@ func (at *attach) look() (v *view, tables, enough bool, err error) {
 
 // prepare refuses what another endpoint or the host has, claims the ports, and, unless the tables stand, makes them
 // what the endpoint's policy needs.
-func (at *attach) prepare(ctx context.Context, v *view, tables bool) (ownRules bool, err error) {
+func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC bool, err error) {
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
@@ -244,11 +244,11 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (ownRules b
 		}
 		v.state.Policies[at.a.policy] = at.e.Policy
 	}
-	if ownRules, err = at.settle(v); err != nil || tables {
-		return ownRules, err
+	if secondNIC, err = at.settle(v); err != nil || tables {
+		return secondNIC, err
 	}
 	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
-	return ownRules, at.syncTables(v)
+	return secondNIC, at.syncTables(v)
 }
 
 // syncTables makes the tables what the host needs and the endpoint will.
@@ -274,7 +274,7 @@ func (at *attach) undoAll() error {
 }
 
 // settle takes from the view what the endpoint's parts rest on.
-func (at *attach) settle(v *view) (ownRules bool, err error) {
+func (at *attach) settle(v *view) (secondNIC bool, err error) {
 	nic := v.nics[at.a.nic]
 	if nic == nil {
 		return false, fmt.Errorf("no network interface of this host has the MAC %s", at.a.nic)
@@ -305,7 +305,7 @@ func (at *attach) settle(v *view) (ownRules bool, err error) {
 	at.rules = v.rulesOf(at.a, at.link, at.ports)
 	p := at.e.Policy
 	at.rules.Internal, at.rules.NoMetadata = p.Internal, p.NoMetadata
-	return !v.state.NICs[at.a.nic].Primary || at.bridge == 0 && v.state.needsOwnRules(at.a.nic), nil
+	return !v.state.NICs[at.a.nic].Primary, nil
 }
 
 // macIsFree refuses a MAC that the bridge has already: the kernel would move it to the new port, and
@@ -326,7 +326,7 @@ func (at *attach) macIsFree() error {
 }
 
 // act makes what decide found to be possible.
-func (at *attach) act(ownRules bool) error {
+func (at *attach) act(secondNIC bool) error {
 	for _, step := range []struct {
 		name string
 		do   func() error
@@ -346,7 +346,7 @@ func (at *attach) act(ownRules bool) error {
 			return err
 		}
 	}
-	if ownRules {
+	if secondNIC {
 		return at.h.mendRouting()
 	}
 	return nil

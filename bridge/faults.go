@@ -81,7 +81,7 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	}
 	if errors.Is(err, forward.ErrUnreadable) {
 		add(fault{what: err.Error()})
-	} else if err != nil { // keeps nothing else from being mended, nor containers away that can do without
+	} else if err != nil { // Other repairs go on. New containers are refused only if FORWARD's policy is DROP.
 		add(fault{what: err.Error(), mend: func() error { return errForward }, bearable: !forward.PolicyDrops()})
 	}
 	add(h.dropInFaults(v)...)
@@ -161,9 +161,9 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	return append(all, addressFaults(v, l)...)
 }
 
-// createBridge makes a bridge. A bridge follows the MTU of its ports until its own is
-// changed, and the kernel takes a change to what it is for none: so it is made with one that
-// is smaller by a byte, and changed.
+// createBridge makes a bridge. A bridge copies its ports' MTU until its own MTU is changed.
+// Setting the value that it already has does not count, so it is made one byte smaller and
+// then set.
 func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) error {
 	if err := h.hook("bridge"); err != nil {
 		return err
@@ -205,9 +205,9 @@ func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) err
 	return nil
 }
 
-// addressFaults are the addresses of a link that must have none: with the last of them the
-// kernel takes away its routes and neighbours, and while it has one, its source checks follow
-// the settings of all links.
+// addressFaults are the addresses of a link. Links of ours must have no address. With the last
+// one the kernel deletes the link's routes and neighbour entries. While there is one,
+// conf.all.rp_filter=2 makes the link's source check loose.
 func addressFaults(v *view, l netlink.Link) (all []fault) {
 	for _, a := range v.addrs {
 		if a.LinkIndex == l.Attrs().Index {

@@ -38,9 +38,9 @@ const (
 	azureRule     = 32760 // to the host agent and the metadata service, not of the primary NIC: Azure's DHCP has routes to both by the primary
 	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
-	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN
+	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN; also the main table's part for the containers of lastRule
 	outRule       = 32764 // not of the primary NIC, to all the rest
-	lastRule      = 32765 // of the primary NIC's transparent containers, to the NICs' subnets: another NIC in the same subnet has decided before
+	lastRule      = 32765 // of the primary NIC's transparent containers, to the NICs' subnets: a second NIC in the same subnet has rules with lower numbers, which match first
 )
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
@@ -148,8 +148,9 @@ func (s *hostState) needsOwnRules(mac string) bool {
 }
 
 // containerPriority is that of the rule that leads to containers: before every rule of others but
-// the local table's. A rule that is added without a priority comes before all that are there, so
-// this one gives way and is put before it again.
+// the local table's. A rule that is added without a priority comes before all that are there. If
+// somebody adds a rule before ours, ours is deleted and added again one lower than that rule, never
+// below 1.
 func (v *view) containerPriority() int {
 	return max(1, min(containerRule, v.firstRule-1))
 }

@@ -139,7 +139,7 @@ func (p *Pool) hostHas(addrs []string, dev string) string {
 	}
 	text = fmt.Sprintf("the host itself holds %s (interface %s), as cloud-init has it", text, dev)
 	if p.cfg.Reclaim {
-		return text + ": reclaim=on takes them back when the bridge is next set up"
+		return text + ": reclaim=on takes them back: the plugin within 30 s, CNI at the next ADD that finds no other"
 	}
 	return text + `: set reclaim=on, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
 }

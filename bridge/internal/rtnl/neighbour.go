@@ -32,7 +32,8 @@ func PutNeighbour(n Neighbour) error {
 	return send(neighbourRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, n))
 }
 
-// DelNeighbour deletes the entry. None is an error that NotThere knows.
+// DelNeighbour deletes the entry. If there is no such entry, the error is one that NotThere
+// reports.
 func DelNeighbour(n Neighbour) error {
 	return send(neighbourRequest(unix.RTM_DELNEIGH, 0, n))
 }
@@ -88,15 +89,16 @@ func AddForwarding(e ForwardingEntry) error {
 	return send(r)
 }
 
-// DelForwarding deletes the entry. None is an error that NotThere knows.
+// DelForwarding deletes the entry. If there is no such entry, the error is one that NotThere
+// reports.
 func DelForwarding(e ForwardingEntry) error {
 	r := request(unix.RTM_DELNEIGH, unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
 	return send(r)
 }
 
-// FindForwarding looks for the MAC in the forwarding table of the bridge with that index. A kernel before
-// 5.0 cannot tell and has none.
+// FindForwarding looks for the MAC in the forwarding table of the bridge with that index. Linux before 5.0 has no
+// such query: found is then false, and AddForwarding reports a duplicate as EEXIST.
 func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
 	r := request(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
@@ -114,8 +116,8 @@ func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found 
 	return ForwardingEntry{Port: int(int32(binary.NativeEndian.Uint32(messages[0][4:]))), Bridge: bridge, MAC: mac}, true, nil
 }
 
-// ReadForwarding lists the entries of all bridges that neither age nor were
-// learnt: the static ones and those of the ports' own MACs.
+// ReadForwarding lists the permanent and static entries of every bridge, without a
+// VLAN, and never those that were learnt.
 func ReadForwarding() ([]ForwardingEntry, error) {
 	messages, err := dumpNeighbours(unix.AF_BRIDGE)
 	if err != nil {

@@ -13,11 +13,11 @@ import (
 )
 
 // Hook priorities. Those of iptables' tables are -300 (raw), -100 (DNAT), 0 (filter)
-// and 100 (SNAT). Ours are beside them, before the stage that must find our work
-// done.
+// and 100 (SNAT). Our chains run just before the iptables table whose stage depends on
+// them.
 const (
 	beforeBrNetfilter = -300 // br_netfilter's own hook is at 0 in the bridge family
-	beforeRaw         = -310 // no rule of another may accept what we drop
+	beforeRaw         = -310 // before raw (-300) and conntrack (-200): a forged packet creates no flow and meets no rule of others
 	beforeDNAT        = -101
 	atFilter          = 0
 	beforeSNAT        = 99
@@ -116,8 +116,9 @@ func (c Config) prerouting(t *table) {
 		rule(iifgroup(GroupTransparent), drop()))
 }
 
-// forward drops what no container may reach. It comes after every DNAT, whoever
-// made it. It accepts nothing: that is left to the firewall of the host.
+// forward drops what no container may reach, and all that an internal endpoint exchanges
+// with a link that is not ours. Such an endpoint reaches the host, and the endpoints behind
+// our links on this VM. The chain comes after every DNAT, whoever made it. It accepts nothing: that is left to the firewall of the host.
 func (c Config) forward(t *table) {
 	t.base("forward", filter, nftables.ChainHookForward, atFilter,
 		rule(ipDaddr(1), verdictFrom("guarded")),
