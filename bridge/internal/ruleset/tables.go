@@ -118,7 +118,8 @@ func (c Config) prerouting(t *table) {
 
 // forward drops what no container may reach, and all that an internal endpoint exchanges
 // with a link that is not ours. Such an endpoint reaches the host, and the endpoints behind
-// our links on this VM. The chain comes after every DNAT, whoever made it. It accepts nothing: that is left to the firewall of the host.
+// our links on this VM. The chain comes after every DNAT, whoever made it. It accepts
+// nothing: that is left to the firewall of the host.
 func (c Config) forward(t *table) {
 	t.base("forward", filter, nftables.ChainHookForward, atFilter,
 		rule(ipDaddr(1), verdictFrom("guarded")),
