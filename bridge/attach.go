@@ -229,6 +229,9 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 			return false, fmt.Errorf("%s has the address %s (link %s): detach it first", e.owner, addr, e.link.Name)
 		}
 	}
+	if err := refuseForeignRoute(addr); err != nil {
+		return false, err
+	}
 	if dev := v.holds(addr); dev != "" {
 		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or set reclaim", dev, addr)
 	}
@@ -317,6 +320,9 @@ func (at *attach) macIsFree() error {
 	}
 	holder := fmt.Sprintf("link %d", f.Port)
 	if l, err := netlink.LinkByIndex(f.Port); err == nil {
+		if halfMade(l) { // a detach is about to delete it, or died before it could
+			return delLink(l)
+		}
 		holder = l.Attrs().Name
 		if a, ok := endpointOf(l); ok {
 			holder = fmt.Sprintf("%s (%s)", a.owner, a.addr.Addr())
@@ -438,15 +444,13 @@ func (at *attach) addRoutes() error {
 // forgetDatagrams has datagrams that were sent to a published port all along find the container: else
 // they go on to where they went.
 func (at *attach) forgetDatagrams() error {
+	var all []conntrack.Flows
 	for _, p := range at.ports {
-		if p.Proto != "udp" {
-			continue
-		}
-		if err := at.flows.Delete(conntrack.Flows{UDPPort: p.HostPort}); err != nil {
-			return err
+		if p.Proto == "udp" {
+			all = append(all, conntrack.Flows{UDPPort: p.HostPort})
 		}
 	}
-	return nil
+	return at.flows.Delete(all...)
 }
 
 // sign says that the interface is whole.
@@ -461,20 +465,34 @@ func ignoreMissing(err error) error {
 	return err
 }
 
-// addressIsFree asks the kernel's routes, which know of every address that the host or a container of
-// ours has.
+// addressIsFree asks the kernel's routes, which know of every address that the host or a container has.
 func addressIsFree(addr netip.Addr) (bool, error) {
+	_, found, err := routeTo(addr)
+	return !found, err
+}
+
+// refuseForeignRoute refuses an address that a route of somebody else leads to: it is a container's of theirs.
+func refuseForeignRoute(addr netip.Addr) error {
+	r, found, err := routeTo(addr)
+	if err != nil || !found || r.Protocol == ourProtocol || r.Type != unix.RTN_UNICAST {
+		return err
+	}
+	return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %[1]s): whoever made it uses that address", addr, r.Table)
+}
+
+// routeTo is the route to that one address, if there is one.
+func routeTo(addr netip.Addr) (r netlink.Route, found bool, err error) {
 	routes, err := netlink.RouteGetWithOptions(net.IP(addr.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
 	if rtnl.NotThere(err) || errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
-		return true, nil
+		return r, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look for a route to %s: %w", addr, err)
+		return r, false, fmt.Errorf("look for a route to %s: %w", addr, err)
 	}
 	for _, r := range routes {
 		if r.Dst != nil && prefixOf(r.Dst).Bits() == 32 {
-			return false, nil
+			return r, true, nil
 		}
 	}
-	return true, nil
+	return r, false, nil
 }

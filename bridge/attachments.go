@@ -100,10 +100,5 @@ func (h *Host) Forget(addr netip.Addr) error {
 }
 
 func forgetFlows(c *conntrack.Conn, addr netip.Addr) error {
-	for _, f := range []conntrack.Flows{{From: addr}, {Answerer: addr}} {
-		if err := c.Delete(f); err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.Delete(conntrack.Flows{From: addr}, conntrack.Flows{Answerer: addr})
 }

@@ -106,7 +106,13 @@ func (d *detach) clear(ctx context.Context) error {
 
 func (d *detach) removeElements(state *hostState) error {
 	v := &view{state: state}
-	if nic := nicByName(state, d.a.nic); nic != nil {
+	nic := nicByName(state, d.a.nic)
+	if nic == nil && d.a.ports > 0 { // renamed, or host.json was lost: the ports' elements have the NIC's name
+		if links, err := rtnl.ReadLinks(); err == nil {
+			nic, _ = findNIC(links, d.a.nic)
+		}
+	}
+	if nic != nil {
 		v.nics = map[string]netlink.Link{d.a.nic: nic}
 	}
 	n := policyOf(state.Policies, d.a.policy).network()

@@ -66,15 +66,18 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 		add(h.bridgeFaults(v, mac)...)
 	}
 	add(routingFaults(v)...)
-	for _, e := range v.endpoints {
-		for _, f := range h.endpointFaults(v, e) {
+	addBearable := func(more ...fault) {
+		for _, f := range more {
 			f.bearable = true
 			add(f)
 		}
 	}
-	add(strayFaults(v)...)
-	add(h.stateFaults(v)...)
-	add(h.portFaults(v)...)
+	for _, e := range v.endpoints {
+		addBearable(h.endpointFaults(v, e)...)
+	}
+	addBearable(strayFaults(v)...)
+	addBearable(h.stateFaults(v)...)
+	addBearable(h.portFaults(v)...)
 	accepts, err := v.forward().Differences()
 	for _, what := range accepts {
 		add(fault{what: what, mend: func() error { _, err := v.forward().Sync(); return err }})
@@ -84,7 +87,7 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 	} else if err != nil { // Other repairs go on. New containers are refused only if FORWARD's policy is DROP.
 		add(fault{what: err.Error(), mend: func() error { return errForward }, bearable: !forward.PolicyDrops()})
 	}
-	add(h.dropInFaults(v)...)
+	addBearable(h.dropInFaults(v)...)
 	return all, nil
 }
 

@@ -5,6 +5,7 @@ package bridge
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -110,7 +111,8 @@ func (v *view) wantedRoutes() []netlink.Route {
 		}
 	}
 	for _, mac := range v.macs() {
-		if gateway, ok := v.ownWay(mac); ok {
+		// The kernel takes no route by a link that is down. When the link is up, a round adds it.
+		if gateway, ok := v.ownWay(mac); ok && v.nics[mac].Attrs().Flags&net.FlagUp != 0 {
 			index := v.nics[mac].Attrs().Index
 			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), LinkIndex: index, Gw: gateway.AsSlice(),
 				Flags: int(netlink.FLAG_ONLINK), Protocol: ourProtocol, Type: unix.RTN_UNICAST})

@@ -34,13 +34,13 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	result, err := connect(ctx, c, l.Host, given)
+	result, attached, err := connect(ctx, c, l.Host, given)
 	if err == nil {
 		return result, nil
 	}
 	undo, cancel := cni.Undo(ctx)
 	defer cancel()
-	if !errors.Is(err, bridge.ErrAttached) { // else the link is another call's
+	if attached { // else a link of the container is another call's
 		if bad := l.Host.Detach(undo, c.Owner()); bad != nil {
 			return nil, errors.Join(err, bad) // the address stays lent while it may be in use
 		}
@@ -68,44 +68,45 @@ func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 	return takeAway(ctx, c, l, c.Owner())
 }
 
-// connect makes the container's interface and says what came of it.
-func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (*current.Result, error) {
+// connect makes the container's interface and says what came of it. attached says that this call made the interface,
+// so that after an error it is this call's to take away.
+func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (result *current.Result, attached bool, err error) {
 	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: c.Conf.Mode, Name: c.Conf.Bridge, NICs: g.nics})
 	if err != nil {
-		return nil, misnamed(ctx, c, host, g.nic, err)
+		return nil, false, misnamed(ctx, c, host, g.nic, err)
 	}
 	for _, what := range br.Mended {
 		c.Warn("mended: " + what)
 	}
 	if c.Conf.MTU > br.MTU {
-		return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish", c.Conf.MTU, br.NIC, br.MTU), "")
+		return nil, false, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish", c.Conf.MTU, br.NIC, br.MTU), "")
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
 		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,
 	})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if err := addRoutes(c, g); err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	if err := g.confirm(ctx); err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	if err := ctx.Err(); err != nil {
-		return nil, err // an answer after the deadline reaches nobody
+		return nil, true, err // an answer after the deadline reaches nobody
 	}
 	veth, err := netlink.LinkByName(at.Link)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", at.Link, err)
+		return nil, true, fmt.Errorf("read %s: %w", at.Link, err)
 	}
-	result := &current.Result{Interfaces: interfaces(br, veth, at, c), Routes: g.routes, DNS: c.Conf.DNS}
+	result = &current.Result{Interfaces: interfaces(br, veth, at, c), Routes: g.routes, DNS: c.Conf.DNS}
 	result.IPs = []*current.IPConfig{{Interface: current.Int(len(result.Interfaces) - 1), Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
 	if c.Conf.DNS.IsEmpty() {
 		result.DNS = g.dns
 	}
-	return result, nil
+	return result, true, nil
 }
 
 // interfaces lists the bridge, if there is one, the host end and last the container's

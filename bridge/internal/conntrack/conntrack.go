@@ -52,14 +52,17 @@ func (c *Conn) Close() {
 	}
 }
 
-// Delete deletes the flows. None is success.
-func (c *Conn) Delete(f Flows) error {
-	err := c.execute(f.request())
-	if err == nil || noConntrack(err) {
+// Delete deletes the flows that agree with any of all. None is success.
+func (c *Conn) Delete(all ...Flows) error {
+	for _, f := range all {
+		err := c.execute(f.request())
+		if err == nil || noConntrack(err) {
+			continue
+		}
+		if err := deleteOneByOne(all); err != nil {
+			return fmt.Errorf("delete flows from the connection tracking: %w", err)
+		}
 		return nil
-	}
-	if err := f.deleteOneByOne(); err != nil {
-		return fmt.Errorf("delete flows from the connection tracking: %w", err)
 	}
 	return nil
 }
@@ -89,24 +92,28 @@ func (f Flows) request() *nl.NetlinkRequest {
 	return r
 }
 
-// deleteOneByOne is for older kernels, which delete by a whole tuple only.
-func (f Flows) deleteOneByOne() error {
-	filter := &netlink.ConntrackFilter{}
-	var err error
-	switch {
-	case f.From.IsValid():
-		err = filter.AddIP(netlink.ConntrackOrigSrcIP, f.From.AsSlice())
-	case f.Answerer.IsValid():
-		err = filter.AddIP(netlink.ConntrackReplySrcIP, f.Answerer.AsSlice())
-	default:
-		if err = filter.AddProtocol(unix.IPPROTO_UDP); err == nil {
-			err = filter.AddPort(netlink.ConntrackOrigDstPort, f.UDPPort)
+// deleteOneByOne is for older kernels, which delete by a whole tuple only. It reads the whole table, once.
+func deleteOneByOne(all []Flows) error {
+	var filters []netlink.CustomConntrackFilter
+	for _, f := range all {
+		filter := &netlink.ConntrackFilter{}
+		var err error
+		switch {
+		case f.From.IsValid():
+			err = filter.AddIP(netlink.ConntrackOrigSrcIP, f.From.AsSlice())
+		case f.Answerer.IsValid():
+			err = filter.AddIP(netlink.ConntrackReplySrcIP, f.Answerer.AsSlice())
+		default:
+			if err = filter.AddProtocol(unix.IPPROTO_UDP); err == nil {
+				err = filter.AddPort(netlink.ConntrackOrigDstPort, f.UDPPort)
+			}
 		}
+		if err != nil {
+			return err
+		}
+		filters = append(filters, filter)
 	}
-	if err != nil {
-		return err
-	}
-	_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
+	_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...)
 	if noConntrack(err) || errors.Is(err, unix.EINVAL) {
 		return nil
 	}

@@ -373,18 +373,35 @@ func (b *backend) sync(c Config) (mended []string, err error) {
 	if have.placed() {
 		return mended, nil
 	}
+	return mended, b.place(have)
+}
+
+// place puts the jump where it belongs, and then deletes the old ones. It deletes by the rule's words and never by its
+// number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules the first is
+// deleted, so old jumps behind the place of the new one, which have no effect there, go before it comes.
+func (b *backend) place(have state) (err error) {
+	drop := func(n int) error {
+		for range n {
+			if err := b.run.DeleteIfExists(table, parent, jump...); err != nil {
+				return fmt.Errorf("delete the jump to %s that is out of place: %w", ours, err)
+			}
+		}
+		return nil
+	}
+	old := have.jumps()
+	if len(old) > 0 && old[len(old)-1] >= have.final {
+		if err := drop(len(old)); err != nil {
+			return err
+		}
+		if have, err = b.read(); err != nil {
+			return err
+		}
+		old = have.jumps()
+	}
 	if err := b.run.Insert(table, parent, have.final+1, jump...); err != nil {
-		return nil, fmt.Errorf("add the jump to %s: %w", ours, err)
+		return fmt.Errorf("add the jump to %s: %w", ours, err)
 	}
-	for _, i := range slices.Backward(have.jumps()) {
-		if i >= have.final { // the new jump has pushed it down
-			i++
-		}
-		if err := b.run.DeleteById(table, parent, i+1); err != nil {
-			return nil, fmt.Errorf("delete the jump to %s that is out of place: %w", ours, err)
-		}
-	}
-	return mended, nil
+	return drop(len(old))
 }
 
 func (b *backend) drop() error {
