@@ -358,13 +358,21 @@ func killedChild(path string) (acknowledged int, err error) {
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
-	time.AfterFunc(time.Duration(rand.IntN(100))*time.Millisecond, func() { cmd.Process.Kill() })
+	kill := func() {
+		time.AfterFunc(time.Duration(rand.IntN(100))*time.Millisecond, func() { cmd.Process.Kill() })
+	}
+	early := rand.IntN(2) == 0 // else a busy machine might kill all before they did anything
+	if early {
+		kill()
+	}
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		if lines.Text() != "done" {
 			return 0, errors.New(lines.Text())
 		}
-		acknowledged++
+		if acknowledged++; acknowledged == 1 && !early {
+			kill()
+		}
 	}
 	cmd.Wait()
 	return acknowledged, nil
