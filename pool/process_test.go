@@ -99,6 +99,10 @@ func Test200ProcessesAtOnceHave200Addresses(t *testing.T) {
 			has[string(out)] = owner
 		})
 	}
+	// The source is this very process, which 200 others may keep from answering the first question in time.
+	if _, err := p.NICs(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	began := time.Now()
 	close(start)
 	wg.Wait()
