@@ -339,8 +339,8 @@ func TestManyContainers(t *testing.T) {
 	for _, mode := range Modes {
 		t.Run(string(mode), func(t *testing.T) {
 			many := 250
-			if mode == ModeTransparent && !soaking {
-				many = 50
+			if !soaking {
+				many = 60
 			}
 			v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: many}, vnetsim.VMConfig{})
 			h, peer := hosts[0], hosts[1]

@@ -72,9 +72,15 @@ func inBothModes(t *testing.T, test func(t *testing.T, mode Mode)) {
 // soaking says that make soak runs the tests: all cases of many that are alike.
 var soaking = os.Getenv("SOAK") != ""
 
-// inShare reports whether a test runs the i-th of many cases that are alike: make test runs every second one, those that
-// it leaves out in one mode in the other, and make soak runs all.
-func inShare(i int, mode Mode) bool { return soaking || (i%2 == 0) == (mode == ModeBridge) }
+// inShare reports whether a test runs the i-th of many cases that are alike: make test runs every fourth one in each
+// mode, not the same ones, and make soak runs all.
+func inShare(i int, mode Mode) bool {
+	first := 0
+	if mode == ModeTransparent {
+		first = 1
+	}
+	return soaking || i%4 == first
+}
 
 func (h *host) spec(mode Mode) Spec {
 	s := Spec{MAC: h.MAC, Primary: true, Mode: mode}

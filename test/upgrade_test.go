@@ -359,6 +359,9 @@ func TestCNIUpgradeFromAFormerBuild(t *testing.T) {
 
 // TestDockerUpgradeFromAFormerBuild walks docs/docker.md, "From a build that moved the NIC".
 func TestDockerUpgradeFromAFormerBuild(t *testing.T) {
+	if os.Getenv("SOAK") == "" {
+		t.Skip("takes two minutes: make soak")
+	}
 	dir := formerBuild(t)
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	h, plain := vms[0], vms[1]
