@@ -83,6 +83,7 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	eventually(t, "no lease and no link is left", 40*time.Second, func() bool { return h.counts() == 0 })
 	h.empty()
 	listed := strings.Fields(h.docker("network", "ls", "-q", "--no-trunc", "--filter", "driver="+plugin))
+	slices.Sort(listed)
 	eventually(t, "plugin and engine know the same networks", 2*time.Minute, func() bool {
 		return cmp.Equal(listed, slices.Sorted(slices.Values(h.networks())))
 	})
