@@ -283,7 +283,7 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
 					t.Errorf("the service is %q", got[service])
 				}
 				for _, path := range []string{
-					"/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg", "/etc/modules-load.d/azure-vnet.conf", service,
+					"/etc/cloud/cloud.cfg.d/90-azure-vnet.cfg", service,
 					"/etc/systemd/system/azure-vnet-reconcile.timer", "/var/lib/azure-vnet/cni.installed", "/var/lib/azure-vnet/cni.made",
 				} {
 					if want[path] = got[path]; got[path] == "" {
@@ -404,7 +404,7 @@ func TestInstallerChangesAllOrNothing(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	rootFS{"/opt/cni/bin/portmap": old, "/opt/cni/bin/azure-vnet": "another's"}.write(t, image)
-	if err := os.Remove(filepath.Join(image, "etc/modules-load.d/azure-vnet.conf")); err != nil {
+	if err := os.Remove(filepath.Join(image, "etc/cloud/cloud.cfg.d/90-azure-vnet.cfg")); err != nil {
 		t.Fatal(err)
 	}
 	before, pkg := readTree(t, image), second.write(t, t.TempDir())

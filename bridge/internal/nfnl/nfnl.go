@@ -13,6 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// The library finds the machine's byte order at its first use, without a lock.
+// Here that use is before any goroutine is.
+var _ = nl.NativeEndian()
+
 // ChainExists reports whether the table of that family, such as unix.NFPROTO_IPV4, has
 // the chain. A kernel without nf_tables has none.
 func ChainExists(family byte, table, chain string) (bool, error) {
