@@ -346,7 +346,11 @@ func routingFaults(v *view) (all []fault) {
 	want := v.wantedRules()
 	for _, r := range v.wantedRoutes() {
 		if r.Table > nicTables && !slices.ContainsFunc(v.routes, func(o netlink.Route) bool { return sameRoute(r, o) }) {
-			all = append(all, fault{what: fmt.Sprintf("no way out by %s in table %d", v.nameOf(r.LinkIndex), r.Table), mend: func() error { return putRoute(r) }})
+			way := "out by " + v.nameOf(r.LinkIndex)
+			if r.Type == unix.RTN_UNREACHABLE {
+				way = "to nowhere"
+			}
+			all = append(all, fault{what: fmt.Sprintf("no route %s in table %d", way, r.Table), mend: func() error { return putRoute(r) }})
 		}
 	}
 	for _, r := range want {
@@ -380,7 +384,7 @@ func routingFaults(v *view) (all []fault) {
 func strayFaults(v *view) (all []fault) {
 	routes := v.wantedRoutes()
 	for _, r := range v.routes {
-		if !slices.ContainsFunc(routes, func(w netlink.Route) bool { return sameDst(w, r) && w.LinkIndex == r.LinkIndex }) {
+		if !slices.ContainsFunc(routes, func(w netlink.Route) bool { return samePlace(w, r) }) {
 			all = append(all, fault{what: fmt.Sprintf("the route to %s in table %d is nobody's", prefixOf(r.Dst), r.Table), mend: func() error { return delRoute(r) }})
 		}
 	}

@@ -295,7 +295,13 @@ func TestNICsChange(t *testing.T) {
 		c := &checks{t: t}
 		c.reaches(peer.place(), a.addr)
 		c.reaches(a.place(), b.addr, peer.Primary)
-		c.wait.Wait()
+		c.reaches(b.place(), a.addr, h.Primary)
+		leadsNowhere := func() { // and not out by the primary NIC, which Azure takes for a forgery
+			t.Helper()
+			c.pings(false, b, peer.Primary, vnetsim.HostAgentAddr, vnetsim.InternetAddr)
+			c.wait.Wait()
+		}
+		leadsNowhere()
 		if _, err := h.attach(spare.endpoint(mode, Policy{SNAT: true})); err == nil || !strings.Contains(err.Error(), "no network interface of this host has the MAC "+nic.MAC) {
 			t.Errorf("attach to a NIC that is gone: %v", err)
 		}
@@ -303,6 +309,13 @@ func TestNICsChange(t *testing.T) {
 		config("eth7")
 		h.reconcile()
 		all("a NIC was attached again, with another name")
+		h.ip("link set eth7 down")
+		leadsNowhere()
+		h.reconcile()
+		leadsNowhere()
+		config("eth7")
+		h.reconcile()
+		all("a NIC was down for a while")
 
 		if err := h.SetPrimary(netip.MustParseAddr("10.240.3.3")); err != nil {
 			t.Fatal(err)

@@ -34,8 +34,10 @@ import (
 const (
 	containerTable = 16863    // a route to each container
 	nicTables      = 16863000 // and the NIC's index: the way out by that NIC
+	noWay          = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
 
 	containerRule = 100   // at most: see containerPriority
+	goneRule      = 32760 // of a NIC that is gone: nowhere. By another NIC Azure would drop it
 	azureRule     = 32760 // to the host agent and the metadata service, not of the primary NIC: Azure's DHCP has routes to both by the primary
 	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
@@ -93,11 +95,12 @@ func delRoute(r netlink.Route) error {
 
 // sameRoute compares what we set of a route.
 func sameRoute(a, b netlink.Route) bool {
-	return sameDst(a, b) && a.LinkIndex == b.LinkIndex && a.Gw.Equal(b.Gw) && a.MTU == b.MTU
+	return samePlace(a, b) && a.Gw.Equal(b.Gw) && a.MTU == b.MTU
 }
 
-func sameDst(a, b netlink.Route) bool {
-	return a.Table == b.Table && prefixOf(a.Dst) == prefixOf(b.Dst)
+// samePlace reports whether one of the two would stand where the other does, or lead by the same link.
+func samePlace(a, b netlink.Route) bool {
+	return a.Table == b.Table && prefixOf(a.Dst) == prefixOf(b.Dst) && a.Priority == b.Priority && a.LinkIndex == b.LinkIndex
 }
 
 // wantedRoutes are all that our protocol number may stand on.
@@ -111,9 +114,16 @@ func (v *view) wantedRoutes() []netlink.Route {
 		}
 	}
 	for _, mac := range v.macs() {
+		gateway, ok := v.ownWay(mac)
+		if !ok {
+			continue
+		}
+		index := v.nics[mac].Attrs().Index
+		if !v.state.NICs[mac].Primary { // with its link, the route below goes, and main's would lead out by the primary NIC
+			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), Priority: noWay, Protocol: ourProtocol, Type: unix.RTN_UNREACHABLE})
+		}
 		// The kernel takes no route by a link that is down. When the link is up, a round adds it.
-		if gateway, ok := v.ownWay(mac); ok && v.nics[mac].Attrs().Flags&net.FlagUp != 0 {
-			index := v.nics[mac].Attrs().Index
+		if v.nics[mac].Attrs().Flags&net.FlagUp != 0 {
 			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), LinkIndex: index, Gw: gateway.AsSlice(),
 				Flags: int(netlink.FLAG_ONLINK), Protocol: ourProtocol, Type: unix.RTN_UNICAST})
 		}
@@ -163,6 +173,9 @@ func (v *view) wantedRules() []netlink.Rule {
 	add := func(priority, table, suppress int, iif string, from, to netip.Prefix) {
 		r := netlink.NewRule()
 		r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
+		if table == unix.RT_TABLE_UNSPEC {
+			r.Type = unix.RTN_UNREACHABLE
+		}
 		if from.IsValid() {
 			r.Src = ipNet(from)
 		}
@@ -203,6 +216,9 @@ func (v *view) wantedRules() []netlink.Rule {
 		if ok && n.Bridge != "" {
 			way(mac, n.Bridge, everything)
 		}
+		if v.nics[mac] == nil && n.Bridge != "" {
+			add(goneRule, unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
+		}
 		if !ok || !n.Primary || !n.Transparent {
 			continue
 		}
@@ -217,6 +233,9 @@ func (v *view) wantedRules() []netlink.Rule {
 	for _, e := range v.endpoints {
 		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" && v.state.needsOwnRules(e.nic) {
 			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
+		}
+		if v.nics[e.nic] == nil && e.bridge == "" {
+			add(goneRule, unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
 		}
 	}
 	return all
@@ -237,6 +256,9 @@ func ruleText(r netlink.Rule) string {
 	}
 	if r.IifName != "" {
 		text += " iif " + r.IifName
+	}
+	if r.Table <= unix.RT_TABLE_UNSPEC {
+		return text + " unreachable"
 	}
 	return fmt.Sprintf("%s lookup %d", text, r.Table)
 }
