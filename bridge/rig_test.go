@@ -174,6 +174,9 @@ func (h *host) sh(line string) string {
 	return h.run("sh", "-c", line)
 }
 
+// forgetFlows empties the VM's connection tracking.
+func (h *host) forgetFlows() { h.sh("conntrack -F 2>/dev/null") }
+
 // try reports whether a line of the shell succeeds on the VM.
 func (h *host) try(line string) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)

@@ -102,8 +102,10 @@ func (c *cluster) loadIPTables(program string) {
 		" && echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet", program)) // as kube-proxy does
 }
 
-// unload takes all rules away, ours too, which the next round writes again.
+// unload takes all rules away, ours too, which the next round writes again. The flows go as well: a connection
+// from the port of an earlier one would be led by the earlier rules.
 func (c *cluster) unload() {
+	c.node1.forgetFlows()
 	c.node1.sh("nft flush ruleset; printf '*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\nCOMMIT\n' | iptables-legacy-restore" +
 		"; echo 0 >/proc/sys/net/ipv4/conf/all/route_localnet")
 }

@@ -500,11 +500,18 @@ func (r *runtimeReplay) lendAll() {
 // leaveStale adds pods that the runtime does not list when it starts: one whose
 // namespace is gone, and one whose namespace stands.
 func (r *runtimeReplay) leaveStale() {
+	r.t.Helper()
 	r.extra("extra1")
 	p := r.extra("extra2")
+	links := len(r.containerLinks())
 	p.in.close()
 	p.in = nil
 	r.must("ip", "netns", "del", p.netns)
+	for end := time.Now().Add(10 * time.Second); len(r.containerLinks()) == links; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Fatalf("%s was deleted, and its link stays", p.netns)
+		}
+	}
 }
 
 // cutPower runs the pod of the recording, whose ADD was not recorded, and cuts the
