@@ -18,7 +18,6 @@ func TestBenchmarksRun(t *testing.T) {
 	for _, words := range []string{
 		"test -run ^$ -bench . -benchtime 1x ./pool ./bridge ./internal/statefile",
 		"run ./bench -rounds 1 -standing 3",
-		"run ./bench -rounds 1",
 	} {
 		cmd := exec.CommandContext(t.Context(), "go", strings.Fields(words)...)
 		cmd.Dir = top
