@@ -74,7 +74,11 @@ func short(err error) bool { return strings.Contains(err.Error(), "no free addre
 // plugin and by tomorrow's, containers by today's Docker plugin.
 func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	t.Parallel()
-	const secondaries, dockerSides, cniSides, dockerOps, cniOps = 8, 2, 3, 75, 117 // 2·75 + 3·117 > 500
+	const secondaries, dockerSides, cniSides = 8, 2, 3
+	dockerOps, cniOps := 25, 40
+	if soaking {
+		dockerOps, cniOps = 250, 400
+	}
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: secondaries}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin()

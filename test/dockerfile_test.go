@@ -35,7 +35,7 @@ echo 'deb [trusted=yes] file:/debs ./' >"$root/etc/apt/sources.list"`
 
 // TestDockerfile: it makes the same root file system as make rootfs.
 func TestDockerfile(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
+	if !soaking {
 		t.Skip("takes long: make soak")
 	}
 	if err := built(); err != nil {

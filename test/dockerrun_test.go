@@ -117,6 +117,9 @@ for command in setsid tar sleep; do ln -sf docker /run/shim/$command; done`)
 // comes up nevertheless is the end of the steps, and is removed.
 func (h host) stopped(shell, how string, status, first, stride int) {
 	h.t.Helper()
+	if !soaking {
+		stride *= 3
+	}
 	before := h.left()
 	for n := first; ; n += stride {
 		got, said := h.meddled(shell, fmt.Sprintf("[ $n != %d ] || %s", n, how), nil, "web", "shop", "busybox", "sleep", "1000")

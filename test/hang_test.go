@@ -4,7 +4,6 @@ package test
 
 import (
 	"fmt"
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -150,7 +149,7 @@ func TestWhatHangsHoldsNobodyUp(t *testing.T) {
 
 // TestADiskThatHangs: a frozen file system, which no signal wakes a process from.
 func TestADiskThatHangs(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
+	if !soaking {
 		t.Skip("takes long: make soak")
 	}
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 3})

@@ -142,7 +142,7 @@ func mustOutput(t *testing.T, name string, arg ...string) string {
 
 // TestEveryArchitecture: what no machine here can run is read.
 func TestEveryArchitecture(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
+	if !soaking {
 		t.Skip("takes long: make soak")
 	}
 	_, vms := newVNet(t, vnetsim.VMConfig{})

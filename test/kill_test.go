@@ -21,7 +21,11 @@ import (
 // and commands may fail; but no address has two holders, and nothing is left of it.
 func TestThePluginIsKilledInMidCall(t *testing.T) {
 	t.Parallel()
-	const workers, kills = 4, 4
+	const workers = 4
+	kills := 2
+	if soaking {
+		kills = 20
+	}
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2 * workers}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
 	h.withPlugin("COOL_DOWN=0s")

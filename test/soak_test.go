@@ -141,7 +141,7 @@ func (h host) cut() {
 
 // TestTwentyBoots is a host that loses power again and again.
 func TestTwentyBoots(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
+	if !soaking {
 		t.Skip("takes long: make soak")
 	}
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})

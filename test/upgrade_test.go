@@ -359,7 +359,7 @@ func TestCNIUpgradeFromAFormerBuild(t *testing.T) {
 
 // TestDockerUpgradeFromAFormerBuild walks docs/docker.md, "From a build that moved the NIC".
 func TestDockerUpgradeFromAFormerBuild(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
+	if !soaking {
 		t.Skip("takes two minutes: make soak")
 	}
 	dir := formerBuild(t)

@@ -32,6 +32,9 @@ var top = func() string {
 	return dir
 }()
 
+// soaking says that make soak runs the tests: all cases of many that are alike.
+var soaking = os.Getenv("SOAK") != ""
+
 // built makes build/plugin once for all tests of this run.
 var built = sync.OnceValue(func() error {
 	out, err := exec.Command("make", "-C", top, "rootfs").CombinedOutput()
