@@ -24,8 +24,8 @@ import (
 // What a container sends must leave by its own NIC, because Azure drops a packet whose
 // source address does not belong to the NIC that sends it. The main table does not see to
 // that: Azure's default route is on the primary NIC alone, and the route to another NIC's
-// subnet is on that NIC. So containers have rules of their own. These stand just before
-// main's, so that a VPN's keep their place.
+// subnet is on that NIC. So containers have rules of their own. Those for what is not the
+// VNet's stand just before main's, so that a VPN's keep their place.
 //
 // The rules lead to the NICs' subnets by Azure's gateway. By the main table the host would
 // hold a neighbour entry for each address that a container sends to, and a container that
@@ -37,13 +37,16 @@ const (
 	noWay          = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
 
 	containerRule = 100   // at most: see containerPriority
-	goneRule      = 32760 // of a NIC that is gone: nowhere. By another NIC Azure would drop it
-	azureRule     = 32760 // to the host agent and the metadata service, not of the primary NIC: Azure's DHCP has routes to both by the primary
 	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
 	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN; also the main table's part for the containers of lastRule
 	outRule       = 32764 // not of the primary NIC, to all the rest
 	lastRule      = 32765 // of the primary NIC's transparent containers, to the NICs' subnets: a second NIC in the same subnet has rules with lower numbers, which match first
+
+	// Behind the first rule, of containers that are not the primary NIC's. wg-quick's rules ask main before its
+	// tunnel, and main leads to the subnets and to Azure's services by the primary NIC.
+	secondHostRule   = 1 // as hostRule; also to the host agent and the metadata service, and nowhere while the NIC is gone
+	secondSubnetRule = 2 // as subnetRule
 )
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
@@ -161,10 +164,10 @@ func (s *hostState) needsOwnRules(mac string) bool {
 
 // containerPriority is that of the rule that leads to containers: before every rule of others but
 // the local table's. A rule that is added without a priority comes before all that are there. If
-// somebody adds a rule before ours, ours is deleted and added again one lower than that rule, never
-// below 1.
+// somebody adds a rule before ours, ours are added again below that rule, never below 1, and the old
+// ones deleted.
 func (v *view) containerPriority() int {
-	return max(1, min(containerRule, v.firstRule-1))
+	return max(1, min(containerRule, v.firstRule-1-secondSubnetRule))
 }
 
 // wantedRules are all that our protocol number may stand on.
@@ -184,9 +187,9 @@ func (v *view) wantedRules() []netlink.Rule {
 		}
 		all = append(all, *r)
 	}
-	everything := netip.Prefix{}
+	everything, first := netip.Prefix{}, v.containerPriority()
 	if v.state.asked() {
-		add(v.containerPriority(), containerTable, -1, "", everything, everything)
+		add(first, containerTable, -1, "", everything, everything)
 	}
 	var subnets []netip.Prefix
 	for _, mac := range v.macs() {
@@ -196,14 +199,16 @@ func (v *view) wantedRules() []netlink.Rule {
 	subnets = slices.Compact(subnets)
 	way := func(mac, iif string, from netip.Prefix) {
 		table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
-		for _, to := range azureAddrs {
-			if !primary {
-				add(azureRule, table, -1, iif, from, to)
+		host, subnet := hostRule, subnetRule
+		if !primary {
+			host, subnet = first+secondHostRule, first+secondSubnetRule
+			for _, to := range azureAddrs {
+				add(host, table, -1, iif, from, to)
 			}
 		}
 		for _, to := range subnets {
-			add(hostRule, unix.RT_TABLE_MAIN, to.Bits(), iif, from, to)
-			add(subnetRule, table, -1, iif, from, to)
+			add(host, unix.RT_TABLE_MAIN, to.Bits(), iif, from, to)
+			add(subnet, table, -1, iif, from, to)
 		}
 		if !primary {
 			add(otherRule, unix.RT_TABLE_MAIN, 0, iif, from, everything)
@@ -217,7 +222,7 @@ func (v *view) wantedRules() []netlink.Rule {
 			way(mac, n.Bridge, everything)
 		}
 		if v.nics[mac] == nil && n.Bridge != "" {
-			add(goneRule, unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
+			add(first+secondHostRule, unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
 		}
 		if !ok || !n.Primary || !n.Transparent {
 			continue
@@ -235,7 +240,7 @@ func (v *view) wantedRules() []netlink.Rule {
 			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
 		}
 		if v.nics[e.nic] == nil && e.bridge == "" {
-			add(goneRule, unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
+			add(first+secondHostRule, unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
 		}
 	}
 	return all

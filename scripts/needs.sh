@@ -22,6 +22,8 @@ need conntrack conntrack
 need ps procps
 need gcc "gcc libc6-dev" # for go test -race
 need dbus-daemon dbus
+need wg-quick wireguard-tools
+need wireguard-go wireguard-go
 need dockerd docker.io
 need docker docker.io
 need containerd containerd
