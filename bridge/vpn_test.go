@@ -72,3 +72,67 @@ func TestWireGuardTakesEverything(t *testing.T) {
 		checkFabric(t, v, a.addr, b.addr, far.addr, h.Primary)
 	})
 }
+
+// What the host reaches, containers of each NIC reach at once, by whatever kind of route the host has. So is an address
+// that appears on the host, such as node-local-dns's.
+func TestContainersReachWhatTheHostReaches(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
+		h, peer := hosts[0], hosts[1]
+		h.ensureAll(mode)
+		a, b := h.runningOn(0, 0, mode, Policy{SNAT: true}), h.runningOn(1, 0, mode, Policy{SNAT: true})
+		site, here := h.room("site"), netip.MustParseAddr("192.168.99.1")
+		h.tunnel(h.place(), site.place(), here, netip.MustParseAddr("192.168.99.2"))
+		behind := netip.MustParseAddr("192.0.2.7")
+		site.sh("ip addr add " + behind.String() + "/32 dev lo")
+		h.answerAt(site.place(), netip.AddrPortFrom(netip.IPv4Unspecified(), tcpPort))
+		for _, r := range []struct {
+			name      string
+			make, end []string
+		}{
+			{"FRR's nexthop objects",
+				[]string{"nexthop add id 17 dev tun0", "nexthop add id 19 group 17", "route add 192.0.2.0/24 nhid 19"},
+				[]string{"route del 192.0.2.0/24", "nexthop del id 19", "nexthop del id 17"}},
+			{"strongSwan's table",
+				[]string{"rule add pref 220 lookup 220", "route add 192.0.2.0/24 dev tun0 table 220 src " + here.String()},
+				[]string{"rule del pref 220", "route flush table 220"}},
+			{"tailscale's exit node",
+				[]string{"rule add pref 5210 fwmark 0x80000/0xff0000 lookup main", "rule add pref 5230 fwmark 0x80000/0xff0000 lookup default",
+					"rule add pref 5250 fwmark 0x80000/0xff0000 unreachable", "rule add pref 5270 lookup 52",
+					"route add default dev tun0 table 52", "route add throw " + h.Prefix.String() + " table 52", "route add throw " + secondSubnet.String() + " table 52",
+					"route add throw 168.63.129.16 table 52"},
+				[]string{"rule del pref 5210", "rule del pref 5230", "rule del pref 5250", "rule del pref 5270", "route flush table 52"}},
+			{"a route by a gateway in the tunnel",
+				[]string{"route add 192.0.2.0/24 via 192.168.99.2 metric 20"},
+				[]string{"route del 192.0.2.0/24 metric 20"}},
+		} {
+			t.Run(r.name, func(t *testing.T) {
+				h.ip(r.make...)
+				c := &checks{t: t}
+				for _, from := range []*container{a, b} {
+					c.sees(here, from.place(), behind, tcpPort, 0)
+					c.reaches(from.place(), a.addr, b.addr, h.Primary, b.nic.Primary, peer.Primary, vnetsim.HostAgentAddr)
+					c.reaches(h.place(), from.addr)
+					c.reaches(peer.place(), from.addr)
+				}
+				c.sees(here, h.place(), behind, tcpPort, 0)
+				c.reaches(h.place(), peer.Primary)
+				c.wait.Wait()
+				h.whole(r.name)
+				h.ip(r.end...)
+			})
+		}
+		t.Run("an address that appears", func(t *testing.T) {
+			service := netip.MustParseAddr("169.254.20.10")
+			h.ip("addr add " + service.String() + "/32 dev lo")
+			h.answerAt(h.place(), netip.AddrPortFrom(service, tcpPort))
+			c := &checks{t: t}
+			for _, from := range []*container{a, b} {
+				c.sees(from.addr, from.place(), service, tcpPort, udpPort)
+			}
+			c.wait.Wait()
+		})
+		h.whole("at the end")
+		checkFabric(t, v, a.addr, b.addr, h.Primary)
+	})
+}
