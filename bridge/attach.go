@@ -235,8 +235,10 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 	if dev := v.holds(addr); dev != "" {
 		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or set reclaim", dev, addr)
 	}
-	if at.ports, err = at.h.claimPorts(ctx, v, at.e, at.link); err != nil {
-		return false, err
+	if len(at.e.Ports) > 0 {
+		if at.ports, err = at.h.claimPorts(ctx, v, at.e.Owner, at.e.NIC, at.link, at.e.Ports); err != nil {
+			return false, err
+		}
 	}
 	if len(at.ports) > 0 {
 		at.undo = append(at.undo, func() error { return at.h.releasePorts(context.WithoutCancel(ctx), at.link) })
@@ -441,17 +443,7 @@ func (at *attach) addRoutes() error {
 	return nil
 }
 
-// forgetDatagrams has datagrams that were sent to a published port all along find the container: else
-// they go on to where they went.
-func (at *attach) forgetDatagrams() error {
-	var all []conntrack.Flows
-	for _, p := range at.ports {
-		if p.Proto == "udp" {
-			all = append(all, conntrack.Flows{UDPPort: p.HostPort})
-		}
-	}
-	return at.flows.Delete(all...)
-}
+func (at *attach) forgetDatagrams() error { return forgetDatagrams(&at.flows, live(at.ports)) }
 
 // sign says that the interface is whole.
 func (at *attach) sign() error {

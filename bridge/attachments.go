@@ -35,7 +35,7 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 			at.Peer = p.Attrs().Name
 		}
 		if a.ports > 0 {
-			at.Ports = state.Ports[at.Link]
+			at.Ports = live(state.Ports[at.Link])
 		}
 		out = append(out, at)
 	}

@@ -78,7 +78,7 @@ type Endpoint struct {
 	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that an address keeps its MAC
 	MTU     int              // bytes, of both ends; 0: the NIC's
 	Policy  Policy
-	Ports   []Port // of the host that lead to it
+	Ports   []Port // of the host that lead to it; those that are Idle are claimed for it, until Publish has them lead to it
 	Netns   string // path of the container's network namespace; empty: the container end stays here for the caller to move
 	IfName  string // name in Netns; required with Netns
 }
@@ -94,6 +94,6 @@ type Attachment struct {
 	Addr   netip.Prefix
 	MAC    net.HardwareAddr // container's
 	MTU    int              // bytes
-	Ports  []Port           // published
+	Ports  []Port           // published: they lead to it
 	Away   bool             // the container end lies in another namespace: a container has it
 }

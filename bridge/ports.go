@@ -12,6 +12,9 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/vishvananda/netlink"
+
+	"azurevnet/bridge/internal/conntrack"
 	"azurevnet/bridge/internal/listen"
 	"azurevnet/bridge/internal/ruleset"
 )
@@ -23,6 +26,7 @@ type Port struct {
 	HostPort    uint16     `json:"hostPort"`              // 0 in a wish: a free one of 32768 to 60999
 	HostPortEnd uint16     `json:"hostPortEnd,omitempty"` // in a wish: the first free one from HostPort to this; 0: HostPort alone
 	Port        uint16     `json:"port"`                  // the container's
+	Idle        bool       `json:"idle,omitempty"`        // claimed for the container, and leads nowhere
 }
 
 // String is the port as docker ps writes it.
@@ -69,19 +73,17 @@ func normalPorts(ports []Port) ([]Port, error) {
 	return out, nil
 }
 
-// conflicts reports whether both want the same port of one address.
+// conflicts reports whether p wants a port that o has. A claim that is idle yields: its container's default route leads
+// to another network, which may be ours too.
 func (p Port) conflicts(o Port) bool {
-	return p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
+	return (!o.Idle || p.Idle) && p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
 }
 
-// claimPorts chooses the endpoint's ports of the host and writes down that it has them. It
-// decides before anything is made for the endpoint.
-func (h *Host) claimPorts(ctx context.Context, v *view, e Endpoint, link string) ([]Port, error) {
-	if len(e.Ports) == 0 {
-		return nil, nil
-	}
-	for _, p := range e.Ports {
-		if err := v.checkHostAddr(p, e.NIC); err != nil {
+// claimPorts chooses ports of the host for the endpoint behind link, and writes down that it has them. Who
+// listens at one that it has already is not asked again. It decides before anything else is made for the endpoint.
+func (h *Host) claimPorts(ctx context.Context, v *view, owner, nic, link string, wishes []Port) ([]Port, error) {
+	for _, p := range wishes {
+		if err := v.checkHostAddr(p, nic); err != nil {
 			return nil, err
 		}
 	}
@@ -90,14 +92,27 @@ func (h *Host) claimPorts(ctx context.Context, v *view, e Endpoint, link string)
 		return nil, err
 	}
 	taken := v.ports()
+	had := taken[link]
 	delete(taken, link)
 	var mine []Port
-	for i, wish := range e.Ports {
-		got, err := choosePort(wish, e.Owner, i, func(p Port) error {
+	for i, wish := range wishes {
+		if n := slices.IndexFunc(had, wish.isMetBy); n >= 0 {
+			got := had[n]
+			got.Idle = wish.Idle
+			if err := v.published(got, taken); err != nil { // another took it while it was idle
+				return nil, refusedPort(got, err)
+			}
+			had, mine = slices.Delete(slices.Clone(had), n, n+1), append(mine, got)
+			continue
+		}
+		got, err := choosePort(wish, owner, i, func(p Port) error {
 			if i := slices.IndexFunc(mine, p.conflicts); i >= 0 {
 				return fmt.Errorf("it is asked for twice, for %d and %d", mine[i].Port, p.Port)
 			}
-			return errors.Join(v.published(p, taken), listens(sockets, p))
+			if err := v.published(p, taken); err != nil {
+				return err
+			}
+			return listens(sockets, p)
 		})
 		if err != nil {
 			return nil, err
@@ -107,12 +122,17 @@ func (h *Host) claimPorts(ctx context.Context, v *view, e Endpoint, link string)
 	if err := h.hook("ports"); err != nil {
 		return nil, err
 	}
-	err = h.updateState(ctx, "publish ports of "+e.Owner, func(s *hostState) error {
+	err = h.updateState(ctx, "publish ports of "+owner, func(s *hostState) error {
 		s.Ports = taken // without what a crash left
 		s.Ports[link] = mine
 		return nil
 	})
 	return mine, err
+}
+
+// isMetBy reports whether a port that is held is one that p wishes for.
+func (p Port) isMetBy(held Port) bool {
+	return p.Proto == held.Proto && p.HostAddr == held.HostAddr && p.Port == held.Port && (p.HostPort == 0 || p.HostPort <= held.HostPort && held.HostPort <= p.HostPortEnd)
 }
 
 // choosePort finds the wished port of the host, or the first of several, that refuse has nothing
@@ -135,9 +155,13 @@ func choosePort(wish Port, owner string, nth int, refuse func(Port) error) (Port
 		}
 	}
 	if first == last {
-		return wish, fmt.Errorf("publish port %d/%s of the host: %w; publish another, or none: containers are reached at their own addresses", wish.HostPort, wish.Proto, why)
+		return wish, refusedPort(wish, why)
 	}
 	return wish, fmt.Errorf("publish a port %d-%d/%s of the host: none is free; of the last, %w", first, last, wish.Proto, why)
+}
+
+func refusedPort(p Port, why error) error {
+	return fmt.Errorf("publish port %d/%s of the host: %w; publish another, or none: containers are reached at their own addresses", p.HostPort, p.Proto, why)
 }
 
 // published says which endpoint has p already.
@@ -229,6 +253,136 @@ func (h *Host) portFaults(v *view) (all []fault) {
 		}
 	}
 	return all
+}
+
+// Publish has ports of the host lead to owner's endpoint, and no others. For none, those that Attach claimed stay
+// claimed and lead nowhere. A repeat changes nothing. It returns the ports that lead to the endpoint now.
+func (h *Host) Publish(ctx context.Context, owner string, ports []Port) ([]Port, error) {
+	wishes, err := normalPorts(ports)
+	if err != nil {
+		return nil, err
+	}
+	p := &publish{h: h}
+	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back: see ruleset.Conn
+	unlock, err := h.lock(ctx, "publish ports of "+owner)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := p.run(ctx, owner, wishes); err != nil {
+		return nil, fmt.Errorf("publish ports of %s: %w", owner, err)
+	}
+	return live(p.ports), nil
+}
+
+// publish is one Publish on its way.
+type publish struct {
+	h     *Host
+	e     endpoint
+	had   []Port
+	ports []Port // claimed from now on
+	nft   ruleset.Conn
+	flows conntrack.Conn
+}
+
+func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
+	v, err := p.h.readEndpoints()
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.is(owner) })
+	if i < 0 {
+		if len(wishes) == 0 {
+			return nil // it is gone, and its ports with it
+		}
+		return errors.New("it is not attached: start its container again")
+	}
+	p.e, p.had = v.endpoints[i], v.ports()[v.endpoints[i].link.Name]
+	if len(wishes) == 0 {
+		for _, had := range p.had {
+			had.Idle = true
+			p.ports = append(p.ports, had)
+		}
+	}
+	if len(p.had)+len(wishes) == 0 {
+		return nil
+	}
+	// What leads nowhere any more goes first, what leads here comes last. The alias tells that there are ports
+	// before host.json has them: what it does not tell of is void.
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"publish alias", func() error {
+			p.e.ports = max(p.e.ports, len(wishes))
+			return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.e.link}, p.e.alias.String())
+		}},
+		{"publish claims", func() (err error) {
+			if len(wishes) > 0 {
+				p.ports, err = p.h.claimPorts(ctx, v, owner, p.e.nic, p.e.link.Name, wishes)
+				return err
+			}
+			return p.h.updateState(ctx, "take back ports of "+owner, func(s *hostState) error { s.Ports[p.e.link.Name] = p.ports; return nil })
+		}},
+		{"publish elements", func() error { return p.elements(v) }},
+		{"publish flows", func() error { return forgetDatagrams(&p.flows, slices.Concat(live(p.had), live(p.ports))) }},
+	} {
+		if err := p.h.hook(step.name); err != nil {
+			return err
+		}
+		if err := step.do(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// elements takes away the elements of ports that do not lead to the endpoint any more, and adds those of the ones that
+// do. host.json does not tell which of these stand: who died here wrote it before.
+func (p *publish) elements(v *view) error {
+	of := func(ports []Port) ruleset.Endpoint { return v.rulesOf(p.e.alias, p.e.link.Name, ports) }
+	over := awake(slices.DeleteFunc(slices.Clone(p.had), func(had Port) bool {
+		had.Idle = false
+		return slices.Contains(p.ports, had)
+	}))
+	if err := p.nft.RemovePorts(of(over)); err != nil {
+		return err
+	}
+	if p.nft.AddPorts(of(p.ports)) == nil {
+		return nil
+	}
+	// An element that a killed process left for such a port is in the way.
+	v, err := p.h.readEndpoints()
+	if err == nil {
+		_, err = v.ruleset().Sync()
+	}
+	return err
+}
+
+// awake are the ports as they are when they lead to a container.
+func awake(ports []Port) []Port {
+	out := slices.Clone(ports)
+	for i := range out {
+		out[i].Idle = false
+	}
+	return out
+}
+
+// live are the ports that lead to a container.
+func live(ports []Port) []Port {
+	return slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Idle })
+}
+
+// forgetDatagrams has datagrams that were sent to a port all along find who has it now: else they go on to where they
+// went.
+func forgetDatagrams(c *conntrack.Conn, ports []Port) error {
+	var all []conntrack.Flows
+	for _, p := range ports {
+		if p.Proto == "udp" {
+			all = append(all, conntrack.Flows{UDPPort: p.HostPort})
+		}
+	}
+	return c.Delete(all...)
 }
 
 // releasePorts forgets the claim of an endpoint. None is success.

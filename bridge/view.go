@@ -247,7 +247,7 @@ func (v *view) rulesOf(a alias, link string, ports []Port) ruleset.Endpoint {
 			e.BridgeMAC = bridgeMAC(mac)
 		}
 	}
-	for _, p := range ports {
+	for _, p := range live(ports) {
 		e.Ports = append(e.Ports, ruleset.Port{UDP: p.Proto == "udp", HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
 	}
 	return e

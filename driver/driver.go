@@ -50,7 +50,8 @@ type Config struct {
 // Driver answers the NetworkDriver calls. Its methods are safe for parallel use
 // and repeatable.
 type Driver struct {
-	cfg Config
+	cfg   Config
+	ports heldPorts
 
 	mu      sync.Mutex           // taken within networks.json's lock; guards missing
 	missing map[string]time.Time // by id: since when the engine's lists lack a network; see Compare

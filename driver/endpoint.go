@@ -74,6 +74,9 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	for _, what := range br.Mended {
 		d.cfg.Warn("mended: " + what)
 	}
+	for i := range ports {
+		ports[i].Idle = true // until ProgramExternalConnectivity says that they lead here
+	}
 	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
 		Owner: owner, Lease: lease.Owner, NIC: n.MAC, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, MTU: n.MTU,
@@ -146,7 +149,12 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 	if err := checkIDs(r.EndpointID); err != nil {
 		return err
 	}
-	return d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID)
+	if err := d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID); err != nil {
+		return err
+	}
+	d.ports.Lock()
+	defer d.ports.Unlock()
+	return d.ports.hold(OwnerPrefix+r.EndpointID, nil)
 }
 
 // Join tells the engine which link to move into the container, and the routes of
@@ -209,9 +217,11 @@ func routesByGateway(subnet netip.Prefix, gateway netip.Addr) []*network.StaticR
 	return routes
 }
 
-// Leave has nothing to do: the engine has brought the link back, and DeleteEndpoint
-// removes it.
-func (d *Driver) Leave(context.Context, *network.LeaveRequest) error { return nil }
+// Leave ends what is published, where the engine forgot to revoke it. The engine has brought the link back, and
+// DeleteEndpoint removes it.
+func (d *Driver) Leave(ctx context.Context, r *network.LeaveRequest) error {
+	return d.publish(ctx, r.EndpointID, nil)
+}
 
 // EndpointInfo tells which ports of the host lead to the endpoint. An engine asks,
 // but shows only those of its own drivers.
@@ -229,15 +239,35 @@ func (d *Driver) EndpointInfo(ctx context.Context, r *network.InfoRequest) (*net
 	return info, nil
 }
 
-// ProgramExternalConnectivity has nothing to program: the ports came with
-// CreateEndpoint, since an engine from 29 leaves a container without network when
-// this fails.
-func (d *Driver) ProgramExternalConnectivity(context.Context, *network.ProgramExternalConnectivityRequest) error {
+// ProgramExternalConnectivity publishes the container's ports, for its default route leads here now. Those that came
+// with CreateEndpoint were claimed there, since an engine from 29 leaves a container without network when this
+// fails. Others come where the container was connected to this network after another one; if somebody has such a
+// port by now, the container goes on without it, and the log says so.
+func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.ProgramExternalConnectivityRequest) error {
+	ports, err := parseEndpointOptions(r.Options)
+	if err == nil && len(ports) > 0 {
+		err = d.publish(ctx, r.EndpointID, ports)
+	}
+	if err != nil {
+		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s: %v", portsText(ports), r.EndpointID, err))
+	}
 	return nil
 }
 
-// RevokeExternalConnectivity has nothing to revoke: ports end with their endpoint,
-// whose end an engine does not forget to tell as it does this.
-func (d *Driver) RevokeExternalConnectivity(context.Context, *network.RevokeExternalConnectivityRequest) error {
-	return nil
+// RevokeExternalConnectivity takes the container's ports back, for its default route leads to another network now,
+// which publishes them. They stay claimed.
+func (d *Driver) RevokeExternalConnectivity(ctx context.Context, r *network.RevokeExternalConnectivityRequest) error {
+	return d.publish(ctx, r.EndpointID, nil)
+}
+
+func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.Port) error {
+	if err := checkIDs(endpoint); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, attachTime)
+	defer cancel()
+	d.ports.Lock()
+	defer d.ports.Unlock()
+	published, err := d.cfg.Host.Publish(ctx, OwnerPrefix+endpoint, ports)
+	return errors.Join(err, d.ports.hold(OwnerPrefix+endpoint, published))
 }

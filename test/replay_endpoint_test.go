@@ -213,7 +213,7 @@ func (r *engineReplay) defaultRoute(ep *endpoint, change func(*netlink.Handle, *
 
 // programmed gives the container its default route: an engine tells
 // ProgramExternalConnectivity of exactly the endpoint whose network is the gateway.
-func (r *engineReplay) programmed(ep *endpoint) {
+func (r *engineReplay) programmed(ep *endpoint, request map[string]any) {
 	r.t.Helper()
 	if ep == nil || ep.in == nil || ep.programmed || ep.gone {
 		return
@@ -223,7 +223,7 @@ func (r *engineReplay) programmed(ep *endpoint) {
 		return
 	}
 	r.defaultRoute(ep, (*netlink.Handle).RouteAdd)
-	ep.programmed = true
+	ep.programmed, ep.ports = true, r.portMap(request)
 	r.reached(ep)
 }
 

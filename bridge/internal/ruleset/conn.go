@@ -35,8 +35,15 @@ func (c *Conn) Close() {
 // Add adds the elements of an endpoint of cfg in one transaction. The tables must
 // stand: see Stands.
 func (c *Conn) Add(cfg Config, e Endpoint) error {
+	return c.add(e, cfg.elements(e))
+}
+
+// AddPorts adds no more than what leads the endpoint's ports of the host to it.
+func (c *Conn) AddPorts(e Endpoint) error { return c.add(e, e.portElements()) }
+
+func (c *Conn) add(e Endpoint, all []*set) error {
 	err := c.commit(func(nft *nftables.Conn) error {
-		for _, s := range cfg.elements(e) {
+		for _, s := range all {
 			if err := s.change(nft, nil); err != nil {
 				return err
 			}
@@ -51,8 +58,12 @@ func (c *Conn) Add(cfg Config, e Endpoint) error {
 
 // Remove takes the elements of an endpoint of cfg out of the tables. None is
 // success.
-func (c *Conn) Remove(cfg Config, e Endpoint) error {
-	all := cfg.elements(e)
+func (c *Conn) Remove(cfg Config, e Endpoint) error { return c.removeOf(e, cfg.elements(e)) }
+
+// RemovePorts takes out no more than what leads the endpoint's ports of the host to it. None is success.
+func (c *Conn) RemovePorts(e Endpoint) error { return c.removeOf(e, e.portElements()) }
+
+func (c *Conn) removeOf(e Endpoint, all []*set) error {
 	if c.remove(all...) == nil {
 		return nil
 	}

@@ -235,24 +235,32 @@ func (c Config) elements(e Endpoint) []*set {
 	if e.NoMetadata {
 		add(ipTable, "no_metadata", none, plain(ip))
 	}
-	if len(e.Ports) > 0 {
-		at, by, any := map[key]string{}, map[key]string{}, map[key]string{}
-		for _, p := range e.Ports {
-			from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
-			switch {
-			case p.HostAddr.IsValid():
-				at[key{bytes: ipKey(p.HostAddr) + from}] = to
-			default:
-				any[key{bytes: from}] = to
-				if e.NIC != "" {
-					by[key{bytes: nameKey(e.NIC) + from}] = to
-				}
-			}
+	return append(all, e.portElements()...)
+}
+
+// portElements are those that lead ports of the host to the endpoint.
+func (e Endpoint) portElements() []*set {
+	if len(e.Ports) == 0 {
+		return nil
+	}
+	ip := ipKey(e.Addr)
+	at, by, any := map[key]string{}, map[key]string{}, map[key]string{}
+	for _, p := range e.Ports {
+		from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
+		if p.HostAddr.IsValid() {
+			at[key{bytes: ipKey(p.HostAddr) + from}] = to
+			continue
 		}
-		add(ipTable, "self", none, plain(ip+ip))
-		add(ipTable, "published_at", targetType, at)
-		add(ipTable, "published_by", targetType, by)
-		add(ipTable, "published", targetType, any)
+		any[key{bytes: from}] = to
+		if e.NIC != "" {
+			by[key{bytes: nameKey(e.NIC) + from}] = to
+		}
+	}
+	all := []*set{
+		{table: ipTable, name: "self", elems: map[key]string{{bytes: ip + ip}: ""}},
+		{table: ipTable, name: "published_at", data: targetType, elems: at},
+		{table: ipTable, name: "published_by", data: targetType, elems: by},
+		{table: ipTable, name: "published", data: targetType, elems: any},
 	}
 	return slices.DeleteFunc(all, func(s *set) bool { return len(s.elems) == 0 })
 }

@@ -1,0 +1,90 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// publish is the package's, on the VM.
+func (h *host) publish(owner string, ports ...Port) (got []Port, err error) {
+	err = h.Do(func() (err error) { got, err = h.Publish(h.t.Context(), owner, ports); return err })
+	return got, err
+}
+
+// Ports that are claimed lead to their container from Publish on, and until it is told of none; whoever dies in
+// between, a repeat or a round finishes it. Nobody else is given them meanwhile.
+func TestPortsAreClaimedThenPublished(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{})
+		h, peer := hosts[0], hosts[1]
+		h.mustEnsure(h.spec(mode))
+		ports := tcpAndUDP(netip.Addr{}, 8080, 5353)
+		idle := func() []Port {
+			var all []Port
+			for _, p := range ports {
+				p.Idle = true
+				all = append(all, p)
+			}
+			return all
+		}
+		a, b := h.container(0), h.container(1)
+		owner := a.endpoint(mode, Policy{}).Owner
+		h.mustAttach(publishing(a.endpoint(mode, Policy{SNAT: true}), idle()...))
+		a.answer()
+		check := func(when string, leads bool) {
+			t.Helper()
+			c := &checks{t: t}
+			if leads {
+				c.sees(peer.Primary, peer.place(), h.Primary, 8080, 5353)
+			} else {
+				c.refuses(peer.place(), h.Primary, 8080, 5353)
+			}
+			c.wait.Wait()
+			h.whole(when)
+			if t.Failed() {
+				t.Fatal(when)
+			}
+		}
+		check("claimed", false)
+		if _, err := h.attach(publishing(b.endpoint(mode, Policy{SNAT: true}), idle()...)); err == nil || !strings.Contains(err.Error(), "published to "+a.addr.String()) {
+			t.Errorf("a claimed port is claimed again: %v", err)
+		}
+		for _, step := range []string{"publish alias", "publish claims", "publish elements", "publish flows", ""} {
+			for _, wish := range [][]Port{ports, nil} {
+				if step != "" {
+					h.crash(step, func() { _, _ = h.publish(owner, wish...) })
+					if len(wish) == 0 { // an engine does not repeat it: the round, or the container's end, does
+						h.reconcile()
+					}
+				}
+				got, err := h.publish(owner, wish...)
+				if err != nil || len(got) != len(wish) {
+					t.Fatalf("publish %v after a crash at %q: %v, %v", wish, step, got, err)
+				}
+				check("after a crash at "+step, len(wish) > 0)
+			}
+		}
+		if _, err := h.publish("cni/net/nobody/eth0", ports...); err == nil {
+			t.Error("ports of a container that is not attached are published")
+		}
+		// An idle claim yields to a container that has its default route here.
+		h.mustAttach(b.endpoint(mode, Policy{SNAT: true}))
+		b.answer()
+		if got, err := h.publish(b.endpoint(mode, Policy{}).Owner, ports...); err != nil || len(got) != 2 {
+			t.Fatalf("%v, %v", got, err)
+		}
+		check("published to the second", true)
+		if _, err := h.publish(owner, ports...); err == nil || !strings.Contains(err.Error(), "published to "+b.addr.String()) {
+			t.Errorf("a port has two containers: %v", err)
+		}
+		h.mustDetach(b.endpoint(mode, Policy{}).Owner)
+		h.mustDetach(owner)
+		check("after both ended", false)
+		checkFabric(t, v, h.Primary)
+	})
+}
