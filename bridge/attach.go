@@ -403,6 +403,9 @@ func (at *attach) makeLink() error {
 // plug makes the host end a well-behaved port, or, transparent, a link that stands alone.
 func (at *attach) plug() error {
 	if at.bridge != 0 {
+		if err := at.h.setSysctl(noIPv6(at.link)); err != nil {
+			return err
+		}
 		if err := rtnl.SetPortFlags(at.index, portFlags); err != nil {
 			return fmt.Errorf("set up the port %s: %w", at.link, err)
 		}

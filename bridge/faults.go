@@ -106,7 +106,7 @@ func (h *Host) sysctlFault(s sysctl) []fault {
 func linkSysctls(link string) []sysctl {
 	conf := "ipv4/conf/" + link
 	return []sysctl{
-		{"ipv6/conf/" + link + "/disable_ipv6", "1"},
+		noIPv6(link),
 		{conf + "/rp_filter", "1"},
 		{conf + "/forwarding", "1"},
 		{conf + "/proxy_arp", "1"},
@@ -116,6 +116,9 @@ func linkSysctls(link string) []sysctl {
 		{conf + "/route_localnet", "1"},
 	}
 }
+
+// noIPv6 has the host neither speak IPv6 by the link nor believe what comes by it.
+func noIPv6(link string) sysctl { return sysctl{"ipv6/conf/" + link + "/disable_ipv6", "1"} }
 
 // bridgeFaults are those of a NIC's bridge.
 func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
@@ -227,13 +230,17 @@ func addressFaults(v *view, l netlink.Link) (all []fault) {
 
 // portFlags are what a container's bridge port differs in from a new one. Nothing is learnt
 // from it and nothing is flooded to it: its MAC is in the forwarding table. With hairpin,
-// br_netfilter can lead a service back to the container that asked.
+// br_netfilter can lead a service back to the container that asked. The mask has frames to the
+// reserved groups (01:80:c2:00:00:00 to 0f) take the way of all others, where the nft rules drop
+// them. Else the kernel hands them to the host by the port itself, past every rule, and a router
+// advertisement in one would give the host a default route. Bit 1, PAUSE, is always dropped.
 var portFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_MODE, Name: "hairpin", Value: 1},
 	{Kind: nl.IFLA_BRPORT_LEARNING, Name: "learning", Value: 0},
 	{Kind: nl.IFLA_BRPORT_UNICAST_FLOOD, Name: "flood", Value: 0},
 	{Kind: nl.IFLA_BRPORT_MCAST_FLOOD, Name: "mcast_flood", Value: 0},
 	{Kind: nl.IFLA_BRPORT_BCAST_FLOOD, Name: "bcast_flood", Value: 0},
+	{Kind: nl.IFLA_BRPORT_GROUP_FWD_MASK, Name: "group_fwd_mask", Value: 0xfffd},
 }
 
 // endpointFaults are those of one container's interface, as far as the host has it.
@@ -263,6 +270,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 		if br == nil || br.Name != e.bridge {
 			return all // said already
 		}
+		all = append(all, h.sysctlFault(noIPv6(name))...)
 		joined := e.link.MasterIndex == br.Index
 		add(!joined, "not in "+e.bridge, func() error { return netlink.LinkSetMasterByIndex(l, br.Index) })
 		for _, f := range portFlags {

@@ -169,6 +169,25 @@ func TestAContainerHurtsNobody(t *testing.T) {
 			"too short to be anything":            ether(gw, mine, unix.ETH_P_IP, 0x45),
 			"a header that lies about its length": ether(gw, mine, unix.ETH_P_IP, append([]byte{0x4f}, toHim[1:]...)...),
 		}
+		for kind, frame := range map[string][]byte{
+			"IP":                     ether(gw, mine, unix.ETH_P_IP, ip4(absent, h.Primary, unix.IPPROTO_UDP, udp4(9, heardAt, marker...))...),
+			"ARP":                    ether(gw, mine, unix.ETH_P_ARP, arp(1, mine, absent, zero, h.Primary)...),
+			"a router advertisement": ether(gw, mine, unix.ETH_P_IPV6, ip6(append([]byte{134, 0, 0, 0, 64, 0, 7, 8}, make([]byte, 8)...)...)...),
+			"LLDP":                   ether(gw, mine, 0x88cc, append([]byte{2, 7, 4}, make([]byte, 30)...)...),
+		} {
+			for last := range byte(16) { // the kernel has ways of their own for some of the reserved groups
+				group := append([]byte{1, 0x80, 0xc2, 0, 0, last}, frame[6:]...)
+				frames[fmt.Sprintf("%s to the reserved group %02x", kind, last)] = group
+			}
+		}
+		// As a kernel has it that nobody configured: the host believes what a router says, and checks no source.
+		for _, dev := range []string{"all", "default", hostEnd(evil), hostEnd(good)} {
+			h.sh("echo 1 >/proc/sys/net/ipv6/conf/" + dev + "/accept_ra")
+			if mode == ModeBridge {
+				h.sh("echo 0 >/proc/sys/net/ipv4/conf/" + dev + "/rp_filter")
+			}
+		}
+		ear := h.listenUDP(heardAt)
 		talk := func(when string) {
 			t.Helper()
 			c := &checks{t: t}
@@ -195,7 +214,7 @@ func TestAContainerHurtsNobody(t *testing.T) {
 				if _, err := unix.Write(out, frame); err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
-				time.Sleep(20 * time.Millisecond)
+				time.Sleep(10 * time.Millisecond)
 				for _, ear := range ears {
 					for _, f := range heard(ear) {
 						t.Errorf("call-iptables %s, %s: another container hears % x", call, name, f)
@@ -208,6 +227,13 @@ func TestAContainerHurtsNobody(t *testing.T) {
 				}
 			}
 			talk("after, with call-iptables " + call)
+			ear.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if n, _, err := ear.ReadFrom(make([]byte, 64)); err == nil {
+				t.Errorf("call-iptables %s: the host hears %d bytes from an address that the container does not have", call, n)
+			}
+			if routes := h.sh("ip -6 route show default; ip -6 addr show scope global"); routes != "" {
+				t.Errorf("call-iptables %s: the host believes a container that it is an IPv6 router: %s", call, routes)
+			}
 			if after := neighbours(); after != before {
 				t.Errorf("the host's neighbour entries changed from\n%s to\n%s", before, after)
 			}
@@ -215,6 +241,25 @@ func TestAContainerHurtsNobody(t *testing.T) {
 		h.whole("after all that")
 		checkFabric(t, v, good.addr, evil.addr)
 	})
+}
+
+// heardAt is a UDP port at which the host listens.
+const heardAt = 4242
+
+// listenUDP is a socket of the host that nobody waits for.
+func (h *host) listenUDP(port int) (conn net.PacketConn) {
+	h.t.Helper()
+	if err := h.Do(func() (err error) { conn, err = net.ListenPacket("udp4", fmt.Sprintf(":%d", port)); return err }); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// hostEnd is the name of a container's link on the host.
+func hostEnd(c *container) string {
+	link, _ := linkNames("cni/net/" + c.name + "/eth0")
+	return link
 }
 
 // isICMPError is what a router says of a packet, with the packet in it.

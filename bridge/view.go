@@ -33,7 +33,7 @@ type view struct {
 	firstRule  int             // lowest priority of a rule of others behind the local table's
 	neighbours []rtnl.Neighbour
 	forwarding []rtnl.ForwardingEntry
-	flags      map[int]map[uint16]byte // of bridge ports, by link index
+	flags      map[int]map[uint16]uint16 // of bridge ports, by link index
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
 	endpoints []endpoint

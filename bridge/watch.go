@@ -301,7 +301,7 @@ func (w *watcher) concernsPort(m syscall.NetlinkMessage) bool {
 			continue
 		}
 		for kind, v := range rtnl.Attributes(v, 0) {
-			if slices.ContainsFunc(portFlags, func(f rtnl.PortFlag) bool { return f.Kind == kind && len(v) == 1 && v[0] != f.Value }) {
+			if slices.ContainsFunc(portFlags, func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Is(v) }) {
 				return true
 			}
 		}

@@ -3,6 +3,7 @@
 package rtnl
 
 import (
+	"bytes"
 	"encoding/binary"
 	"net"
 
@@ -61,7 +62,18 @@ func (v Veth) Create() error {
 type PortFlag struct {
 	Kind  uint16
 	Name  string // as the command bridge spells it
-	Value byte
+	Value uint16
+}
+
+// Is reports whether a value that the kernel tells is the flag's.
+func (f PortFlag) Is(value []byte) bool { return bytes.Equal(value, f.bytes()) }
+
+// bytes is the value as the kernel takes it.
+func (f PortFlag) bytes() []byte {
+	if f.Kind == nl.IFLA_BRPORT_GROUP_FWD_MASK {
+		return binary.NativeEndian.AppendUint16(nil, f.Value)
+	}
+	return []byte{byte(f.Value)}
 }
 
 // SetPortFlags sets the flags of the port with that link index.
@@ -72,7 +84,7 @@ func SetPortFlags(index int, flags []PortFlag) error {
 	r.AddData(msg)
 	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
 	for _, f := range flags {
-		port.AddRtAttr(int(f.Kind), []byte{f.Value})
+		port.AddRtAttr(int(f.Kind), f.bytes())
 	}
 	r.AddData(port)
 	return send(r)
@@ -80,7 +92,7 @@ func SetPortFlags(index int, flags []PortFlag) error {
 
 // ReadPortFlags reads the flags of every port of every bridge, by link index and
 // then by kind.
-func ReadPortFlags() (map[int]map[uint16]byte, error) {
+func ReadPortFlags() (map[int]map[uint16]uint16, error) {
 	messages, err := RetryDump(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
 		r.AddData(nl.NewIfInfomsg(unix.AF_BRIDGE))
@@ -89,16 +101,19 @@ func ReadPortFlags() (map[int]map[uint16]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := map[int]map[uint16]byte{}
+	all := map[int]map[uint16]uint16{}
 	for _, m := range messages {
-		flags := map[uint16]byte{}
+		flags := map[uint16]uint16{}
 		for kind, value := range Attributes(m, unix.SizeofIfInfomsg) {
 			if kind != unix.IFLA_PROTINFO {
 				continue
 			}
 			for kind, value := range attributes(value) {
-				if len(value) == 1 {
-					flags[kind] = value[0]
+				switch len(value) {
+				case 1:
+					flags[kind] = uint16(value[0])
+				case 2:
+					flags[kind] = binary.NativeEndian.Uint16(value)
 				}
 			}
 		}
