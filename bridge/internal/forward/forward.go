@@ -18,7 +18,6 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/nfnl"
@@ -63,32 +62,32 @@ func (c Config) checkUnreadable(err error) error {
 	if err == nil || !strings.Contains(err.Error(), "is incompatible, use 'nft' tool") {
 		return err
 	}
-	nft, err := nftables.New()
+	rules, err := nfnl.Rules(unix.NFPROTO_IPV4, table, parent)
 	if err != nil {
 		return err
 	}
-	rules, err := nft.GetRules(&nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}, &nftables.Chain{Name: parent})
-	if err != nil {
-		return fmt.Errorf("read the chain %s: %w", parent, err)
-	}
-	byHand := 0
-	for _, r := range rules {
-		if said, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok && said == comment {
-			byHand++
-		}
-	}
-	commands := c.nftCommands()
-	if byHand >= len(commands) {
+	// They go to the top of the chain, for where its policy ends cannot be told.
+	commands := c.nftCommands("insert rule ip " + table + " " + parent)
+	if acceptedByHand(rules) >= len(commands) {
 		return nil
 	}
 	return fmt.Errorf("%w, so containers' packets pass only where others accept them. Accept them yourself: %s", ErrUnreadable, strings.Join(commands, "; "))
 }
 
-// nftCommands are the accepts as a person enters them. They go to the top of the chain, for
-// where its policy ends cannot be told.
-func (c Config) nftCommands() (all []string) {
+// acceptedByHand counts the rules that a person made by our commands.
+func acceptedByHand(rules []nfnl.Rule) (n int) {
+	for _, r := range rules {
+		if r.Comment == comment {
+			n++
+		}
+	}
+	return n
+}
+
+// nftCommands are the accepts as a person enters them; place says into which chain, and where in it.
+func (c Config) nftCommands(place string) (all []string) {
 	for _, rule := range c.accepts() {
-		command := fmt.Sprintf("nft insert rule ip %s %s", table, parent)
+		command := "nft " + place
 		for i := 0; i+1 < len(rule); i += 2 {
 			switch name := strings.Replace(rule[i+1], "+", "*", 1); rule[i] {
 			case "-i":

@@ -350,3 +350,24 @@ func TestDropAfterCrash(t *testing.T) {
 		})
 	}
 }
+
+// The commands for an nft chain of others go behind its own rules, and before a drop that ends them.
+func TestForeignChains(t *testing.T) {
+	inNamespace(t, func() {
+		run(t, "nft 'table inet fw { chain end { drop; }; chain forward { type filter hook forward priority 0; policy accept; ip daddr 192.0.2.1 accept; goto end; }; }'")
+		run(t, "nft 'table ip fw { chain forward { type filter hook forward priority 0; policy drop; ip daddr 192.0.2.1 accept; }; }'")
+		run(t, "nft 'table inet open { chain forward { type filter hook forward priority 0; policy accept; ip daddr 192.0.2.1 drop; }; }'")
+		got, err := Config{Links: []string{"azv+"}, Out: []string{"eth0"}}.Foreign()
+		if err != nil {
+			t.Error(err)
+		}
+		const why = " drops what none of its rules accepts, so containers' packets pass only where it accepts them. Accept them yourself, there and in the file that it is loaded from: "
+		want := []string{
+			"the nft chain ip fw forward" + why + `nft add rule ip fw forward oifname "azv*" accept comment "azure-vnet"; nft add rule ip fw forward iifname "azv*" oifname "eth0" accept comment "azure-vnet"`,
+			"the nft chain inet fw forward" + why + `nft insert rule inet fw forward handle 5 oifname "azv*" accept comment "azure-vnet"; nft insert rule inet fw forward handle 5 iifname "azv*" oifname "eth0" accept comment "azure-vnet"`,
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}

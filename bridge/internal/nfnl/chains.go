@@ -1,0 +1,186 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package nfnl
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+)
+
+// Chain is a chain on the forward hook.
+type Chain struct {
+	Family byte // unix.NFPROTO_IPV4 or unix.NFPROTO_INET
+	Table  string
+	Name   string
+	Drops  bool // its policy
+}
+
+// Rule is what a rule does to the packets that meet its conditions.
+type Rule struct {
+	Handle  uint64
+	Always  bool // it has no condition
+	Verdict Verdict
+	Target  string // chain of a jump or a goto
+	Comment string
+}
+
+// Verdict is what becomes of a packet.
+type Verdict int
+
+// The verdicts.
+const (
+	Continue Verdict = iota // with the next rule
+	Accept
+	Drop // or reject
+	Return
+	Jump
+	Goto
+)
+
+// Of linux/netfilter.h and linux/netfilter/nf_tables.h, which no library here names.
+const (
+	nfNetForward = 2 // NF_INET_FORWARD, the number of the hook
+	nfDrop       = 0 // NF_DROP
+)
+
+var verdicts = map[int32]Verdict{nfDrop: Drop, 1: Accept, -3: Jump, -4: Goto, -5: Return}
+
+// ForwardChains lists the base chains that IPv4 packets pass when they are forwarded. The kernel lists all chains, which
+// costs about a microsecond for each, and no rules.
+func ForwardChains() (all []Chain, err error) {
+	for _, family := range []byte{unix.NFPROTO_IPV4, unix.NFPROTO_INET} {
+		messages, err := dump(unix.NFT_MSG_GETCHAIN, family)
+		if err != nil {
+			return nil, fmt.Errorf("list the nft chains: %w", err)
+		}
+		for _, m := range messages {
+			c, hook := Chain{Family: family}, -1
+			for kind, v := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+				switch kind {
+				case unix.NFTA_CHAIN_TABLE:
+					c.Table = unix.ByteSliceToString(v)
+				case unix.NFTA_CHAIN_NAME:
+					c.Name = unix.ByteSliceToString(v)
+				case unix.NFTA_CHAIN_POLICY:
+					c.Drops = number(v) == nfDrop
+				case unix.NFTA_CHAIN_HOOK:
+					for kind, v := range rtnl.Attributes(v, 0) {
+						if kind == unix.NFTA_HOOK_HOOKNUM {
+							hook = int(number(v))
+						}
+					}
+				}
+			}
+			if hook == nfNetForward {
+				all = append(all, c)
+			}
+		}
+	}
+	return all, nil
+}
+
+// Rules lists the rules of one chain.
+func Rules(family byte, table, chain string) (all []Rule, err error) {
+	messages, err := dump(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
+	if err != nil {
+		return nil, fmt.Errorf("list the rules of the nft chain %s of %s: %w", chain, table, err)
+	}
+	for _, m := range messages {
+		all = append(all, parseRule(m))
+	}
+	return all, nil
+}
+
+func parseRule(m []byte) Rule {
+	r := Rule{Always: true}
+	for kind, v := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+		switch kind {
+		case unix.NFTA_RULE_HANDLE:
+			if len(v) == 8 {
+				r.Handle = binary.BigEndian.Uint64(v)
+			}
+		case unix.NFTA_RULE_USERDATA:
+			r.Comment, _ = userdata.GetString(v, userdata.TypeComment)
+		case unix.NFTA_RULE_EXPRESSIONS:
+			for _, elem := range rtnl.Attributes(v, 0) {
+				r.expression(elem)
+			}
+		}
+	}
+	return r
+}
+
+// expression adds what one expression does. Any that it does not know is a condition.
+func (r *Rule) expression(elem []byte) {
+	name, data := "", []byte(nil)
+	for kind, v := range rtnl.Attributes(elem, 0) {
+		switch kind {
+		case unix.NFTA_EXPR_NAME:
+			name = unix.ByteSliceToString(v)
+		case unix.NFTA_EXPR_DATA:
+			data = v
+		}
+	}
+	switch name {
+	case "counter", "log":
+	case "reject":
+		r.Verdict = Drop
+	case "immediate": // of a verdict, or of a value that an expression behind it takes
+		for kind, v := range rtnl.Attributes(data, 0) {
+			if kind != unix.NFTA_IMMEDIATE_DATA {
+				continue
+			}
+			for kind, v := range rtnl.Attributes(v, 0) {
+				if kind == unix.NFTA_DATA_VERDICT {
+					r.verdict(v)
+				}
+			}
+		}
+	default:
+		r.Always = false
+	}
+}
+
+func (r *Rule) verdict(data []byte) {
+	for kind, v := range rtnl.Attributes(data, 0) {
+		switch kind {
+		case unix.NFTA_VERDICT_CODE:
+			r.Verdict = verdicts[int32(number(v))]
+		case unix.NFTA_VERDICT_CHAIN:
+			r.Target = unix.ByteSliceToString(v)
+		}
+	}
+}
+
+// dump lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
+func dump(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
+	all, err := rtnl.RetryDump(func() ([][]byte, error) {
+		r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|kind, unix.NLM_F_DUMP)
+		r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+		for _, w := range which {
+			r.AddData(w)
+		}
+		return r.Execute(unix.NETLINK_NETFILTER, 0)
+	})
+	for _, none := range noneErrors {
+		if errors.Is(err, none) {
+			return nil, nil
+		}
+	}
+	return all, err
+}
+
+// number reads an attribute that nf_tables spells in network byte order.
+func number(v []byte) uint32 {
+	if len(v) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(v)
+}
