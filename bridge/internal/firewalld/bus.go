@@ -1,0 +1,219 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package firewalld
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/nfnl"
+)
+
+// firewalld on the bus.
+const (
+	busName  = "org.fedoraproject.FirewallD1"
+	busPath  = "/org/fedoraproject/FirewallD1"
+	busZones = busName + ".zone"
+)
+
+// patience bounds each visit to the bus. Callers hold locks meanwhile.
+const patience = 2 * time.Second
+
+// Read reads the zones. It returns nil where there is no firewalld, and for one that needs nothing: before 0.9 its rules in
+// iptables leave to the end of FORWARD what no zone decides. bus is the socket of the host's system bus. An error of the
+// bus counts only while firewalld's nft table stands: many hosts have neither.
+func Read(ctx context.Context, bus string) (*Zones, error) {
+	z, err := read(ctx, bus)
+	if err == nil && !z.old() {
+		return z, nil
+	}
+	stands, failed := nfnl.ChainExists(unix.NFPROTO_INET, "firewalld", "filter_FORWARD") // of firewalld since 0.6
+	switch {
+	case !stands:
+		return nil, failed
+	case err != nil:
+		return nil, fmt.Errorf("ask firewalld for its zones: %w", err)
+	}
+	return z, nil
+}
+
+func read(ctx context.Context, bus string) (*Zones, error) {
+	z := &Zones{bus: bus, of: map[string]string{}, zones: map[string]zone{}}
+	err := visit(ctx, bus, func(f *peer) error {
+		if err := f.call(busName + ".getDefaultZone").Store(&z.fallback); err != nil {
+			return err
+		}
+		var active map[string]map[string][]string
+		if err := f.call(busZones + ".getActiveZones").Store(&active); err != nil {
+			return err
+		}
+		if _, is := active[z.fallback]; !is {
+			active[z.fallback] = nil
+		}
+		for name, binds := range active {
+			for _, link := range binds["interfaces"] {
+				z.of[link] = name
+			}
+			var err error
+			if z.zones[name], err = f.zone(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return z, err
+}
+
+// zone reads what a zone's settings mean for containers.
+func (f *peer) zone(name string) (is zone, err error) {
+	var settings map[string]dbus.Variant
+	err = f.call(busZones+".getZoneSettings2", name).Store(&settings)
+	if nameOf(err) == "org.freedesktop.DBus.Error.UnknownMethod" {
+		return zone{old: true, accepts: name == "trusted"}, nil
+	}
+	is.forwards, _ = settings["forward"].Value().(bool)
+	is.masquerades, _ = settings["masquerade"].Value().(bool)
+	target, _ := settings["target"].Value().(string)
+	is.accepts = target == "ACCEPT"
+	return is, err
+}
+
+// Move puts a link into a zone, or out of all for none, and out of the one that this reading found it in.
+func (z *Zones) Move(ctx context.Context, link, to string) error {
+	from := z.of[link]
+	if from == to {
+		return nil
+	}
+	err := visit(ctx, z.bus, func(f *peer) error {
+		switch {
+		case to == "":
+			return f.call(busZones+".removeInterface", from, link).Err
+		case from == "":
+			return f.call(busZones+".addInterface", to, link).Err // an error where somebody was faster
+		}
+		return f.call(busZones+".changeZoneOfInterface", to, link).Err
+	})
+	if err != nil {
+		return fmt.Errorf("move %s from %q to %q among firewalld's zones: %w", link, from, to, err)
+	}
+	z.of[link] = to
+	return nil
+}
+
+// Watch calls changed whenever firewalld may have forgotten what it was told at run time, or have changed the zones of
+// links, until ctx ends. A bus that comes later, or again, is found within watchPause.
+func Watch(ctx context.Context, bus string, changed func()) {
+	for ctx.Err() == nil {
+		if _, err := os.Stat(bus); err == nil {
+			_ = listen(ctx, bus, changed) // an error ends with the bus that it came from
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(watchPause):
+		}
+	}
+}
+
+const watchPause = 5 * time.Second
+
+// startTime bounds how long firewalld may take from its name on the bus to its first answer.
+const startTime = time.Minute
+
+// signals are those of firewalld that Watch listens to. Others are frequent on some hosts, such as those of
+// the rules that fail2ban adds.
+var signals = [][]dbus.MatchOption{
+	{dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, busName)},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("Reloaded")},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("DefaultZoneChanged")},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("InterfaceAdded")},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("InterfaceRemoved")},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("ZoneOfInterfaceChanged")},
+	{dbus.WithMatchSender(busName), dbus.WithMatchMember("ZoneUpdated")},
+}
+
+func listen(ctx context.Context, bus string, changed func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	late := time.AfterFunc(patience, cancel)
+	f, err := connect(ctx, bus)
+	if err != nil {
+		return err
+	}
+	defer f.conn.Close()
+	heard := make(chan *dbus.Signal, 16)
+	f.conn.Signal(heard)
+	for _, s := range signals {
+		if err := f.conn.AddMatchSignalContext(ctx, s...); err != nil {
+			return err
+		}
+	}
+	if !late.Stop() {
+		return ctx.Err()
+	}
+	changed() // what came before went unheard
+	for s := range heard {
+		if s.Name == "org.freedesktop.DBus.NameOwnerChanged" {
+			// It has its name before its rules, and answers when it has both.
+			bounded, cancel := context.WithTimeout(ctx, startTime)
+			_ = (&peer{bounded, f.conn}).call(busName + ".getDefaultZone").Err
+			cancel()
+		}
+		changed()
+	}
+	return nil
+}
+
+// peer is firewalld on a connection to the bus.
+type peer struct {
+	ctx  context.Context
+	conn *dbus.Conn
+}
+
+// connect is bound by ctx as a whole: the connection ends with it.
+func connect(ctx context.Context, bus string) (*peer, error) {
+	conn, err := dbus.Connect("unix:path="+dbus.EscapeBusAddressValue(bus), dbus.WithContext(ctx))
+	return &peer{ctx, conn}, err
+}
+
+// call calls a method of firewalld. It starts no firewalld.
+func (f *peer) call(method string, args ...any) *dbus.Call {
+	return f.conn.Object(busName, busPath).CallWithContext(f.ctx, method, dbus.FlagNoAutoStart, args...)
+}
+
+// visit connects to the bus, does f there, and takes no longer than patience for both.
+func visit(ctx context.Context, bus string, do func(*peer) error) error {
+	bounded, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	f, err := connect(bounded, bus)
+	if err == nil {
+		err = do(f)
+		f.conn.Close()
+	}
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case bounded.Err() != nil:
+		return fmt.Errorf("%s gave no answer within %v", bus, patience)
+	case nameOf(err) == "org.freedesktop.DBus.Error.ServiceUnknown", nameOf(err) == "org.freedesktop.DBus.Error.NameHasNoOwner":
+		return errors.New("its rules stand, and it does not run: systemctl restart firewalld && firewall-cmd --reload")
+	}
+	return err
+}
+
+// nameOf is the name of an error that came over the bus, else empty.
+func nameOf(err error) string {
+	var said dbus.Error
+	if !errors.As(err, &said) {
+		return ""
+	}
+	return strings.TrimSpace(said.Name)
+}
