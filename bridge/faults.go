@@ -32,7 +32,7 @@ type fault struct {
 // to light, such as the ports of a bridge that was gone, so whoever mends reads again.
 //
 // The order is that of mending: what restricts comes before what opens.
-func (h *Host) faults(v *view) (all []fault, err error) {
+func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 	add := func(more ...fault) { all = append(all, more...) }
 	for _, l := range v.links {
 		if halfMade(l) {
@@ -86,6 +86,14 @@ func (h *Host) faults(v *view) (all []fault, err error) {
 		add(fault{what: err.Error()})
 	} else if err != nil { // Other repairs go on. New containers are refused only if FORWARD's policy is DROP.
 		add(fault{what: err.Error(), mend: func() error { return errForward }, bearable: !forward.PolicyDrops()})
+	}
+	addBearable(h.zoneFaults(v, z)...)
+	chains, err := v.forward().Foreign()
+	for _, what := range chains {
+		addBearable(fault{what: what})
+	}
+	if err != nil {
+		addBearable(fault{what: err.Error()})
 	}
 	addBearable(h.dropInFaults(v)...)
 	return all, nil

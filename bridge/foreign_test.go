@@ -192,3 +192,87 @@ func TestNoIPTables(t *testing.T) {
 		})
 	}
 }
+
+// An nft chain of others that drops what its own rules do not accept is named with the remedy, wherever its drop
+// stands, and the remedy works. A chain that lets containers pass is not named.
+func TestNftChainsOfOthers(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		for _, h := range hosts {
+			h.mustEnsure(h.spec(mode))
+		}
+		near, far := h.running(0, mode, Policy{SNAT: true}), hosts[1].running(0, mode, Policy{SNAT: true})
+		far.place().serve(t, "far", ":8080")
+		near.place().serve(t, "near", ":8080")
+		const forward, known = "chain forward { type filter hook forward priority 5; policy ", "ct state vmap { established : accept, related : accept, invalid : drop };"
+		for _, test := range []struct {
+			name, table, title string // no title: it is not named
+		}{
+			{"policy drop", "table inet fw { " + forward + "drop; " + known + " }; }", "inet fw forward"},
+			{"a final drop", "table ip fw { " + forward + "accept; " + known + " counter drop; }; }", "ip fw forward"},
+			{"a final reject, deep", "table inet fw { chain end { log prefix \"no\" reject; }; chain zones { iifname \"lo\" accept; goto end; }; " + forward + "accept; " + known + " jump zones; }; }", "inet fw forward"},
+			{"nothing of containers", "table inet fw { chain guests { iifname \"virbr0\" drop; }; " + forward + "accept; " + known + " jump guests; meta l4proto tcp ip daddr 192.0.2.9 drop; }; }", ""},
+			{"all accepted", "table inet fw { chain rest { accept; }; " + forward + "drop; " + known + " jump rest; drop; }; }", ""},
+			{"not forwarded", "table inet fw { chain input { type filter hook input priority 5; policy drop; ip protocol icmp accept; tcp sport 8080 accept; }; }", ""},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				h.run("nft", test.table)
+				defer h.sh("nft delete table ip fw 2>/dev/null || nft delete table inet fw")
+				passes := func(open bool) {
+					t.Helper()
+					all := &checks{t: t}
+					defer all.wait.Wait()
+					out, in := answers{"far": near.addr.String()}, answers{"near": far.addr.String()}
+					if !open {
+						out, in = nil, nil
+					}
+					all.expectAnswers(near.place(), "tcp/"+far.addr.String()+":8080", out)
+					all.expectAnswers(far.place(), "tcp/"+near.addr.String()+":8080", in)
+				}
+				if test.title == "" {
+					h.whole("with a chain that lets containers pass")
+					passes(true)
+					return
+				}
+				passes(false)
+				wrong := h.broken()
+				if len(wrong) != 1 || !strings.Contains(wrong[0], "the nft chain "+test.title+" drops") {
+					t.Fatalf("broken: %q, want %s", wrong, test.title)
+				}
+				if mended := h.reconcile(); len(mended) > 0 {
+					t.Errorf("mended %q", mended)
+				}
+				_, remedy, _ := strings.Cut(wrong[0], ": nft ")
+				h.sh("nft '" + strings.ReplaceAll(remedy, "; nft ", "' && nft '") + "'")
+				passes(true)
+				h.whole("with the remedy")
+			})
+		}
+		checkFabric(t, v, near.addr, far.addr)
+	})
+}
+
+// A real ufw lets containers pass, since it filters by iptables, and lets nobody reach the host who is not to. Its own
+// rules for what is forwarded hold, and a reload changes nothing of it.
+func TestUFW(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		c := newCluster(t, mode)
+		h := c.node1
+		h.place().serve(t, "node1", ":8000")
+		c.a.place().serve(t, "a", ":8081")
+		h.sh("ufw allow 22/tcp && ufw route deny from " + c.far.addr.String() + " to " + c.a.addr.String() + " port 8081 proto tcp")
+		for _, change := range []string{"ufw --force enable", "ufw reload"} {
+			t.Run(change, func(t *testing.T) {
+				h.sh(change)
+				h.reconcile()
+				h.whole("with ufw")
+				all := &checks{t: t}
+				defer all.wait.Wait()
+				c.expectNoWayIn(all)
+				all.expectAnswers(c.far.place(), "tcp/"+c.a.addr.String()+":8081", nil)
+			})
+		}
+		checkFabric(t, c.v, c.a.addr, c.b.addr, c.far.addr, c.node1.Primary)
+	})
+}

@@ -24,12 +24,13 @@ const passes = 6
 // of the rest.
 func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, bearableErr error) {
 	failed := map[string]bool{}
+	z := h.readZones(ctx)
 	for range passes {
 		v, err := h.read()
 		if err != nil {
 			return mended, err, nil
 		}
-		all, err := h.faults(v)
+		all, err := h.faults(v, z)
 		if err != nil {
 			return mended, err, nil
 		}
@@ -121,7 +122,7 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := h.faults(v)
+	all, err := h.faults(v, h.readZones(ctx))
 	var out []string
 	for _, f := range all {
 		out = append(out, f.what)

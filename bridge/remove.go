@@ -95,10 +95,11 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 	if err := h.sweepAll(); err != nil {
 		return removed, err
 	}
+	left := h.leaveZones(ctx) // which keeps nothing else from ending
 	if err := h.hook("forget"); err != nil {
 		return removed, err
 	}
-	return removed, forget()
+	return removed, errors.Join(forget(), left)
 }
 
 // sweep takes away what nobody asks for any more. The caller holds the lock.
@@ -108,7 +109,7 @@ func (h *Host) sweep(ctx context.Context) error {
 		return err
 	}
 	if !s.asked() {
-		return h.sweepAll()
+		return errors.Join(h.sweepAll(), h.leaveZones(ctx))
 	}
 	_, hostErr, bearableErr := h.mendAll(ctx)
 	return errors.Join(hostErr, bearableErr)

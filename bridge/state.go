@@ -19,6 +19,7 @@ type hostState struct {
 	NICs     map[string]nicState `json:"nics,omitempty"`     // by MAC: those of the VM, as far as known
 	Policies map[string]Policy   `json:"policies,omitempty"` // by id
 	Ports    map[string][]Port   `json:"ports,omitempty"`    // claimed, by host end; those of a link whose alias has none are void
+	Zones    map[string]string   `json:"zones,omitempty"`    // of firewalld, by the link of ours that we put there or are about to
 }
 
 // nicState is what was asked of a NIC.
@@ -57,6 +58,9 @@ func (s *hostState) renew() error {
 	}
 	if s.Ports == nil {
 		s.Ports = map[string][]Port{}
+	}
+	if s.Zones == nil {
+		s.Zones = map[string]string{}
 	}
 	return nil
 }

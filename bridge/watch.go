@@ -12,12 +12,14 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"azurevnet/bridge/internal/firewalld"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
 )
@@ -27,12 +29,12 @@ const watchPause = 200 * time.Millisecond
 
 // Watch calls changed whenever something that Reconcile looks after may have changed: our links and bridge ports,
 // the NICs, our routes, rules, neighbour and forwarding entries, our nft tables, the rules of iptables-nft's FORWARD,
-// and those sysctls that the kernel tells of: forwarding, rp_filter and proxy_arp. Events of 200 ms are one call, and
-// events that the kernel could not deliver are one too. An endpoint that comes to stand within that time is no
-// event, nor are elements of the tables, which come and go with endpoints. Legacy iptables tells nobody.
+// those sysctls that the kernel tells of (forwarding, rp_filter and proxy_arp), and firewalld's zones. Events of 200 ms
+// are one call, and events that the kernel could not deliver are one too. An endpoint that comes to stand within that
+// time is no event, nor are elements of the tables, which come and go with endpoints. Legacy iptables tells nobody.
 //
-// It works on the calling goroutine alone, so that it stays in the caller's namespace, and returns ctx's error
-// when ctx ends.
+// It works on the calling goroutine alone, so that it stays in the caller's namespace, but for the system bus, whose
+// socket is a file. It returns ctx's error when ctx ends.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
 	w := &watcher{host: h, known: map[int32]kind{}, unready: map[int32]bool{}, standing: map[int32]end{}}
 	if err := w.open(); err != nil {
@@ -42,6 +44,11 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	defer w.close()
 	stop := context.AfterFunc(ctx, func() { w.wake.Write([]byte{0}) })
 	defer stop()
+	bus, leave := context.WithCancel(ctx)
+	var listens sync.WaitGroup
+	listens.Go(func() { firewalld.Watch(bus, h.systemBus(), func() { w.wake.Write([]byte{0}) }) })
+	defer listens.Wait()
+	defer leave()
 	var due time.Time
 	told := false
 	for ctx.Err() == nil {
@@ -78,7 +85,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 
 type watcher struct {
 	host        *Host
-	fds         []unix.PollFd // the pipe's end, then a socket for rtnetlink and one for nf_tables
+	fds         []unix.PollFd // the end of the pipe that ctx and firewalld write to, then a socket for rtnetlink and one for nf_tables
 	woken, wake *os.File
 	known       map[int32]kind // links by index
 	unready     map[int32]bool // indexes of endpoints' links that do not stand yet
@@ -180,6 +187,11 @@ func (w *watcher) relearn() error {
 
 // read takes all that the sockets hold and tells whether any of it matters.
 func (w *watcher) read() (seen bool, err error) {
+	if w.fds[0].Revents&unix.POLLIN != 0 {
+		_, _ = unix.Read(int(w.fds[0].Fd), w.buf[:])
+		w.fds[0].Revents = 0 // an interrupted poll leaves it as it is, and the next read would wait
+		seen = true
+	}
 	for i, fd := range w.fds[1:] {
 		for {
 			n, _, err := unix.Recvfrom(int(fd.Fd), w.buf[:], 0)

@@ -24,6 +24,8 @@ need gcc "gcc libc6-dev" # for go test -race
 need dbus-daemon dbus
 need wg-quick wireguard-tools
 need wireguard-go wireguard-go
+need firewall-cmd firewalld
+need ufw ufw
 need dockerd docker.io
 need docker docker.io
 need containerd containerd
@@ -55,5 +57,9 @@ echo "needs.sh: installing$missing" >&2
 apt-get -qq update
 # shellcheck disable=SC2086 # a list of words
 DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >/dev/null
+# The tests run a firewalld of their own. One that was not there before is not to begin with the next boot.
+case $missing in
+*firewalld*) systemctl -q disable firewalld 2>/dev/null || true ;;
+esac
 # Since Debian 13 the client is a package of its own.
 command -v docker >/dev/null 2>&1 || DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends docker-cli >/dev/null

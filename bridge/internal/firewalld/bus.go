@@ -26,9 +26,9 @@ const (
 // patience bounds each visit to the bus. Callers hold locks meanwhile.
 const patience = 2 * time.Second
 
-// Read reads the zones. It returns nil where there is no firewalld, and for one that needs nothing: before 0.9 its rules in
-// iptables leave to the end of FORWARD what no zone decides. bus is the socket of the host's system bus. An error of the
-// bus counts only while firewalld's nft table stands: many hosts have neither.
+// Read reads the zones. bus is the socket of the host's system bus. Read returns nil where there is no firewalld. An
+// error of the bus counts only while firewalld's nft table stands. A firewalld older than 0.9 whose back-end is iptables
+// counts as none: it leaves to the end of FORWARD what no zone decides, and an accept there serves.
 func Read(ctx context.Context, bus string) (*Zones, error) {
 	z, err := read(ctx, bus)
 	if err == nil && !z.old() {
@@ -187,7 +187,7 @@ func (f *peer) call(method string, args ...any) *dbus.Call {
 	return f.conn.Object(busName, busPath).CallWithContext(f.ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
-// visit connects to the bus, does f there, and takes no longer than patience for both.
+// visit connects to the bus and calls do with firewalld. It takes no longer than patience for both.
 func visit(ctx context.Context, bus string, do func(*peer) error) error {
 	bounded, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()

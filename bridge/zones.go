@@ -1,0 +1,119 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"azurevnet/bridge/internal/firewalld"
+)
+
+// systemBus is the socket of the host's system bus.
+func (h *Host) systemBus() string { return filepath.Join(h.cfg.Run, "dbus/system_bus_socket") }
+
+// zones is one reading of firewalld, for all the passes of a round: a bus that hangs is waited for once.
+type zones struct {
+	are *firewalld.Zones // nil: there is no firewalld, or err
+	err error
+}
+
+func (h *Host) readZones(ctx context.Context) (z zones) {
+	z.are, z.err = firewalld.Read(ctx, h.systemBus())
+	return z
+}
+
+// zoneLinks are our links that firewalld is to have in a zone, with the names of their NICs as far as these are there.
+func (v *view) zoneLinks() map[string][]string {
+	links := map[string][]string{}
+	add := func(link, nic string) {
+		names := links[link]
+		if nic != "" {
+			names = append(names, nic)
+		}
+		links[link] = names
+	}
+	for _, mac := range v.macs() {
+		n := v.state.NICs[mac]
+		if n.Bridge != "" {
+			add(n.Bridge, v.nicName(mac))
+		}
+		if n.Transparent {
+			add(hostPrefix+"+", v.nicName(mac))
+		}
+	}
+	return links
+}
+
+// zoneFaults are the links that are not in the zone that they should be in.
+func (h *Host) zoneFaults(v *view, z zones) (all []fault) {
+	if z.err != nil {
+		return []fault{{what: z.err.Error()}}
+	}
+	if z.are == nil {
+		return nil
+	}
+	for _, s := range z.are.Steps(v.zoneLinks(), v.state.Zones) {
+		f := fault{what: s.What, mend: func() error { return h.takeStep(z.are, s) }}
+		if s.Act == firewalld.Tell {
+			f.mend = nil
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+// takeStep notes a zone before a link joins it, and forgets it after the link has left: what is noted may be taken
+// away.
+func (h *Host) takeStep(z *firewalld.Zones, s firewalld.Step) error {
+	ctx := context.Background()
+	note := func(zone string) error {
+		return h.updateState(ctx, "note the zone of "+s.Link, func(state *hostState) error {
+			delete(state.Zones, s.Link)
+			if zone != "" {
+				state.Zones[s.Link] = zone
+			}
+			return nil
+		})
+	}
+	if s.Act == firewalld.Join {
+		if err := note(s.Zone); err != nil {
+			return err
+		}
+		if err := h.hook("join"); err != nil {
+			return err
+		}
+		return z.Move(ctx, s.Link, s.Zone)
+	}
+	if s.Act == firewalld.Leave {
+		if err := z.Move(ctx, s.Link, ""); err != nil {
+			return err
+		}
+	}
+	if err := h.hook("forget zone"); err != nil {
+		return err
+	}
+	return note("")
+}
+
+// leaveZones takes our links out of firewalld's zones, as far as we put them there.
+func (h *Host) leaveZones(ctx context.Context) error {
+	s, err := h.state()
+	if err != nil || len(s.Zones) == 0 {
+		return err
+	}
+	z := h.readZones(ctx)
+	if z.err != nil {
+		return fmt.Errorf("%w. Some of our links stay in its zones until its next reload or the boot", z.err)
+	}
+	if z.are == nil {
+		return nil // and it begins without them
+	}
+	var errs []error
+	for _, step := range z.are.Steps(nil, s.Zones) {
+		errs = append(errs, h.takeStep(z.are, step))
+	}
+	return errors.Join(errs...)
+}
