@@ -18,6 +18,7 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
+	"github.com/mattn/go-shellwords"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/nfnl"
@@ -365,7 +366,11 @@ func (b *backend) sync(c Config) (mended []string, err error) {
 		if slices.ContainsFunc(want, func(w []string) bool { return printed(ours, w) == r }) {
 			continue
 		}
-		if err := b.run.DeleteIfExists(table, ours, strings.Fields(r)[2:]...); err != nil {
+		words, err := shellwords.Parse(r) // iptables -S quotes as a shell does
+		if err == nil {
+			err = b.run.DeleteIfExists(table, ours, words[2:]...)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("delete %q: %w", r, err)
 		}
 	}
