@@ -38,10 +38,11 @@ var Modes = []Mode{ModeBridge, ModeTransparent}
 
 // Spec is what a network asks of the host: see Ensure.
 type Spec struct {
-	MAC     string // of the NIC, lower case with colons; required
-	Name    string // of its bridge; empty: the one that it has, else azure0 for the primary NIC and azure<ifindex> for another
-	Primary bool   // the NIC is the VM's primary
-	Mode    Mode   // empty: ModeBridge
+	MAC     string       // of the NIC, lower case with colons; required
+	Name    string       // of its bridge; empty: the one that it has, else azure0 for the primary NIC and azure<ifindex> for another
+	Primary bool         // the NIC is the VM's primary
+	Mode    Mode         // empty: ModeBridge
+	Subnet  netip.Prefix // of the virtual network, which the NIC is in; none: told by the NIC's addresses
 
 	// NICs are the MACs of all NICs of the VM, as far as known. What leaves by one of
 	// them stays in the virtual network, whether or not its addresses are lent.

@@ -10,8 +10,14 @@ import (
 )
 
 // Check tells what of owner's attachment is not as Attach left it, in the host's namespace, and changes
-// nothing. It returns nil if all stands.
+// nothing. It returns nil if all stands. It holds the lock meanwhile, since what another call has half
+// made is not broken.
 func (h *Host) Check(ctx context.Context, owner string) error {
+	unlock, err := h.lock(ctx, "check "+owner)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := h.check(owner); err != nil {
 		return fmt.Errorf("check %s: %w", owner, err)
 	}

@@ -109,7 +109,7 @@ func (d *detach) removeElements(state *hostState) error {
 	nic := nicByName(state, d.a.nic)
 	if nic == nil && d.a.ports > 0 { // renamed, or host.json was lost: the ports' elements have the NIC's name
 		if links, err := rtnl.ReadLinks(); err == nil {
-			nic, _ = findNIC(links, d.a.nic)
+			nic, _ = findNIC(links, d.a.nic, state.NICs[d.a.nic].Name)
 		}
 	}
 	if nic != nil {

@@ -47,7 +47,7 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 	if !n.Prepared {
 		return Bridge{}, false
 	}
-	if spec.Mode == ModeTransparent && !n.Transparent || spec.Mode != ModeTransparent && n.Bridge == "" || spec.Primary && !n.Primary {
+	if spec.Mode == ModeTransparent && !n.Transparent || spec.Mode != ModeTransparent && n.Bridge == "" || spec.Primary && !n.Primary || spec.Subnet.IsValid() && n.Subnet != spec.Subnet {
 		return Bridge{}, false
 	}
 	nic := nicByName(s, spec.MAC)
@@ -83,15 +83,15 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	mac := hw.String()
-	nic, err := findNIC(links, mac)
+	s, err := h.state()
+	if err != nil {
+		return Bridge{}, err
+	}
+	nic, err := findNIC(links, mac, s.NICs[mac].Name)
 	if err != nil {
 		return Bridge{}, err
 	}
 	if err := refuseHost(links, nic); err != nil {
-		return Bridge{}, err
-	}
-	s, err := h.state()
-	if err != nil {
 		return Bridge{}, err
 	}
 	before := s.NICs[mac]
@@ -138,6 +138,9 @@ func (h *Host) ask(ctx context.Context, nic netlink.Link, bridge string, spec Sp
 		n.Name, n.Prepared = nic.Attrs().Name, false
 		n.Primary = n.Primary || spec.Primary
 		n.Transparent = n.Transparent || spec.Mode == ModeTransparent
+		if spec.Subnet.IsValid() {
+			n.Subnet = spec.Subnet
+		}
 		if bridge != "" {
 			n.Bridge = bridge
 		}

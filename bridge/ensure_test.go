@@ -249,7 +249,7 @@ func TestTheNICIsNotItsVirtualFunction(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got := ""
-			l, err := findNIC(c.links, mac.String())
+			l, err := findNIC(c.links, mac.String(), "")
 			if err == nil {
 				got = l.Attrs().Name
 			}

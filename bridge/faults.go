@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"azurevnet/bridge/internal/conntrack"
 	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
@@ -60,7 +61,7 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 		return all, err
 	}
 	for _, what := range tables {
-		add(fault{what: what, mend: func() error { _, err := v.ruleset().Sync(); return err }})
+		add(fault{what: what, mend: func() error { return mendTables(v) }})
 	}
 	for _, mac := range v.macs() {
 		add(h.bridgeFaults(v, mac)...)
@@ -97,6 +98,28 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 	}
 	addBearable(h.dropInFaults(v)...)
 	return all, nil
+}
+
+// mendTables makes the nft tables what they should be. A datagram flow that began while they were gone goes on without
+// SNAT, or past a published port, for as long as it is used: the kernel decides once for a flow. Such flows are
+// forgotten, so that the next datagram is decided on anew. A connection of TCP is begun anew by its client.
+func mendTables(v *view) error {
+	c := v.ruleset()
+	if _, err := c.Sync(); err != nil {
+		return err
+	}
+	var flows conntrack.Conn
+	defer flows.Close()
+	var all []conntrack.Flows
+	for _, e := range c.Endpoints {
+		all = append(all, conntrack.Flows{Untranslated: e.Addr})
+		for _, p := range e.Ports {
+			if p.UDP {
+				all = append(all, conntrack.Flows{UDPPort: p.HostPort})
+			}
+		}
+	}
+	return flows.Delete(all...)
 }
 
 // sysctlFault is a setting that is not s. One that the kernel does not have is none.

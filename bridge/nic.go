@@ -19,13 +19,15 @@ import (
 // a build of azure-vnet that moved the NIC into its bridge. Such a host is not touched.
 var ErrTaken = errors.New("the NIC is a port of a bridge")
 
+var errNoNIC = errors.New("no network interface of this host has")
+
 // notNICs are kinds of link that may carry a NIC's MAC and are not the NIC.
 var notNICs = []string{"bridge", "vlan", "macvlan", "macvtap", "ipvlan", "bond", "team", "vxlan", "ipoib"}
 
 // findNIC finds the NIC with that MAC. It goes by kind too: under accelerated networking
 // the virtual function has the MAC of the NIC above it, and a container may be given the
-// MAC of the NIC.
-func findNIC(links rtnl.Links, mac string) (netlink.Link, error) {
+// MAC of the NIC. Of several, it is the one with the name that the NIC had last.
+func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 	hw, err := parseMAC(mac)
 	if err != nil {
 		return nil, err
@@ -42,6 +44,9 @@ func findNIC(links rtnl.Links, mac string) (netlink.Link, error) {
 		}
 		found = append(found, l)
 	}
+	if i := slices.IndexFunc(found, func(l netlink.Link) bool { return l.Attrs().Name == name }); i >= 0 {
+		return found[i], nil
+	}
 	if len(found) > 1 {
 		found = slices.DeleteFunc(found, func(l netlink.Link) bool { return l.Type() == "veth" })
 	}
@@ -49,7 +54,7 @@ func findNIC(links rtnl.Links, mac string) (netlink.Link, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return nil, fmt.Errorf("no network interface of this host has the MAC %s", hw)
+		return nil, fmt.Errorf("%w the MAC %s", errNoNIC, hw)
 	}
 	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told", found[0].Attrs().Name, found[1].Attrs().Name, hw)
 }
@@ -70,7 +75,7 @@ func nicByName(s *hostState, mac string) netlink.Link {
 
 // takesPorts tells links that have ports from a NIC that has a virtual function.
 func takesPorts(l netlink.Link) bool {
-	return slices.Contains([]string{"bridge", "bond", "team"}, l.Type())
+	return slices.Contains([]string{"bridge", "bond", "team", "openvswitch", "vrf"}, l.Type())
 }
 
 // refuseTaken is an error if the NIC is a port of any bridge. Nobody can have its
@@ -95,22 +100,27 @@ func (h *Host) Ready(ctx context.Context, macs ...string) error {
 	if err != nil {
 		return err
 	}
+	s, err := h.state()
+	if err != nil {
+		return err
+	}
 	if len(macs) == 0 {
-		s, err := h.state()
-		if err != nil {
-			return err
-		}
 		for mac := range s.NICs {
 			macs = append(macs, mac)
 		}
 		slices.Sort(macs)
 	}
+	known := false
 	for _, mac := range macs {
-		if nic, err := findNIC(links, mac); err == nil {
+		if nic, err := findNIC(links, mac, s.NICs[mac].Name); err == nil {
 			if err := refuseHost(links, nic); err != nil {
 				return err
 			}
+			known = true
 		}
+	}
+	if known { // then a bridge that is named so, with other ports, is somebody's own
+		return refuseFormer(links)
 	}
 	return refuseBridges(links, func(name, alias string) bool {
 		return strings.HasPrefix(alias, formerAlias) || strings.HasPrefix(name, "azure")
@@ -169,11 +179,11 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 		if _, bad := parseMAC(nameOrMAC); bad != nil {
 			return "", "", fmt.Errorf("no network interface of this host is named %q", nameOrMAC)
 		}
-		if l, err = findNIC(links, nameOrMAC); err != nil {
+		if l, err = findNIC(links, nameOrMAC, ""); err != nil {
 			return "", "", err
 		}
 	} else if nic, ours := bridgeOf(l); ours {
-		if l, err = findNIC(links, nic); err != nil {
+		if l, err = findNIC(links, nic, ""); err != nil {
 			return "", "", err
 		}
 	} else if err := refuseBridges(links, func(name, _ string) bool { return name == nameOrMAC }); err != nil {
@@ -209,7 +219,7 @@ func bridgesIn(links rtnl.Links) []Bridge {
 			continue
 		}
 		b := Bridge{Name: l.Attrs().Name, MAC: l.Attrs().HardwareAddr, MTU: l.Attrs().MTU, NICMAC: mac}
-		if nic, err := findNIC(links, mac); err == nil {
+		if nic, err := findNIC(links, mac, ""); err == nil {
 			b.NIC = nic.Attrs().Name
 		}
 		out = append(out, b)

@@ -37,7 +37,7 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 	if err != nil {
 		return nil, err
 	}
-	nic, err := findNIC(links, mac)
+	nic, err := findNIC(links, mac, "")
 	if err != nil {
 		return nil, err
 	}

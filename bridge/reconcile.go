@@ -105,27 +105,29 @@ const brokenWait = 3 * time.Second
 // would mend, and what only a person can. It holds the lock meanwhile, since what is half made
 // is not broken. The error names who keeps it waiting.
 func (h *Host) Broken(ctx context.Context) ([]string, error) {
+	var out []string
 	if err := h.Ready(ctx); err != nil {
-		return []string{err.Error()}, nil
+		out = append(out, err.Error())
 	}
 	if used, err := h.inUse(); err != nil || !used {
-		return nil, err
+		return out, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, brokenWait)
 	defer cancel()
 	unlock, err := h.lock(ctx, "look for what is broken")
 	if err != nil {
-		return nil, err
+		return out, err
 	}
 	defer unlock()
 	v, err := h.read()
 	if err != nil {
-		return nil, err
+		return out, err
 	}
 	all, err := h.faults(v, h.readZones(ctx))
-	var out []string
 	for _, f := range all {
-		out = append(out, f.what)
+		if !slices.Contains(out, f.what) {
+			out = append(out, f.what)
+		}
 	}
 	return out, err
 }

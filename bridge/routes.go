@@ -45,7 +45,7 @@ const (
 
 	// Behind the first rule, of containers that are not the primary NIC's. wg-quick's rules ask main before its
 	// tunnel, and main leads to the subnets and to Azure's services by the primary NIC.
-	secondHostRule   = 1 // as hostRule; also to the host agent and the metadata service, and nowhere while the NIC is gone
+	secondHostRule   = 1 // as hostRule; also to the host agent and the metadata service. Of every NIC that is gone or down: nowhere
 	secondSubnetRule = 2 // as subnetRule
 )
 
@@ -155,6 +155,12 @@ func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
 	return subnets[0].Addr().Next(), true
 }
 
+// leadsNowhere reports whether the NIC is gone or down.
+func (v *view) leadsNowhere(mac string) bool {
+	nic := v.nics[mac]
+	return nic == nil || nic.Attrs().Flags&net.FlagUp == 0
+}
+
 // needsOwnRules reports whether each transparent endpoint of the NIC has rules: a rule that names azv+ would mean a
 // link of that very name. The primary NIC's have rules by their subnet instead, which are as many for 250
 // containers as for one.
@@ -164,10 +170,11 @@ func (s *hostState) needsOwnRules(mac string) bool {
 
 // containerPriority is that of the rule that leads to containers: before every rule of others but
 // the local table's. A rule that is added without a priority comes before all that are there. If
-// somebody adds a rule before ours, ours are added again below that rule, never below 1, and the old
-// ones deleted.
-func (v *view) containerPriority() int {
-	return max(1, min(containerRule, v.firstRule-1-secondSubnetRule))
+// somebody adds a rule before ours, ours are added again below that rule, and the old ones deleted. behind is how many
+// numbers a rule is behind the first one. With number 0, they stand behind the local table's, in the order in which
+// they were added.
+func (v *view) containerPriority(behind int) int {
+	return max(0, min(containerRule, v.firstRule-1-secondSubnetRule)+behind)
 }
 
 // wantedRules are all that our protocol number may stand on.
@@ -187,9 +194,9 @@ func (v *view) wantedRules() []netlink.Rule {
 		}
 		all = append(all, *r)
 	}
-	everything, first := netip.Prefix{}, v.containerPriority()
+	everything, first := netip.Prefix{}, v.containerPriority
 	if v.state.asked() {
-		add(first, containerTable, -1, "", everything, everything)
+		add(first(0), containerTable, -1, "", everything, everything)
 	}
 	var subnets []netip.Prefix
 	for _, mac := range v.macs() {
@@ -201,7 +208,7 @@ func (v *view) wantedRules() []netlink.Rule {
 		table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
 		host, subnet := hostRule, subnetRule
 		if !primary {
-			host, subnet = first+secondHostRule, first+secondSubnetRule
+			host, subnet = first(secondHostRule), first(secondSubnetRule)
 			for _, to := range azureAddrs {
 				add(host, table, -1, iif, from, to)
 			}
@@ -221,8 +228,8 @@ func (v *view) wantedRules() []netlink.Rule {
 		if ok && n.Bridge != "" {
 			way(mac, n.Bridge, everything)
 		}
-		if v.nics[mac] == nil && n.Bridge != "" {
-			add(first+secondHostRule, unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
+		if v.leadsNowhere(mac) && n.Bridge != "" {
+			add(first(secondHostRule), unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
 		}
 		if !ok || !n.Primary || !n.Transparent {
 			continue
@@ -230,7 +237,9 @@ func (v *view) wantedRules() []netlink.Rule {
 		for _, from := range v.subnets(mac) {
 			for _, to := range subnets { // what the host itself sends, which comes in by lo, goes as it did
 				add(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
-				add(otherRule, unix.RT_TABLE_MAIN, -1, "lo", from, to)
+				for _, iif := range append([]string{"lo"}, v.ruleset().NICs...) { // nor what it forwards for others
+					add(otherRule, unix.RT_TABLE_MAIN, -1, iif, from, to)
+				}
 				add(lastRule, nicTables+v.nics[mac].Attrs().Index, -1, "", from, to)
 			}
 		}
@@ -239,8 +248,8 @@ func (v *view) wantedRules() []netlink.Rule {
 		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" && v.state.needsOwnRules(e.nic) {
 			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
 		}
-		if v.nics[e.nic] == nil && e.bridge == "" {
-			add(first+secondHostRule, unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
+		if v.leadsNowhere(e.nic) && e.bridge == "" {
+			add(first(secondHostRule), unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
 		}
 	}
 	return all

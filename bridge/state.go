@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -24,11 +25,12 @@ type hostState struct {
 
 // nicState is what was asked of a NIC.
 type nicState struct {
-	Name        string `json:"name,omitempty"`        // as last seen: a hint, since a NIC may be renamed
-	Bridge      string `json:"bridge,omitempty"`      // name of its bridge; empty: none is asked for
-	Primary     bool   `json:"primary,omitempty"`     // the VM's
-	Transparent bool   `json:"transparent,omitempty"` // transparent endpoints are asked for
-	Prepared    bool   `json:"prepared,omitempty"`    // all that was asked for has stood; false after a crash of Ensure
+	Name        string       `json:"name,omitempty"`        // as last seen: a hint, since a NIC may be renamed
+	Bridge      string       `json:"bridge,omitempty"`      // name of its bridge; empty: none is asked for
+	Primary     bool         `json:"primary,omitempty"`     // the VM's
+	Transparent bool         `json:"transparent,omitempty"` // transparent endpoints are asked for
+	Subnet      netip.Prefix `json:"subnet,omitzero"`       // of the virtual network, which it is in
+	Prepared    bool         `json:"prepared,omitempty"`    // all that was asked for has stood; false after a crash of Ensure
 }
 
 const stateVersion = 2

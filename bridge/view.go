@@ -3,6 +3,7 @@
 package bridge
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -128,9 +129,12 @@ func (v *view) adopt() error {
 			}
 		})
 	}
-	for mac := range v.state.NICs {
-		if nic, err := findNIC(v.links, mac); err == nil {
+	for mac, n := range v.state.NICs {
+		nic, err := findNIC(v.links, mac, n.Name)
+		if err == nil {
 			v.nics[mac] = nic
+		} else if !errors.Is(err, errNoNIC) {
+			return err // which of two is the NIC is not known, and nothing is changed by a guess
 		}
 	}
 	if len(v.nics) == 0 || v.knowsPrimary() {
@@ -190,22 +194,37 @@ func (v *view) bridge(mac string) *netlink.LinkAttrs {
 	return l.Attrs()
 }
 
-// subnets are the IPv4 subnets of the NIC, from its addresses and its containers'.
+// subnets are the NIC's IPv4 subnets of the virtual network: those that were told, and its containers'. An address of the
+// NIC in one of them tells the mask. Until there is any, the NIC's addresses tell the subnet; later, one that
+// somebody adds to the NIC from elsewhere tells nothing.
 func (v *view) subnets(mac string) []netip.Prefix {
-	var out []netip.Prefix
+	var on, out []netip.Prefix
 	if nic := v.nics[mac]; nic != nil {
 		for _, a := range v.addrs {
-			if a.LinkIndex == nic.Attrs().Index {
-				out = append(out, prefixOf(a.IPNet).Masked())
+			if p := prefixOf(a.IPNet).Masked(); a.LinkIndex == nic.Attrs().Index && p.Bits() < 32 {
+				on = append(on, p)
 			}
 		}
 	}
-	for _, e := range v.endpoints {
-		if e.nic == mac {
-			out = append(out, e.addr.Masked())
+	add := func(p netip.Prefix) {
+		if i := slices.IndexFunc(on, func(o netip.Prefix) bool { return o.Bits() <= p.Bits() && o.Contains(p.Addr()) }); i >= 0 && !slices.Contains(on, p) {
+			p = on[i]
+		}
+		if p.Bits() < 32 {
+			out = append(out, p)
 		}
 	}
-	out = slices.DeleteFunc(out, func(p netip.Prefix) bool { return p.Bits() == 32 })
+	if told := v.state.NICs[mac].Subnet; told.IsValid() {
+		add(told)
+	}
+	for _, e := range v.endpoints {
+		if e.nic == mac {
+			add(e.addr.Masked())
+		}
+	}
+	if len(out) == 0 {
+		out = on
+	}
 	slices.SortFunc(out, netip.Prefix.Compare)
 	return slices.Compact(out)
 }

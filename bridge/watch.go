@@ -178,7 +178,7 @@ func (w *watcher) relearn() error {
 		macs = append(macs, b.NICMAC)
 	}
 	for _, mac := range macs {
-		if nic, err := findNIC(links, mac); err == nil {
+		if nic, err := findNIC(links, mac, s.NICs[mac].Name); err == nil {
 			w.known[int32(nic.Attrs().Index)] = nicLink
 		}
 	}

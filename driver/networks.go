@@ -52,7 +52,7 @@ type Aux struct {
 }
 
 func (n Network) spec() bridge.Spec {
-	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, Mode: n.Mode, NICs: n.NICs}
+	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, Mode: n.Mode, Subnet: n.Prefix, NICs: n.NICs}
 }
 
 func (n Network) policy() bridge.Policy {

@@ -71,7 +71,7 @@ func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 // connect makes the container's interface and says what came of it. attached says that this call made the interface,
 // so that after an error it is this call's to take away.
 func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (result *current.Result, attached bool, err error) {
-	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: c.Conf.Mode, Name: c.Conf.Bridge, NICs: g.nics})
+	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: c.Conf.Mode, Name: c.Conf.Bridge, Subnet: g.addr.Masked(), NICs: g.nics})
 	if err != nil {
 		return nil, false, misnamed(ctx, c, host, g.nic, err)
 	}

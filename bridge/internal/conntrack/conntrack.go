@@ -23,6 +23,7 @@ const (
 	ctaFilterOrigFlags  = 1
 	ctaFilterReplyFlags = 2
 	ctaFilterIPSrc      = 1 << 0
+	ctaFilterIPDst      = 1 << 1
 	ctaFilterProto      = 1 << 3
 	ctaFilterDstPort    = 1 << 5
 )
@@ -32,7 +33,9 @@ const (
 type Flows struct {
 	From     netip.Addr // sent the first packet
 	Answerer netip.Addr // sends the answers, whatever address the first packet was sent to
-	UDPPort  uint16     // of a datagram's first destination; only where neither address is set
+	UDPPort  uint16     // of a datagram's first destination; only where no address is set
+
+	Untranslated netip.Addr // sent the first datagram, and is answered at this address; alone
 }
 
 // Conn is a socket for deletions. Its zero value is ready for use.
@@ -72,6 +75,9 @@ func (c *Conn) Delete(all ...Flows) error {
 func (f Flows) request() *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
+	if f.Untranslated.IsValid() {
+		return f.untranslated(r)
+	}
 	kind, direction, flags := nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, ctaFilterIPSrc
 	if f.Answerer.IsValid() {
 		kind, direction = nl.CTA_TUPLE_REPLY, ctaFilterReplyFlags
@@ -92,6 +98,22 @@ func (f Flows) request() *nl.NetlinkRequest {
 	return r
 }
 
+func (f Flows) untranslated(r *nl.NetlinkRequest) *nl.NetlinkRequest {
+	addr := f.Untranslated.AsSlice()
+	orig := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, nil)
+	orig.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_SRC, addr)
+	orig.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, nil).AddRtAttr(nl.CTA_PROTO_NUM, []byte{unix.IPPROTO_UDP})
+	reply := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_REPLY, nil)
+	reply.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_DST, addr)
+	filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
+	filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(ctaFilterIPSrc|ctaFilterProto))
+	filter.AddRtAttr(ctaFilterReplyFlags, nl.Uint32Attr(ctaFilterIPDst))
+	r.AddData(orig)
+	r.AddData(reply)
+	r.AddData(filter)
+	return r
+}
+
 // deleteOneByOne is for older kernels, which delete by a whole tuple only. It reads the whole table, once.
 func deleteOneByOne(all []Flows) error {
 	var filters []netlink.CustomConntrackFilter
@@ -99,6 +121,9 @@ func deleteOneByOne(all []Flows) error {
 		filter := &netlink.ConntrackFilter{}
 		var err error
 		switch {
+		case f.Untranslated.IsValid():
+			err = errors.Join(filter.AddProtocol(unix.IPPROTO_UDP), filter.AddIP(netlink.ConntrackOrigSrcIP, f.Untranslated.AsSlice()),
+				filter.AddIP(netlink.ConntrackReplyDstIP, f.Untranslated.AsSlice()))
 		case f.From.IsValid():
 			err = filter.AddIP(netlink.ConntrackOrigSrcIP, f.From.AsSlice())
 		case f.Answerer.IsValid():
