@@ -39,14 +39,18 @@ const (
 	containerRule = 100   // at most: see containerPriority
 	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
 	subnetRule    = 32762 // to the NICs' subnets
-	otherRule     = 32763 // not of the primary NIC, to what the host reaches otherwise, such as by a VPN; also the main table's part for the containers of lastRule
-	outRule       = 32764 // not of the primary NIC, to all the rest
-	lastRule      = 32765 // of the primary NIC's transparent containers, to the NICs' subnets: a second NIC in the same subnet has rules with lower numbers, which match first
+	// Two kinds. Of a second NIC: main, but for its default route, which is the primary NIC's. Of the primary NIC's
+	// transparent containers: main, for routes that are longer than a subnet's; lastRule has the rest.
+	otherRule = 32763
+	outRule   = 32764 // not of the primary NIC, to all the rest
+	// Of the primary NIC's transparent containers, to the NICs' subnets. It goes by subnet: where a second NIC has the
+	// same one, that NIC's rules must match first, and so have lower numbers.
+	lastRule = 32765
 
-	// Behind the first rule, of containers that are not the primary NIC's. wg-quick's rules ask main before its
-	// tunnel, and main leads to the subnets and to Azure's services by the primary NIC.
-	secondHostRule   = 1 // as hostRule; also to the host agent and the metadata service. Of every NIC that is gone or down: nowhere
-	secondSubnetRule = 2 // as subnetRule
+	// These are added to the first rule's number, and so are 101 and 102. They come before the rules of wg-quick, which
+	// ask main before its tunnel: main leads to the subnets and to Azure's services by the primary NIC.
+	secondHostRule   = 1 // of a second NIC: as hostRule, and to the host agent and the metadata service; of every NIC that is gone or down: nowhere
+	secondSubnetRule = 2 // of a second NIC: as subnetRule
 )
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}

@@ -30,8 +30,9 @@ const watchPause = 200 * time.Millisecond
 // Watch calls changed whenever something that Reconcile looks after may have changed: our links and bridge ports,
 // the NICs, our routes, rules, neighbour and forwarding entries, our nft tables, the rules of iptables-nft's FORWARD,
 // those sysctls that the kernel tells of (forwarding, rp_filter and proxy_arp), and firewalld's zones. Events of 200 ms
-// are one call, and events that the kernel could not deliver are one too. An endpoint that comes to stand within that
-// time is no event, nor are elements of the tables, which come and go with endpoints. Legacy iptables tells nobody.
+// are one call, and events that the kernel could not deliver are one too. A new endpoint is no event if it stands within
+// 200 ms: its attach needs no mending. One that has no alias then, or is down, was left by a crash. Elements of the
+// tables are no event: they come and go with endpoints. Legacy iptables tells nobody.
 //
 // It works on the calling goroutine alone, so that it stays in the caller's namespace, but for the system bus, whose
 // socket is a file. It returns ctx's error when ctx ends.

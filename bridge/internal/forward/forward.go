@@ -380,9 +380,9 @@ func (b *backend) sync(c Config) (mended []string, err error) {
 	return mended, b.place(have)
 }
 
-// place puts the jump where it belongs, and then deletes the old ones. It deletes by the rule's words and never by its
-// number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules the first is
-// deleted, so old jumps behind the place of the new one, which have no effect there, go before it comes.
+// place puts the jump where it belongs, and deletes the ones that stand elsewhere. iptables deletes the first of equal
+// rules. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
+// behind the new place has no effect, and is deleted before: else the new one would be taken for it.
 func (b *backend) place(have state) (err error) {
 	drop := func(n int) error {
 		for range n {

@@ -16,12 +16,12 @@ import (
 
 // This file spells nft's statements in the kernel's expressions.
 //
-// Registers: 1 to 4 have 16 bytes each. 8 to 23 are their quarters of 4 bytes: 1 is 8
-// to 11, 2 is 12 to 15, and so on. A key of several parts lies in consecutive
-// registers, each part rounded up to 4 bytes: a link's name takes four quarters, a MAC
-// two, an address, a protocol and a port one each. The first quarter of a register is
-// spelled as the register, since the kernel tells it so. A condition compares register
-// 1, which the next one overwrites.
+// Registers are slots of 4 bytes, 8 to 23. 1 to 4 are older names of the slots 8, 12, 16
+// and 20. The kernel tells those slots by the older names; so we use them too, or a rule
+// that is read back would differ. A key of several parts lies in consecutive slots, each
+// part rounded up: a link's name takes four, a MAC two, an address, a protocol and a port
+// one each. A name, two MACs and an address are 1, 2, 14 and 3. A condition compares
+// slot 1, which the next one overwrites.
 
 func rule(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
