@@ -380,8 +380,9 @@ func (b *backend) sync(c Config) (mended []string, err error) {
 	return mended, b.place(have)
 }
 
-// place puts the jump where it belongs, and deletes the ones that stand elsewhere. iptables deletes the first of equal
-// rules. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
+// place puts the jump where it belongs, and deletes the ones that stand elsewhere. It deletes by the rule's words and
+// never by its number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules
+// iptables deletes the first. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
 // behind the new place has no effect, and is deleted before: else the new one would be taken for it.
 func (b *backend) place(have state) (err error) {
 	drop := func(n int) error {
