@@ -113,14 +113,17 @@ func TestNewerEnginesAreServed(t *testing.T) {
 			PoolID: chosen.PoolID, Options: map[string]string{"com.docker.network.endpoint.name": "web", "com.docker.network.endpoint.macaddress": ""},
 		})
 		in := endpointRequest(endpointID(i), a.Address)
+		portMap := []any{map[string]any{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080}}
 		in.Options = map[string]any{
-			"com.docker.network.endpoint.exposedports": []any{map[string]any{"Proto": 6, "Port": 80}}, "com.docker.network.portmap": []any{map[string]any{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080}},
+			"com.docker.network.endpoint.exposedports": []any{map[string]any{"Proto": 6, "Port": 80}}, "com.docker.network.portmap": portMap,
 		}
 		must[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in)
 		join := must[network.JoinResponse](e, "NetworkDriver.Join", network.JoinRequest{
 			NetworkID: netID, EndpointID: endpointID(i), SandboxKey: "/run/docker/netns/x", Options: map[string]any{"com.docker.network.endpoint.exposedports": []any{}},
 		})
-		must[nothing](e, "NetworkDriver.ProgramExternalConnectivity", network.ProgramExternalConnectivityRequest{NetworkID: netID, EndpointID: endpointID(i)})
+		must[nothing](e, "NetworkDriver.ProgramExternalConnectivity", network.ProgramExternalConnectivityRequest{
+			NetworkID: netID, EndpointID: endpointID(i), Options: map[string]any{"com.docker.network.portmap": portMap},
+		})
 		must[network.InfoResponse](e, "NetworkDriver.EndpointOperInfo", network.InfoRequest{NetworkID: netID, EndpointID: endpointID(i)})
 		return a.Address, join.InterfaceName.SrcName
 	}

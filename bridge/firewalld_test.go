@@ -217,7 +217,7 @@ func TestFirewalld(t *testing.T) {
 		w.reconcile()
 		w.checkZone(t, "public")
 		wrong := w.broken()
-		if len(wrong) != 2 || !strings.Contains(wrong[0], "masquerades") {
+		if len(wrong) != 1 || !strings.Contains(wrong[0], "masquerades") {
 			t.Fatalf("broken: %q", wrong)
 		}
 		w.sh(remedy.FindString(wrong[0]))

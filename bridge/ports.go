@@ -314,7 +314,10 @@ func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
 		do   func() error
 	}{
 		{"publish alias", func() error {
-			p.e.ports = max(p.e.ports, len(wishes))
+			if p.e.ports >= len(wishes) {
+				return nil
+			}
+			p.e.ports = len(wishes)
 			return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.e.link}, p.e.alias.String())
 		}},
 		{"publish claims", func() (err error) {

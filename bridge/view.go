@@ -15,6 +15,7 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // ourProtocol marks the routes, rules and neighbour entries that we made.
@@ -79,6 +80,9 @@ func (h *Host) read() (*view, error) {
 	}
 	v.firstRule = mainRule
 	for _, r := range rules {
+		if r.Table == unix.RT_TABLE_UNSPEC {
+			r.Type = unix.RTN_UNREACHABLE // the library does not tell, and a deletion must not hit another rule of that priority and link
+		}
 		if r.Protocol == ourProtocol {
 			v.rules = append(v.rules, r)
 		} else if r.Priority > 0 { // that of the local table has none

@@ -29,8 +29,8 @@ func TestNetworksOfAnEarlierReleaseAreRead(t *testing.T) {
 	}
 	n := file.Networks["a"]
 	same := cmpopts.EquateComparable(netip.Prefix{})
-	wantSpec := bridge.Spec{MAC: "00:0d:3a:04:75:98", Name: "azure0", Primary: true, NICs: []string{"00:0d:3a:04:75:98"}}
-	if diff := cmp.Diff(wantSpec, n.spec()); diff != "" {
+	wantSpec := bridge.Spec{MAC: "00:0d:3a:04:75:98", Name: "azure0", Primary: true, Subnet: n.Prefix, NICs: []string{"00:0d:3a:04:75:98"}}
+	if diff := cmp.Diff(wantSpec, n.spec(), same); diff != "" {
 		t.Errorf("spec:\n%s", diff)
 	}
 	wantPolicy := bridge.Policy{SNAT: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
