@@ -89,6 +89,7 @@ type attach struct {
 	rules  ruleset.Endpoint // the endpoint as the nft tables take it
 
 	index, peerIndex int // of the ends, once they are made; peerIndex is of ns
+	nsID             int // the host's number for ns
 	undo             []func() error
 
 	nft   ruleset.Conn
@@ -108,7 +109,7 @@ func (at *attach) run(ctx context.Context) (Attachment, error) {
 	at.ns = netns.None()
 	if at.e.Netns != "" {
 		var err error
-		if at.ns, err = containerNamespace(at.e.Netns); err != nil {
+		if at.ns, err = OpenNetns(at.e.Netns); err != nil {
 			return Attachment{}, err
 		}
 	}
@@ -396,7 +397,7 @@ func (at *attach) makeLink() error {
 		return fmt.Errorf("find %s again: %w", at.link, err)
 	}
 	at.undo = append(at.undo, func() error { return delLink(l) })
-	at.index, at.peerIndex = l.Attrs().Index, l.Attrs().ParentIndex
+	at.index, at.peerIndex, at.nsID = l.Attrs().Index, l.Attrs().ParentIndex, l.Attrs().NetNsID
 	return nil
 }
 

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// containerNamespace opens the namespace at path, which must not be the host's. A path that is no
-// namespace is refused at once, and a FIFO keeps nobody waiting.
-func containerNamespace(path string) (netns.NsHandle, error) {
+// OpenNetns opens the container's network namespace at path, which must not be the host's. A path that is no
+// namespace is refused at once, and a FIFO keeps nobody waiting. The caller closes the handle.
+func OpenNetns(path string) (netns.NsHandle, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return netns.None(), fmt.Errorf("the container's network namespace: %w", &os.PathError{Op: "open", Path: path, Err: err})
@@ -100,7 +100,7 @@ func (at *attach) configureIn(ns netns.NsHandle) error {
 			return fmt.Errorf("route to %s: %w", prefixOf(r.Dst), err)
 		}
 	}
-	return nil
+	return at.routeBySource(in)
 }
 
 // gatewayMAC answers the container for Azure's gateway.

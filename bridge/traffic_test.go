@@ -43,7 +43,7 @@ func (h *host) otherNetns(name string) place {
 // inNetns runs f in a network namespace that ip netns made on the VM. f starts no goroutine.
 func (h *host) inNetns(name string, f func() error) error {
 	return h.Do(func() error {
-		ns, err := containerNamespace(fmt.Sprintf("/proc/%d/root/run/netns/%s", h.PidOne(), name))
+		ns, err := OpenNetns(fmt.Sprintf("/proc/%d/root/run/netns/%s", h.PidOne(), name))
 		if err != nil {
 			return err
 		}

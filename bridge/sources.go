@@ -1,0 +1,95 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+)
+
+// A container may have several interfaces of ours, on one NIC or on two. Its main table leads
+// to most destinations by the first of them. Each interface may send its own address alone, so
+// an answer from the second address would be dropped there. So each address of such a
+// container has a rule and a table of its own in the container's namespace, which lead out by
+// the interface that has the address. A container with one interface has neither.
+const (
+	sourceTables = 16864000 // and the interface's index: the way out by that interface
+	sourceRule   = 32765    // just before the kernel's rule for main
+)
+
+// routeBySource has what is sent from each address of ours in the container leave by the
+// interface that has it, if there is more than one.
+func (at *attach) routeBySource(in *netlink.Handle) error {
+	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return in.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return fmt.Errorf("list the addresses: %w", err)
+	}
+	other := func(a netlink.Addr) bool { return a.LinkIndex != at.peerIndex && !a.IP.IsLoopback() }
+	if !slices.ContainsFunc(addrs, other) {
+		return nil
+	}
+	v, err := at.h.readEndpoints()
+	if err != nil {
+		return err
+	}
+	indexes := map[netip.Addr]int{at.e.Addr.Addr(): at.peerIndex}
+	for _, e := range v.endpoints {
+		if e.link.NetNsID == at.nsID {
+			indexes[e.addr.Addr()] = e.link.ParentIndex
+		}
+	}
+	if len(indexes) == 1 {
+		return nil // the others are somebody else's
+	}
+	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return in.RuleList(netlink.FAMILY_V4) })
+	if err != nil {
+		return fmt.Errorf("list the routing rules: %w", err)
+	}
+	for _, r := range rules { // of interfaces that are gone
+		if r.Protocol == ourProtocol && indexes[prefixOf(r.Src).Addr()] != r.Table-sourceTables {
+			if err := in.RuleDel(&r); err != nil && !rtnl.NotThere(err) {
+				return fmt.Errorf("delete the routing rule %s: %w", ruleText(r), err)
+			}
+		}
+	}
+	for addr, index := range indexes {
+		if err := leadOut(in, addr, index); err != nil {
+			return fmt.Errorf("the way of answers from %s: %w", addr, err)
+		}
+	}
+	return nil
+}
+
+// leadOut gives an address its table, with all routes that its interface has in the main one,
+// and its rule. It may be repeated.
+func leadOut(in *netlink.Handle, from netip.Addr, index int) error {
+	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
+	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
+	if err != nil {
+		return err
+	}
+	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return len(a.Gw) - len(b.Gw) }) // the next hops' routes first
+	for _, r := range routes {
+		way := netlink.Route{Table: sourceTables + index, LinkIndex: index, Dst: r.Dst, Gw: r.Gw, Scope: r.Scope, Src: r.Src, MTU: r.MTU, AdvMSS: r.AdvMSS,
+			Protocol: ourProtocol, Type: unix.RTN_UNICAST}
+		if r.Gw != nil {
+			way.SetFlag(netlink.FLAG_ONLINK)
+		}
+		if err := in.RouteReplace(&way); err != nil {
+			return fmt.Errorf("route to %s: %w", prefixOf(r.Dst), err)
+		}
+	}
+	rule := netlink.NewRule()
+	rule.Family, rule.Protocol, rule.Priority, rule.Table, rule.Src = unix.AF_INET, ourProtocol, sourceRule, sourceTables+index, ipNet(netip.PrefixFrom(from, 32))
+	if err := in.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("routing rule: %w", err)
+	}
+	return nil
+}
