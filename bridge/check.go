@@ -36,8 +36,11 @@ func (h *Host) check(owner string) error {
 	}
 	e := v.endpoints[i]
 	var errs []error
-	for _, f := range slices.Concat(h.bridgeFaults(v, e.nic), h.endpointFaults(v, e), routingFaults(v)) {
+	for _, f := range slices.Concat(h.nicFaults(v, e.nic), h.sysctlFault(ipForward), h.bridgeFaults(v, e.nic), h.endpointFaults(v, e), e.containerFaults(), routingFaults(v)) {
 		errs = append(errs, errors.New(f.what))
+	}
+	if e.bridge != "" && v.linkTo(e) == 0 && len(errs) == 0 {
+		errs = append(errs, fmt.Errorf("%s is half made", e.bridge))
 	}
 	ports := v.ports()[name]
 	if e.ports > 0 && len(ports) == 0 {

@@ -44,18 +44,9 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 		return all, nil
 	}
 	for _, mac := range v.macs() {
-		if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
-			continue
-		}
-		if nic := v.nics[mac]; nic == nil {
-			add(fault{what: fmt.Sprintf("the NIC with the MAC %s is gone: its containers reach nobody until it is attached again", mac)})
-		} else if err := refuseTaken(v.links, nic); err != nil {
-			add(fault{what: err.Error()})
-		} else {
-			add(h.sysctlFault(sysctl{"ipv4/conf/" + nic.Attrs().Name + "/forwarding", "1"})...)
-		}
+		add(h.nicFaults(v, mac)...)
 	}
-	add(h.sysctlFault(sysctl{"ipv4/ip_forward", "1"})...)
+	add(h.sysctlFault(ipForward)...)
 	tables, err := v.ruleset().Differences()
 	if err != nil {
 		return all, err
@@ -121,6 +112,23 @@ func mendTables(v *view) error {
 	}
 	return flows.Delete(all...)
 }
+
+// nicFaults are those of a NIC that has containers, or is to have some.
+func (h *Host) nicFaults(v *view, mac string) []fault {
+	if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
+		return nil
+	}
+	nic := v.nics[mac]
+	if nic == nil {
+		return []fault{{what: fmt.Sprintf("the NIC with the MAC %s is gone: its containers reach nobody until it is attached again", mac)}}
+	}
+	if err := refuseTaken(v.links, nic); err != nil {
+		return []fault{{what: err.Error()}}
+	}
+	return h.sysctlFault(sysctl{"ipv4/conf/" + nic.Attrs().Name + "/forwarding", "1"})
+}
+
+var ipForward = sysctl{"ipv4/ip_forward", "1"}
 
 // sysctlFault is a setting that is not s. One that the kernel does not have is none.
 func (h *Host) sysctlFault(s sysctl) []fault {
@@ -191,9 +199,14 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 		attrs.Name, attrs.Index = name, a.Index
 		return netlink.BridgeSetMcastSnoop(&netlink.Bridge{LinkAttrs: attrs}, false)
 	})
+	is := v.settings[a.Index]
+	add(is.STP, name+" speaks the spanning tree protocol, and holds new containers up for 30 s", func() error { return rtnl.StopSTP(a.Index) })
+	add(is.VLANFiltering, name+" filters VLANs, and has no way to containers in any", func() error { return rtnl.StopVLANFiltering(a.Index) })
+	add(a.MasterIndex != 0, name+" is in "+v.nameOf(a.MasterIndex), func() error { return netlink.LinkSetNoMaster(l) })
 	for _, s := range linkSysctls(name) {
 		all = append(all, h.sysctlFault(s)...)
 	}
+	add(a.RawFlags&unix.IFF_NOARP != 0, name+" answers no ARP", func() error { return netlink.LinkSetARPOn(l) })
 	add(a.Flags&net.FlagUp == 0, name+" is down", func() error { return netlink.LinkSetUp(l) })
 	return append(all, addressFaults(v, l)...)
 }
@@ -274,6 +287,45 @@ var portFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_GROUP_FWD_MASK, Name: "group_fwd_mask", Value: 0xfffd},
 }
 
+// portDefaults are flags that a new port has and that a container's must keep. A kernel that
+// does not have such a flag tells none. With br_netfilter the bridge itself leads what was sent
+// to a service from port to port, which an isolated port does not get.
+var portDefaults = []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_ISOLATED, Name: "isolated", Value: 0}}
+
+const portForwards = 3 // BR_STATE_FORWARDING
+
+// bridgePortFaults are those of a host end as a port of its bridge.
+func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, mend func() error)) {
+	has := v.flags[e.link.Index]
+	for _, f := range portFlags {
+		if is, ok := has[f.Kind]; !ok || is != f.Value {
+			add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portFlags) })
+			break
+		}
+	}
+	for _, f := range portDefaults {
+		add(has[f.Kind] != f.Value, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portDefaults) })
+	}
+	state, told := has[nl.IFLA_BRPORT_STATE]
+	blocked := told && state != portForwards && e.link.OperState == netlink.OperUp // else its container's end is down
+	add(blocked && !v.settings[e.link.MasterIndex].STP, "its port does not forward", func() error {
+		return rtnl.SetPortFlags(e.link.Index, []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_STATE, Value: portForwards}})
+	})
+}
+
+// containerFaults are what is wrong inside of the endpoint's container. Nobody can mend it from outside.
+func (e endpoint) containerFaults() []fault {
+	if e.link.NetNsID < 0 {
+		return nil
+	}
+	name, mac, found, err := rtnl.ReadFar(e.link.NetNsID, e.link.ParentIndex)
+	if err != nil || !found || mac.String() == e.mac.String() {
+		return nil // the container may be on its way out
+	}
+	return []fault{{what: fmt.Sprintf("%s (%s): %s in its container has the MAC %s and not %s, so all that it sends is dropped: where a plugin such as tuning gave it that MAC, ask azure-vnet for it, by the capability mac or by CNI_ARGS",
+		e.link.Name, e.addr.Addr(), name, mac, e.mac)}}
+}
+
 // endpointFaults are those of one container's interface, as far as the host has it.
 func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	name, addr := e.link.Name, e.addr.Addr()
@@ -289,13 +341,15 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	if nic := v.nics[e.nic]; nic != nil && e.link.MTU > nic.Attrs().MTU {
 		add(true, fmt.Sprintf("its MTU of %d bytes is more than the %d of %s, so larger packets to it vanish: restart its container", e.link.MTU, nic.Attrs().MTU, nic.Attrs().Name), nil)
 	}
+	hw := hostMAC(addr)
+	add(e.link.HardwareAddr.String() != hw.String(), fmt.Sprintf("the host end has the MAC %s and not %s", e.link.HardwareAddr, hw), func() error { return netlink.LinkSetHardwareAddr(l, hw) })
 	add(e.link.Group != e.group(), "not in its link group", func() error { return netlink.LinkSetGroup(l, int(e.group())) })
 	if e.bridge == "" {
 		add(e.link.MasterIndex != 0, "in a bridge", func() error { return netlink.LinkSetNoMaster(l) })
 		for _, s := range linkSysctls(name) {
 			all = append(all, h.sysctlFault(s)...)
 		}
-		all = append(all, addressFaults(v, l)...)
+		add(e.link.RawFlags&unix.IFF_NOARP != 0, "answers no ARP", func() error { return netlink.LinkSetARPOn(l) })
 	} else {
 		br := v.bridge(e.nic)
 		if br == nil || br.Name != e.bridge {
@@ -304,17 +358,13 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 		all = append(all, h.sysctlFault(noIPv6(name))...)
 		joined := e.link.MasterIndex == br.Index
 		add(!joined, "not in "+e.bridge, func() error { return netlink.LinkSetMasterByIndex(l, br.Index) })
-		for _, f := range portFlags {
-			if is, ok := v.flags[e.link.Index][f.Kind]; joined && (!ok || is != f.Value) {
-				add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portFlags) })
-				break
-			}
-		}
 		if joined {
+			e.bridgePortFaults(v, add)
 			what, mend := e.forwardingFault(v, br)
 			add(what != "", what, mend)
 		}
 	}
+	all = append(all, addressFaults(v, l)...)
 	add(e.link.Flags&net.FlagUp == 0, "down", func() error { return netlink.LinkSetUp(l) })
 	n := rtnl.Neighbour{Link: v.linkTo(e), Addr: addr, MAC: e.mac, Protocol: ourProtocol}
 	add(!slices.ContainsFunc(v.neighbours, n.Same), "no neighbour entry", func() error { return rtnl.PutNeighbour(n) })

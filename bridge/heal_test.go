@@ -18,34 +18,36 @@ import (
 
 // harm is what somebody does to the host by a command of their own.
 type harm struct {
-	line   string // of the shell; LINK, HW and ADDR are the container's, OTHER is another container's link
-	names  string // part of a sentence that Broken says of it
-	silent bool   // the kernel sends no event of it that Watch listens to
+	line      string // of the shell; LINK, HW and ADDR are the container's, OTHER is another container's link, HOST is the host's address
+	names     string // part of a sentence that Broken says of it
+	silent    bool   // the kernel sends no event of it that Watch listens to
+	needs     string // of the kernel: a line of the shell that fails where the harm is not possible
+	unchecked bool   // Check of the container does not look at it: it is of the whole host, or nobody's
 }
 
 var hostHarms = []harm{
 	{line: "ip rule del pref 100", names: "no routing rule 100"},
 	{line: "ip rule flush; ip rule add pref 32766 lookup main proto kernel; ip rule add pref 32767 lookup default proto kernel", names: "no routing rule 100"},
 	{line: "ip rule add pref 7 lookup 99 proto 168", names: "is nobody's", silent: true},
-	{line: "ip route add 10.240.77.77/32 dev eth0 proto 168 scope link", names: "is nobody's", silent: true},
+	{line: "ip route add 10.240.77.77/32 dev eth0 proto 168 scope link", names: "is nobody's", silent: true, unchecked: true},
 	{line: "nft flush ruleset; iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -s 192.0.2.2 -j DROP", names: "the nft table ip azure_vnet is gone"},
 	{line: "nft delete table ip azure_vnet", names: "the nft table ip azure_vnet is gone"},
-	{line: "nft flush chain ip azure_vnet forward", names: "the nft table ip azure_vnet is not as it should be"},
-	{line: "nft add rule ip azure_vnet forward drop", names: "the nft table ip azure_vnet is not as it should be"},
-	{line: "nft flush set ip azure_vnet nics", names: "the nft table ip azure_vnet is not as it should be", silent: true},
+	{line: "nft flush chain ip azure_vnet forward", names: "the nft table ip azure_vnet is not as it should be", unchecked: true},
+	{line: "nft add rule ip azure_vnet forward drop", names: "the nft table ip azure_vnet is not as it should be", unchecked: true},
+	{line: "nft flush set ip azure_vnet nics", names: "the nft table ip azure_vnet is not as it should be", silent: true, unchecked: true},
 	{line: "nft delete element ip azure_vnet sources { ADDR }", names: "the nft table ip azure_vnet is not as it should be", silent: true},
-	{line: "iptables-nft -D FORWARD 2", names: "the jump to AZURE-VNET"},
-	{line: "iptables-nft -F AZURE-VNET", names: "is missing"},
-	{line: "iptables-nft -D FORWARD 2; iptables-nft -I FORWARD -m comment --comment azure-vnet -j AZURE-VNET", names: "the jump to AZURE-VNET is not the last rule"},
-	{line: "iptables-nft -D AZURE-VNET 2", names: "is missing"},
+	{line: "iptables-nft -D FORWARD 2", names: "the jump to AZURE-VNET", unchecked: true},
+	{line: "iptables-nft -F AZURE-VNET", names: "is missing", unchecked: true},
+	{line: "iptables-nft -D FORWARD 2; iptables-nft -I FORWARD -m comment --comment azure-vnet -j AZURE-VNET", names: "the jump to AZURE-VNET is not the last rule", unchecked: true},
+	{line: "iptables-nft -D AZURE-VNET 2", names: "is missing", unchecked: true},
 	{line: "echo 0 >/proc/sys/net/ipv4/ip_forward", names: "ip_forward is not 1"},
 	{line: "echo 0 >/proc/sys/net/ipv4/conf/eth0/forwarding", names: "ipv4.conf.eth0.forwarding is not 1"},
-	{line: "rm RUN/systemd/network/05-azure-vnet.network", names: "05-azure-vnet.network", silent: true},
-	{line: "rm RUN/azure-vnet/host.json", names: "host.json", silent: true},
-	{line: "echo '{' >RUN/azure-vnet/host.json", names: "host.json", silent: true},
-	{line: "head -c 4096 /dev/zero >RUN/azure-vnet/host.json", names: "host.json", silent: true},
-	{line: `echo '{"version":2042}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true},
-	{line: `echo '{"version":2,"boot":"another","nics":{"00:00:00:00:00:09":{"bridge":"azure9"}}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true},
+	{line: "rm -r RUN/systemd/network", names: "05-azure-vnet.network", silent: true, unchecked: true},
+	{line: "rm RUN/azure-vnet/host.json", names: "host.json", silent: true, unchecked: true},
+	{line: "echo '{' >RUN/azure-vnet/host.json", names: "host.json", silent: true, unchecked: true},
+	{line: "head -c 4096 /dev/zero >RUN/azure-vnet/host.json", names: "host.json", silent: true, unchecked: true},
+	{line: `echo '{"version":2042}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
+	{line: `echo '{"version":2,"boot":"another","nics":{"00:00:00:00:00:09":{"bridge":"azure9"}}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
 }
 
 var bridgeHarms = []harm{
@@ -56,10 +58,18 @@ var bridgeHarms = []harm{
 	{line: "ip link set azure0 mtu 1300", names: "azure0 has an MTU of 1300"},
 	{line: "ip link set azure0 group 0", names: "azure0 is not in its link group"},
 	{line: "ip link set azure0 type bridge mcast_snooping 1", names: "azure0 snoops multicast"},
+	{line: "ip link set azure0 type bridge stp_state 1", names: "azure0 speaks the spanning tree protocol"},
+	{line: "ip link set azure0 type bridge vlan_filtering 1", names: "azure0 filters VLANs", needs: "ip link add br9 type bridge vlan_filtering 1 && ip link del br9"},
+	{line: "ip link set azure0 arp off", names: "azure0 answers no ARP"},
 	{line: "ip link set azure0 alias ''", names: "azure0 is half made"},
 	{line: "ip addr add 10.240.99.1/16 dev azure0", names: "azure0 has the address"},
 	{line: "ip addr add 10.240.99.1/16 dev azure0; ip addr del 10.240.99.1/16 dev azure0", names: "no neighbour entry"},
 	{line: "ip link set LINK nomaster", names: "not in azure0"},
+	{line: "ip link set LINK address 02:11:22:33:44:66", names: "the host end has the MAC 02:11:22:33:44:66"},
+	{line: "ip addr add HOST/16 dev LINK", names: "LINK has the address HOST/16"},
+	{line: "ip addr add HOST/16 dev LINK noprefixroute", names: "LINK has the address HOST/16"},
+	{line: "bridge link set dev LINK isolated on", names: "port flag isolated"},
+	{line: "bridge link set dev LINK state 0", names: "its port does not forward", silent: true},
 	{line: "ip link set LINK down", names: "down"},
 	{line: "bridge link set dev LINK hairpin off", names: "port flag hairpin"},
 	{line: "bridge link set dev LINK learning on", names: "port flag learning"},
@@ -70,7 +80,7 @@ var bridgeHarms = []harm{
 	{line: "bridge fdb replace HW dev OTHER master static", names: "its MAC HW is OTHER's"},
 	{line: "ip neigh del ADDR dev azure0", names: "no neighbour entry"},
 	{line: "ip neigh replace ADDR lladdr 02:00:00:00:00:01 nud permanent dev azure0", names: "no neighbour entry", silent: true},
-	{line: "ip neigh add 10.240.77.78 lladdr 02:00:00:00:00:02 dev azure0 protocol 168", names: "is nobody's", silent: true},
+	{line: "ip neigh add 10.240.77.78 lladdr 02:00:00:00:00:02 dev azure0 protocol 168", names: "is nobody's", silent: true, unchecked: true},
 	{line: "ip route del ADDR/32 dev azure0", names: "no route in table 254"},
 	{line: "ip route del ADDR/32 dev azure0 table 16863", names: "no route in table 16863"},
 	{line: "ip route flush table 16863", names: "no route in table 16863"},
@@ -81,6 +91,9 @@ var bridgeHarms = []harm{
 var transparentHarms = []harm{
 	{line: "ip link set LINK down", names: "down"},
 	{line: "ip link set LINK down; ip link set LINK up", names: "no route in table 16863"},
+	{line: "ip link set LINK address 02:11:22:33:44:66", names: "the host end has the MAC 02:11:22:33:44:66"},
+	{line: "ip link set LINK arp off", names: "answers no ARP"},
+	{line: "ip addr add HOST/16 dev LINK", names: "LINK has the address HOST/16"},
 	{line: "ip link set LINK group 0", names: "not in its link group"},
 	{line: "ip link add br9 type bridge && ip link set LINK master br9", names: "in a bridge"},
 	{line: "ip addr add 10.240.99.1/16 dev LINK", names: "has the address"},
@@ -123,7 +136,7 @@ func TestReconcileHeals(t *testing.T) {
 		a := h.mustAttach(e)
 		other := h.running(1, mode, Policy{SNAT: true})
 		otherLink, _ := linkNames(other.endpoint(mode, Policy{}).Owner)
-		vars := strings.NewReplacer("LINK", a.Link, "HW", a.MAC.String(), "ADDR", c.addr.String(), "OTHER", otherLink, "RUN", h.cfg.Run)
+		vars := strings.NewReplacer("LINK", a.Link, "HW", a.MAC.String(), "ADDR", c.addr.String(), "OTHER", otherLink, "RUN", h.cfg.Run, "HOST", h.Primary.String())
 
 		told := h.watch()
 		heals := func(harms []harm) {
@@ -132,7 +145,7 @@ func TestReconcileHeals(t *testing.T) {
 				if !inShare(i, mode) {
 					continue
 				}
-				t.Run(harm.line, func(t *testing.T) { harm.heals(t, c, other, told, vars, whole) })
+				t.Run(harm.line, func(t *testing.T) { harm.heals(t, e.Owner, c, other, told, vars, whole) })
 			}
 		}
 		h.whole("before")
@@ -150,8 +163,11 @@ func TestReconcileHeals(t *testing.T) {
 	})
 }
 
-func (harm harm) heals(t *testing.T, c, other *container, told watching, vars *strings.Replacer, whole string) {
+func (harm harm) heals(t *testing.T, owner string, c, other *container, told watching, vars *strings.Replacer, whole string) {
 	names := vars.Replace(harm.names)
+	if harm.needs != "" && !c.host.try(harm.needs) {
+		t.Skip("this kernel cannot")
+	}
 	if !harm.silent {
 		told.drain()
 	}
@@ -161,6 +177,10 @@ func (harm harm) heals(t *testing.T, c, other *container, told watching, vars *s
 	}
 	if wrong := strings.Join(c.broken(), "\n"); !strings.Contains(wrong, names) {
 		t.Errorf("broken: %q, and not %q", wrong, names)
+	}
+	err := c.Do(func() error { return c.Check(t.Context(), owner) })
+	if wrong := err != nil; wrong == harm.unchecked {
+		t.Errorf("check: %v", err)
 	}
 	if mended := strings.Join(c.reconcile(), "\n"); !strings.Contains(mended, names) {
 		t.Errorf("mended %q, and not %q", mended, names)
@@ -388,6 +408,41 @@ func TestWatchKeepsQuiet(t *testing.T) {
 			if told.within(watchPause + 200*time.Millisecond) {
 				t.Errorf("%s: told", name)
 			}
+		}
+	})
+}
+
+// A plugin that changes the MAC of a container after us cuts it off. Check and Broken name it, with the remedy.
+// No round changes anything in a container.
+func TestAContainersMACIsChanged(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		c := h.running(0, mode, Policy{SNAT: true})
+		h.running(1, mode, Policy{SNAT: true})
+		owner := c.endpoint(mode, Policy{}).Owner
+		check := func() error { return h.Do(func() error { return h.Check(t.Context(), owner) }) }
+		c.sh("ip link set eth0 address 02:00:00:00:00:77")
+		for range 2 {
+			broken := h.broken()
+			if len(broken) != 1 || !strings.Contains(broken[0], c.addr.String()+"): eth0 in its container has the MAC 02:00:00:00:00:77 and not "+MACFor(c.addr).String()) {
+				t.Errorf("broken: %q", broken)
+			}
+			if err := check(); err == nil || !strings.Contains(err.Error(), "tuning") {
+				t.Errorf("check: %v", err)
+			}
+			if mended := h.reconcile(); len(mended) > 0 {
+				t.Errorf("mended %q", mended)
+			}
+		}
+		c.sh("ip link set eth0 address " + MACFor(c.addr).String())
+		h.whole("with its MAC again")
+		if err := check(); err != nil {
+			t.Error(err)
+		}
+		if !c.try(ping(h.Primary)) {
+			t.Error("the container is cut off")
 		}
 	})
 }

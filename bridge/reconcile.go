@@ -124,6 +124,9 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 		return out, err
 	}
 	all, err := h.faults(v, h.readZones(ctx))
+	for _, e := range v.endpoints {
+		all = append(all, e.containerFaults()...)
+	}
 	for _, f := range all {
 		if !slices.Contains(out, f.what) {
 			out = append(out, f.what)

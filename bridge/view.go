@@ -36,6 +36,7 @@ type view struct {
 	neighbours []rtnl.Neighbour
 	forwarding []rtnl.ForwardingEntry
 	flags      map[int]map[uint16]uint16 // of bridge ports, by link index
+	settings   map[int]rtnl.Bridge       // of our bridges, by link index
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
 	endpoints []endpoint
@@ -97,6 +98,15 @@ func (h *Host) read() (*view, error) {
 	}
 	if v.flags, err = rtnl.ReadPortFlags(); err != nil {
 		return nil, fmt.Errorf("list the bridges' ports: %w", err)
+	}
+	v.settings = map[int]rtnl.Bridge{}
+	for _, l := range v.links {
+		if _, ours := bridgeOf(l); !ours {
+			continue
+		}
+		if v.settings[l.Attrs().Index], err = rtnl.ReadBridge(l.Attrs().Index); ignoreMissing(err) != nil {
+			return nil, fmt.Errorf("read the settings of %s: %w", l.Attrs().Name, err)
+		}
 	}
 	return v, nil
 }

@@ -314,7 +314,7 @@ func (w *watcher) concernsPort(m syscall.NetlinkMessage) bool {
 			continue
 		}
 		for kind, v := range rtnl.Attributes(v, 0) {
-			if slices.ContainsFunc(portFlags, func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Is(v) }) {
+			if slices.ContainsFunc(slices.Concat(portFlags, portDefaults), func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Is(v) }) {
 				return true
 			}
 		}

@@ -121,3 +121,98 @@ func ReadPortFlags() (map[int]map[uint16]uint16, error) {
 	}
 	return all, nil
 }
+
+// Bridge is what of a bridge's settings the netlink library does not tell.
+type Bridge struct {
+	STP           bool // it speaks the spanning tree protocol, or a program does so for it
+	VLANFiltering bool
+}
+
+// ReadBridge reads the settings of the bridge with that link index.
+func ReadBridge(index int) (b Bridge, err error) {
+	message, err := getLink(index)
+	if err != nil {
+		return b, err
+	}
+	for kind, value := range Attributes(message, unix.SizeofIfInfomsg) {
+		if kind != unix.IFLA_LINKINFO {
+			continue
+		}
+		for kind, value := range attributes(value) {
+			if kind != nl.IFLA_INFO_DATA {
+				continue
+			}
+			for kind, value := range attributes(value) {
+				switch {
+				case kind == nl.IFLA_BR_STP_STATE && len(value) == 4:
+					b.STP = binary.NativeEndian.Uint32(value) != 0
+				case kind == nl.IFLA_BR_VLAN_FILTERING && len(value) == 1:
+					b.VLANFiltering = value[0] != 0
+				}
+			}
+		}
+	}
+	return b, nil
+}
+
+// StopSTP ends the spanning tree protocol on the bridge with that link index.
+func StopSTP(index int) error {
+	return setBridge(index, nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
+}
+
+// StopVLANFiltering ends the filtering of VLANs on the bridge with that link index.
+func StopVLANFiltering(index int) error {
+	return setBridge(index, nl.IFLA_BR_VLAN_FILTERING, []byte{0})
+}
+
+// setBridge sets one setting: a kernel may refuse a message with one that it does not have.
+func setBridge(index, kind int, value []byte) error {
+	r := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	r.AddData(msg)
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
+	info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(kind, value)
+	r.AddData(info)
+	return send(r)
+}
+
+// ReadFar reads the name and the MAC of a link in another namespace, for which this namespace has
+// the number nsID. Linux before 4.15 cannot tell: found is then false.
+func ReadFar(nsID, index int) (name string, mac net.HardwareAddr, found bool, err error) {
+	message, err := getLink(index, nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsID))))
+	if err != nil {
+		return "", nil, false, err
+	}
+	for kind, value := range Attributes(message, unix.SizeofIfInfomsg) {
+		switch kind {
+		case unix.IFLA_IFNAME:
+			name = string(bytes.TrimRight(value, "\x00"))
+		case unix.IFLA_ADDRESS:
+			mac = net.HardwareAddr(value)
+		case unix.IFLA_TARGET_NETNSID: // else the kernel passed over the number, and the link is one of this namespace
+			found = true
+		}
+	}
+	return name, mac, found, nil
+}
+
+// getLink asks for one link.
+func getLink(index int, more ...nl.NetlinkRequestData) ([]byte, error) {
+	r := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	r.AddData(msg)
+	for _, attr := range more {
+		r.AddData(attr)
+	}
+	messages, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err == nil && len(messages) == 0 {
+		err = unix.ENODEV
+	}
+	if err != nil {
+		return nil, err
+	}
+	return messages[0], nil
+}
