@@ -88,17 +88,21 @@ func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
 	return away, nil
 }
 
-// Forget deletes the flows of an address whose link died with its container's namespace, before
-// Detach could: they would mislead the next container that has the address. None is success.
-func (h *Host) Forget(addr netip.Addr) error {
+// Forget deletes the flows of addresses whose links died with their containers' namespaces, before
+// Detach could: they would mislead the next containers that have the addresses. None is success.
+func (h *Host) Forget(addrs ...netip.Addr) error {
 	var flows conntrack.Conn
 	defer flows.Close()
-	if err := forgetFlows(&flows, addr); err != nil {
-		return fmt.Errorf("forget the flows of %s: %w", addr, err)
+	if err := forgetFlows(&flows, addrs...); err != nil {
+		return fmt.Errorf("forget the flows of %v: %w", addrs, err)
 	}
 	return nil
 }
 
-func forgetFlows(c *conntrack.Conn, addr netip.Addr) error {
-	return c.Delete(conntrack.Flows{From: addr}, conntrack.Flows{Answerer: addr})
+func forgetFlows(c *conntrack.Conn, addrs ...netip.Addr) error {
+	var all []conntrack.Flows
+	for _, addr := range addrs {
+		all = append(all, conntrack.Flows{From: addr}, conntrack.Flows{Answerer: addr})
+	}
+	return c.Delete(all...)
 }

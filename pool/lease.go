@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"azurevnet/internal/statefile"
 )
@@ -198,12 +199,16 @@ func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 	return returned, nil
 }
 
-// ReleaseOwner ends every lease of owner and returns their addresses, ascending.
-func (p *Pool) ReleaseOwner(ctx context.Context, owner string) ([]netip.Addr, error) {
+// ReleaseOwners ends every lease of each owner and returns their addresses, ascending.
+func (p *Pool) ReleaseOwners(ctx context.Context, owners ...string) ([]netip.Addr, error) {
+	what := "release all of " + strings.Join(owners[:min(1, len(owners))], "")
+	if more := len(owners) - 1; more > 0 {
+		what += fmt.Sprintf(" and %d more", more)
+	}
 	var freed []netip.Addr
-	err := p.update(ctx, "release all of "+owner, func(s *state) error {
+	err := p.update(ctx, what, func(s *state) error {
 		for addr, r := range s.Leases {
-			if r.Owner == owner {
+			if slices.Contains(owners, r.Owner) {
 				freed = append(freed, addr)
 				s.release(addr, p.clock(), p.cfg.CoolDown)
 			}
@@ -214,7 +219,7 @@ func (p *Pool) ReleaseOwner(ctx context.Context, owner string) ([]netip.Addr, er
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("release all of %s: %w", owner, err)
+		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	slices.SortFunc(freed, netip.Addr.Compare)
 	return freed, nil

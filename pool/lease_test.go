@@ -172,10 +172,10 @@ func TestAReleaseFreesOnlyWhatItsOwnerHolds(t *testing.T) {
 		}
 	}
 	p.must(t, Request{Owner: "b"})
-	if freed, err := p.ReleaseOwner(t.Context(), "b"); err != nil || len(freed) != 2 || freed[0] != b.Addr {
+	if freed, err := p.ReleaseOwners(t.Context(), "b"); err != nil || len(freed) != 2 || freed[0] != b.Addr {
 		t.Errorf("freed %v, %v", freed, err)
 	}
-	if freed, err := p.ReleaseOwner(t.Context(), "b"); err != nil || freed != nil {
+	if freed, err := p.ReleaseOwners(t.Context(), "b"); err != nil || freed != nil {
 		t.Errorf("freed again %v, %v", freed, err)
 	}
 }

@@ -261,7 +261,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 			},
 			"release all": func(*rapid.T) {
 				o := owner()
-				freed, err := pool().ReleaseOwner(ctx, o)
+				freed, err := pool().ReleaseOwners(ctx, o)
 				for _, a := range freed {
 					if model[a].Owner != o {
 						rt.Fatalf("released %s of %+v", a, model[a])

@@ -127,9 +127,9 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	return freed, nil
 }
 
-// Free releases all that the owner holds. None is success.
-func (l *Lender) Free(ctx context.Context, owner string) error {
-	addrs, err := l.ReleaseOwner(ctx, owner)
+// Free releases all that the owners hold. None is success.
+func (l *Lender) Free(ctx context.Context, owners ...string) error {
+	addrs, err := l.ReleaseOwners(ctx, owners...)
 	if len(addrs) > 0 {
 		l.call.Note("released", fmt.Sprint(addrs))
 	}
