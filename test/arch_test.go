@@ -38,7 +38,7 @@ var arrows = map[string][]string{
 	"azurevnet/pool":                      {"internal/statefile"},
 	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/statefile", "pool"},
 	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "pool"},
-	"azurevnet/internal/cni":              {"bridge", "pool"},
+	"azurevnet/internal/cni":              {"bridge", "internal/statefile", "pool"},
 	"azurevnet/internal/statefile":        {},
 	"azurevnet/internal/vnetsim":          {},
 	"azurevnet/internal/vnetsim/vnetsim":  {"internal/vnetsim"},

@@ -330,10 +330,10 @@ func TestStatusNamesWhatIsBroken(t *testing.T) {
 }
 
 // killed starts a call and kills it.
-func (n node) killed(verb, id string, conf []byte, after time.Duration) {
+func (n node) killed(verb, id string, conf []byte, after time.Duration, more ...string) {
 	n.t.Helper()
 	cmd := n.Command(context.Background(), filepath.Join(n.dir, "azure-vnet"))
-	cmd.Env, cmd.Stdin = n.environ(verb, id, "/run/netns/"+id), strings.NewReader(string(conf))
+	cmd.Env, cmd.Stdin = n.environ(verb, id, "/run/netns/"+id, more...), strings.NewReader(string(conf))
 	if err := cmd.Start(); err != nil {
 		n.t.Fatal(err)
 	}

@@ -207,11 +207,11 @@ func (n node) environ(verb, id, netns string, more ...string) []string {
 	return append([]string{"PATH=" + os.Getenv("PATH"), "CNI_COMMAND=" + verb, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + netns, "CNI_IFNAME=eth0", "CNI_PATH=" + n.dir}, more...)
 }
 
-// call runs azure-vnet as a runtime does.
-func (n node) call(verb, id, netns string, conf []byte) ([]byte, error) {
+// call runs azure-vnet as a runtime does. more are variables that replace others.
+func (n node) call(verb, id, netns string, conf []byte, more ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(n.t.Context(), time.Minute)
 	defer cancel()
-	out, _, err := n.plugin(ctx, filepath.Join(n.dir, "azure-vnet"), conf, n.environ(verb, id, netns))
+	out, _, err := n.plugin(ctx, filepath.Join(n.dir, "azure-vnet"), conf, n.environ(verb, id, netns, more...))
 	return out, err
 }
 

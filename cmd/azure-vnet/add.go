@@ -27,6 +27,9 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkNetns(c); err != nil {
+		return nil, err
+	}
 	if err := clearLeftover(ctx, c, l); err != nil {
 		return nil, err
 	}

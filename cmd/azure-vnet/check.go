@@ -82,6 +82,9 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
 		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)
 	}
+	if !slices.Equal(l.Attrs().HardwareAddr, at.MAC) { // whatever a chained plugin told the runtime
+		return changed("interface %s in %s has the MAC %s, and not %s: all that it sends is dropped", c.IfName, c.Netns, l.Attrs().HardwareAddr, at.MAC)
+	}
 	has, err := retryDump(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the addresses in %s: %w", c.Netns, err)

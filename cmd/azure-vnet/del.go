@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -21,7 +23,7 @@ func del(ctx context.Context, c *cni.Call) error {
 		return err
 	}
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
-	if err := takeAway(ctx, c, l, c.Owner()); err != nil {
+	if err := takeAway(ctx, c, l, c.Owners()...); err != nil {
 		return err
 	}
 	if own(c) || c.Conf.IPAM.Type == "" {
@@ -30,39 +32,53 @@ func del(ctx context.Context, c *cni.Call) error {
 	return delegated(ctx, c, invoke.DelegateDel)
 }
 
-// takeAway takes owner's link away, then its lease. A link that went with the
-// container's namespace, or was never made, cannot tell what else was made for
-// it: then the whole host is looked over.
-func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owner string) error {
-	held, err := l.Held(ctx, func(o string) bool { return o == owner })
+// takeAway takes the owners' links away, then their leases. One that fails keeps none of
+// the others, and keeps its lease. A link that went with the container's namespace, or
+// was never made, cannot tell what else was made for it: then the whole host is looked
+// over, once for all of them.
+func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owners ...string) error {
+	held, err := l.Held(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
 	if err != nil {
 		return err
 	}
-	_, linked, err := l.Host.Attachment(ctx, owner)
-	if err != nil {
-		return err
+	leased := map[string][]netip.Addr{}
+	for _, lease := range held {
+		leased[lease.Owner] = append(leased[lease.Owner], lease.Addr)
 	}
-	if err := l.Host.Detach(ctx, owner); err != nil {
-		return err
+	var errs []error
+	var linked, linkless []string // owners with leases whose link is gone now, or was before
+	var lost []netip.Addr         // of the latter
+	for _, owner := range owners {
+		_, found, err := l.Host.Attachment(ctx, owner)
+		if err == nil {
+			err = l.Host.Detach(ctx, owner)
+		}
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+		case leased[owner] == nil:
+		case found:
+			linked = append(linked, owner)
+		default:
+			linkless, lost = append(linkless, owner), append(lost, leased[owner]...)
+		}
 	}
-	if len(held) == 0 {
-		return nil
-	}
-	if !linked {
+	if len(lost) > 0 {
 		if _, err := l.Host.Reconcile(ctx); err != nil {
 			c.Warn("look the host over: " + err.Error())
 		}
-		for _, lease := range held {
-			if err := l.Host.Forget(lease.Addr); err != nil {
-				return err
-			}
+		if err := l.Host.Forget(lost...); err != nil {
+			errs, linkless = append(errs, err), nil
 		}
 	}
-	return l.Free(ctx, owner)
+	if gone := slices.Concat(linked, linkless); len(gone) > 0 {
+		errs = append(errs, l.Free(ctx, gone...))
+	}
+	return errors.Join(errs...)
 }
 
 // gc does for all that is not listed what DEL would. One that fails keeps none
-// of the others.
+// of the others. An interface that another call works on is left to that call.
 func gc(ctx context.Context, c *cni.Call) error {
 	stale, err := c.Stale()
 	if err != nil {
@@ -72,44 +88,69 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	owners, err := staleOwners(ctx, l, stale)
+	if err := claimEarlier(); err != nil {
+		c.Warn("look for what an earlier build attached: " + err.Error())
+	}
+	owners, attached, err := listOwners(ctx, l, stale, c.Attached)
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for owner := range owners {
-		errs = append(errs, takeAway(ctx, c, l, owner))
+	var mine []string
+	for _, owner := range owners {
+		unlock, ok, err := cni.TryLockOwner("azure-vnet", owner)
+		if err != nil {
+			return err
+		}
+		if ok {
+			defer unlock()
+			mine = append(mine, owner)
+		}
 	}
-	if len(owners) > 0 {
-		c.Note("collected", len(owners))
+	var errs []error
+	if len(mine) > 0 {
+		errs = append(errs, takeAway(ctx, c, l, mine...))
+		c.Note("collected", len(mine))
 	}
 	if !own(c) {
+		if err := c.Keep(attached); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
 		errs = append(errs, delegated(ctx, c, invoke.DelegateGC))
 	}
 	return errors.Join(errs...)
 }
 
-// staleOwners are those of leases and of links. An owner that did not fit its
-// link stands there as a hash, and in the lease as it is.
-func staleOwners(ctx context.Context, l *cni.Lender, stale func(string) bool) (map[string]bool, error) {
-	leases, err := l.Held(ctx, stale)
+// listOwners lists owners of leases and of links: those that are stale, and those that the word
+// attach attached, which no runtime knows and may collect. An owner that did not fit its link
+// stands there as a hash, and in the lease as it is.
+func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string) bool) (gone, keep []string, err error) {
+	leases, err := l.Held(ctx, func(string) bool { return true })
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	links, err := l.Host.Attachments(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("list what is attached: %w", err)
+		return nil, nil, fmt.Errorf("list what is attached: %w", err)
 	}
-	owners := map[string]bool{}
+	var all []string
 	for _, lease := range leases {
-		owners[lease.Owner] = true
+		all = append(all, lease.Owner)
 	}
 	for _, at := range links {
-		if !strings.HasPrefix(at.Owner, "sha256:") && stale(at.Owner) {
-			owners[at.Owner] = true
+		if !strings.HasPrefix(at.Owner, "sha256:") {
+			all = append(all, at.Owner)
 		}
 	}
-	return owners, nil
+	slices.Sort(all)
+	for _, owner := range slices.Compact(all) {
+		switch {
+		case attached(owner) || stale(owner) && claimed(owner):
+			keep = append(keep, owner)
+		case stale(owner):
+			gone = append(gone, owner)
+		}
+	}
+	return gone, keep, nil
 }
 
 // status tells whether an ADD could succeed. A NIC that is in somebody's bridge goes

@@ -8,11 +8,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge"
@@ -56,11 +54,20 @@ func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, e
 	return err
 }
 
+// checkNetns refuses what is no container's network namespace, before anything is lent or made for it.
+func checkNetns(c *cni.Call) error {
+	ns, err := bridge.OpenNetns(c.Netns)
+	if err != nil {
+		return err
+	}
+	return ns.Close()
+}
+
 // inside opens a socket in the container's namespace.
 func inside(path string) (*netlink.Handle, error) {
-	ns, err := netns.GetFromPath(path)
+	ns, err := bridge.OpenNetns(path)
 	if err != nil {
-		return nil, fmt.Errorf("the container's network namespace: %w", &os.PathError{Op: "open", Path: path, Err: err})
+		return nil, err
 	}
 	defer ns.Close()
 	return netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)

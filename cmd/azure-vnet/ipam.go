@@ -54,7 +54,7 @@ func lend(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
 		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
 		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
 		release: func(ctx context.Context) error {
-			_, err := l.Release(ctx, lease.Owner, lease.Addr)
+			_, err := l.Return(ctx, lease) // and no other that the owner may have got since
 			return err
 		},
 	}

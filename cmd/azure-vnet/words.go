@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -14,9 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/containernetworking/cni/libcni"
-	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/bridge"
 	"azurevnet/internal/statefile"
@@ -90,6 +86,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	for _, what := range mended {
 		fmt.Fprintln(out, "mended:", what)
 	}
+	err = errors.Join(err, claimEarlier())
 	p, bad := pool.New(pool.Config{Dir: stateDir})
 	if bad != nil {
 		return errors.Join(err, bad)
@@ -170,68 +167,4 @@ func unheld(ctx context.Context) error {
 		return fmt.Errorf("addresses are held that no link of azure-vnet shows: %s: end these containers first, so that their runtime calls DEL, and remove these networks of Docker's", strings.Join(held, ", "))
 	}
 	return nil
-}
-
-// attach runs ADD for a container that no runtime of CNI's made.
-func attach(ctx context.Context, args []string, out io.Writer) error {
-	flags := flag.NewFlagSet("attach", flag.ContinueOnError)
-	name := flags.String("name", "", "of the pod")
-	namespace := flags.String("namespace", "", "of the pod")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	if flags.NArg() != 3 {
-		return fmt.Errorf("attach wants a conflist, a container's id and its namespace\n\n%s", usage)
-	}
-	run, list, rt, err := chain(flags.Args())
-	if err != nil {
-		return err
-	}
-	rt.Args = [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", *namespace}, {"K8S_POD_NAME", *name}}
-	answer, err := run.AddNetworkList(ctx, list, rt)
-	if err != nil {
-		return err
-	}
-	result, err := current.GetResult(answer)
-	if err != nil {
-		return err
-	}
-	for _, ip := range result.IPs {
-		fmt.Fprintln(out, ip.Address.IP)
-		return nil
-	}
-	return errors.New("ADD succeeded, and gave no address")
-}
-
-// detach runs DEL, with what libcni kept of ADD. Without a namespace it is gone.
-func detach(ctx context.Context, args []string) error {
-	if len(args) == 2 {
-		args = append(args, "")
-	}
-	if len(args) != 3 {
-		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
-	}
-	run, list, rt, err := chain(args)
-	if err != nil {
-		return err
-	}
-	return run.DelNetworkList(ctx, list, rt)
-}
-
-// chain is libcni for a conflist and a container. The plugins lie where this one
-// does.
-func chain(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
-	list, err := libcni.ConfListFromFile(args[0])
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	if strings.ContainsAny(args[1], "/ ") {
-		return nil, nil, nil, fmt.Errorf("%.80q is not a container's id", args[1])
-	}
-	rt := &libcni.RuntimeConf{ContainerID: args[1], NetNS: args[2], IfName: "eth0"}
-	return libcni.NewCNIConfig([]string{filepath.Dir(self)}, nil), list, rt, nil
 }

@@ -17,6 +17,8 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -48,7 +50,8 @@ type Call struct {
 	Stdin       []byte // the configuration as it came: what a delegated plugin is given
 	Conf        Conf
 
-	notes []any // for the log: keys and values
+	attach bool  // it is the word attach or detach that calls, and no runtime: see AttachArg
+	notes  []any // for the log: keys and values
 }
 
 // deadline bounds a call. CRI-O kills a plugin after 60 s. Undoing a failed ADD comes on
@@ -104,7 +107,7 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 		return func(args *skel.CmdArgs) error {
 			err := call.read(args, p.Main)
 			if err == nil {
-				err = do(ctx, call)
+				err = call.serve(ctx, p.Name, do)
 			}
 			if err != nil {
 				return call.toError(err) // skel would give it a code of its own
@@ -128,6 +131,49 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	return document, nil
 }
 
+// serve does what the verb says. ADD and DEL of one interface come one after the other.
+func (c *Call) serve(ctx context.Context, plugin string, do func(context.Context, *Call) error) error {
+	if c.Verb == "ADD" || c.Verb == "DEL" {
+		unlock, err := c.lockOwner(ctx, plugin)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	return do(ctx, c)
+}
+
+// Bounds of the configuration on stdin.
+const (
+	stdinMost = 1 << 20          // bytes. A list of a few hundred attachments, which GC has, is some 30 KB
+	stdinTime = 10 * time.Second // a runtime that does not end what it writes
+)
+
+// readStdin reads the configuration.
+func readStdin() ([]byte, error) {
+	type read struct {
+		conf []byte
+		err  error
+	}
+	done := make(chan read, 1)
+	go func() {
+		conf, err := io.ReadAll(io.LimitReader(os.Stdin, stdinMost+1))
+		done <- read{conf, err}
+	}()
+	select {
+	case r := <-done:
+		switch {
+		case r.err != nil:
+			return nil, wrong(types.ErrIOFailure, "read the network configuration: %v", r.err)
+		case len(r.conf) > stdinMost:
+			return nil, wrong(types.ErrInvalidNetworkConfig, "the network configuration on stdin is longer than %d bytes", stdinMost)
+		}
+		return r.conf, nil
+	case <-time.After(stdinTime):
+		return nil, wrong(types.ErrIOFailure, "the network configuration on stdin does not end within %v: the runtime must close its end", stdinTime)
+	}
+}
+
 // listen reads the configuration before skel does, which may refuse the call
 // without a word of it: an error answers in its version too. VERSION has none,
 // and no verb is a person at a terminal.
@@ -135,9 +181,9 @@ func (c *Call) listen() error {
 	if c.Verb == "VERSION" {
 		return nil
 	}
-	conf, err := io.ReadAll(os.Stdin)
+	conf, err := readStdin()
 	if err != nil {
-		return types.NewError(types.ErrIOFailure, fmt.Sprintf("read the network configuration: %v", err), "")
+		return err
 	}
 	c.Stdin, c.Conf = conf, readName(conf)
 	fd, err := unix.MemfdCreate("stdin", unix.MFD_CLOEXEC) // a pipe would want a reader, and skel may be none
@@ -158,6 +204,7 @@ func (c *Call) listen() error {
 // read takes what skel has read, and reads the configuration.
 func (c *Call) read(args *skel.CmdArgs, main bool) (err error) {
 	c.ContainerID, c.Netns, c.IfName, c.Stdin = args.ContainerID, args.Netns, args.IfName, args.StdinData
+	c.attach = slices.Contains(strings.Split(args.Args, ";"), AttachArg[0]+"="+AttachArg[1])
 	if c.Verb == "DEL" {
 		// A name is enough to take away what there is: a configuration that
 		// became wrong since must not keep a pod from ending.
