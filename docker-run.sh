@@ -200,6 +200,9 @@ for word in "$name" "$namespace"; do
 	[!A-Za-z0-9]* | *[!A-Za-z0-9_.-]* | '') die 2 "$word: a name begins with a letter or digit, and has letters, digits, dots, dashes and underscores" ;;
 	esac
 done
+case $image in
+-* | '') die 2 "${image:-''} is not the name of an image: options of docker run go into DOCKER_RUN_ARGS" ;;
+esac
 command -v docker >/dev/null || die 7 "there is no docker command"
 # A second signal finds the first one's work protected from its start.
 trap "trap '' INT TERM HUP; exit 130" INT

@@ -197,6 +197,9 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
 		h.fails(2, "usage", nil, run, "new", "shop")
 		h.fails(2, "begins with", nil, run, "new", "../shop", "busybox")
+		h.fails(2, "begins with", nil, run, "new\nshop", "shop", "busybox")
+		h.fails(2, "not the name of an image", nil, run, "new", "shop", "--privileged", "busybox")
+		h.fails(2, "not the name of an image", nil, run, "new", "shop", "")
 		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, run, "new", "shop", "busybox")
 		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, "scripts/docker-del.sh", "new", "shop")
 		if diff := cmp.Diff(before, h.left()); diff != "" {

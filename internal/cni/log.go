@@ -113,7 +113,7 @@ func severity(l slog.Level) syslog.Priority {
 // appendLog adds a line to a file that many processes write: one write each, which
 // the kernel puts at the end. Who finds the file full has it moved aside.
 func appendLog(path string, line []byte) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW, 0o640)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 	if err != nil {
 		return
 	}
