@@ -119,6 +119,21 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 			n.del(l, rt)
 			n.bare()
 		})
+		t.Run("tuning that changes the MAC is named, mode "+mode, func(t *testing.T) {
+			n := n.in(t)
+			l := n.list("1.1.0", "azure", azure(`"mode":"`+mode+`"`), `{"type":"tuning","mac":"02:00:00:00:00:77"}`)
+			rt := n.pod("tuned-" + mode)
+			addr, _ := n.add(l, rt)
+			if err := n.cni.CheckNetworkList(t.Context(), l, rt); !says(err, 102, "02:00:00:00:00:77 and not") {
+				t.Errorf("CHECK: %v", err)
+			}
+			out, _ := n.try("sh", "-c", n.dir+"/azure-vnet status 2>&1 || echo failed")
+			if !strings.Contains(out, "("+addr.String()+"): eth0 in its container has the MAC 02:00:00:00:00:77") || !strings.Contains(out, "the capability mac") || !strings.Contains(out, "failed") {
+				t.Errorf("status says %s", out)
+			}
+			n.del(l, rt)
+			n.bare()
+		})
 	}
 	clean(t, vnet, used...)
 }

@@ -86,6 +86,60 @@ func TestPodsUseTheNICTheyAreOf(t *testing.T) {
 	n.bare()
 }
 
+// A pod that a runtime gives two interfaces is reached at both, CHECK finds nothing wrong, and each DEL takes one away.
+func TestAPodWithTwoInterfaces(t *testing.T) {
+	t.Parallel()
+	second := netip.MustParsePrefix("10.241.0.0/16")
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 8, NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 4}}}, vnetsim.VMConfig{}, vnetsim.VMConfig{Subnet: second})
+	n := onNode(vms[0])
+	var used []netip.Addr
+	for _, mode := range []string{"bridge", "transparent"} {
+		for name, more := range map[string]string{"one NIC": `"mtu":1400`, "two NICs": `"master":"eth1"`} {
+			t.Run(name+", mode "+mode, func(t *testing.T) {
+				n := n.in(t)
+				lists := []*libcni.NetworkConfigList{n.list("1.1.0", "first", azure(`"mode":"`+mode+`"`)), n.list("1.1.0", "second", azure(`"mode":"`+mode+`"`, more))}
+				rt := n.pod("both")
+				var pods []place
+				for i, l := range lists {
+					rt.IfName = fmt.Sprintf("eth%d", i)
+					addr, _ := n.add(l, rt)
+					pods = append(pods, inPod(n, "both", addr))
+				}
+				n.serve("both")
+				reached := func(pods ...place) {
+					t.Helper()
+					for _, pod := range pods {
+						for _, from := range []place{onHost(vms[0]), onHost(vms[1]), onHost(vms[2])} {
+							if _, err := from.try(fetch(fmt.Sprintf("http://%s/cgi-bin/who", pod.addr))...); err != nil {
+								t.Errorf("%s does not reach %s: %v", from.name, pod.addr, err)
+							}
+						}
+						used = append(used, pod.addr)
+					}
+				}
+				reached(pods...)
+				for i, l := range lists {
+					rt.IfName = fmt.Sprintf("eth%d", i)
+					if err := n.cni.CheckNetworkList(t.Context(), l, rt); err != nil {
+						t.Errorf("CHECK of %s: %v", rt.IfName, err)
+					}
+				}
+				rt.IfName = "eth0"
+				n.del(lists[0], rt)
+				reached(pods[1])
+				rt.IfName = "eth1"
+				if err := n.cni.CheckNetworkList(t.Context(), lists[1], rt); err != nil {
+					t.Errorf("CHECK without the first: %v", err)
+				}
+				n.del(lists[1], rt)
+				n.bare()
+				n.must("sh", "-c", "ip netns pids both | xargs -r kill; ip netns del both")
+			})
+		}
+	}
+	clean(t, vnet, used...)
+}
+
 func TestSNATAndDirectOfPods(t *testing.T) {
 	t.Parallel()
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
