@@ -52,8 +52,9 @@ func (at *attach) routeBySource(in *netlink.Handle) error {
 	if err != nil {
 		return fmt.Errorf("list the routing rules: %w", err)
 	}
-	for _, r := range rules { // of interfaces that are gone
-		if r.Protocol == ourProtocol && indexes[prefixOf(r.Src).Addr()] != r.Table-sourceTables {
+	for _, r := range rules { // of interfaces that are gone. Other rules of our protocol may be of an azure-vnet in the container
+		ours := r.Protocol == ourProtocol && r.Priority == sourceRule && r.Table > sourceTables && r.Src != nil
+		if ours && indexes[prefixOf(r.Src).Addr()] != r.Table-sourceTables {
 			if err := in.RuleDel(&r); err != nil && !rtnl.NotThere(err) {
 				return fmt.Errorf("delete the routing rule %s: %w", ruleText(r), err)
 			}
