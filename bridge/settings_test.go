@@ -286,3 +286,27 @@ func TestTrafficControlOfOthers(t *testing.T) {
 		checkFabric(t, v, c.addr)
 	})
 }
+
+// Settings of azure0 that we do not look at keep no container from anybody, and open nothing.
+func TestBridgeSettingsThatDoNoHarm(t *testing.T) {
+	v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+	h, peer := hosts[0], hosts[1]
+	h.ensureAll(ModeBridge)
+	a, b := h.running(0, ModeBridge, Policy{SNAT: true}), h.running(1, ModeBridge, Policy{SNAT: true})
+	for _, setting := range []string{"ageing_time 0", "forward_delay 3000", "group_fwd_mask 0xfff8", "mcast_querier 1", "nf_call_iptables 1", "nf_call_arptables 1", "priority 1"} {
+		if !h.try("ip link set azure0 type bridge " + setting) {
+			t.Logf("this kernel cannot: %s", setting)
+			continue
+		}
+		a.sh("ip neigh flush dev eth0")
+		c := &checks{t: t}
+		c.reaches(a.place(), h.Primary, peer.Primary, b.addr, vnetsim.HostAgentAddr)
+		c.reaches(peer.place(), a.addr)
+		c.reaches(h.place(), a.addr, b.addr)
+		c.wait.Wait()
+		if t.Failed() {
+			t.Fatal(setting)
+		}
+	}
+	checkFabric(t, v, a.addr)
+}
