@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/vishvananda/netlink"
@@ -42,7 +43,25 @@ func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %s: %w", e.Owner, err)
 	}
+	if out.Away {
+		at.awaitCarrier()
+	}
 	return out, nil
+}
+
+// awaitCarrier waits, without the lock, until the kernel has taken note that the container's link is up, and that the
+// bridge has a port that is. It does so a moment after they are, later while it is busy with links of others, and drops
+// what is sent meanwhile. Nearly always it has by now.
+func (at *attach) awaitCarrier() {
+	for _, index := range []int{at.index, at.bridge} {
+		for range 100 {
+			l, err := netlink.LinkByIndex(index)
+			if index == 0 || err != nil || l.Attrs().OperState == netlink.OperUp {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
 }
 
 // normal checks the wish, and returns what the endpoint's link will say.
