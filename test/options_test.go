@@ -74,6 +74,38 @@ func probed(t *testing.T, vnet *vnetsim.VNet, to netip.Addr) {
 	}
 }
 
+// docs/docker.md says what becomes of a container on networks of two NICs: the engine makes its routes. Each address is
+// reached from its own subnet, and from elsewhere that of the network with the default route.
+func TestAContainerOnNetworksOfTwoNICs(t *testing.T) {
+	t.Parallel()
+	second, third := netip.MustParsePrefix("10.241.0.0/16"), netip.MustParsePrefix("10.242.0.0/16")
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 2}}},
+		vnetsim.VMConfig{}, vnetsim.VMConfig{Subnet: second}, vnetsim.VMConfig{Subnet: third})
+	h, near, nearSecond, far := vms[0], onHost(vms[1]), onHost(vms[2]), onHost(vms[3])
+	h.withPlugin()
+	h.network("azure")
+	h.create("second", "--subnet", second.String(), "-o", "master=eth1")
+	one := h.container("azure", "both", server)
+	h.docker("network", "connect", "second", "both")
+	two, err := netip.ParseAddr(h.docker("inspect", "-f", "{{.NetworkSettings.Networks.second.IPAddress}}", "both"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if route := h.docker("exec", "both", "ip", "route", "show", "default"); !strings.Contains(route, "10.240.0.1") {
+		t.Errorf("the default route is not that of the first by name: %s", route)
+	}
+	for _, tt := range []struct {
+		from    place
+		to      netip.Addr
+		reached bool
+	}{{near, one, true}, {nearSecond, two, true}, {far, one, true}, {far, two, false}, {near, two, false}, {nearSecond, one, false}} {
+		if _, err := tt.from.try("ping", "-c", "1", "-W", "1", tt.to.String()); (err == nil) != tt.reached {
+			t.Errorf("%s reaches %s: %v, and docs/docker.md says %v", tt.from.name, tt.to, err, tt.reached)
+		}
+	}
+	h.docker("rm", "-f", "both")
+}
+
 func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 	second := netip.MustParsePrefix("10.241.0.0/16")
 	vnet, vms := newVNet(t,

@@ -42,8 +42,8 @@ func attach(ctx context.Context, args []string, out io.Writer) error {
 	if flags.NArg() != 3 {
 		return fmt.Errorf("attach wants a conflist, a container's id and its namespace\n\n%s", usage)
 	}
-	if err := claimEarlier(); err != nil {
-		return err
+	if err := claimEarlier(); err != nil { // which concerns other containers
+		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
 	run, list, rt, err := chain(flags.Args())
 	if err != nil {
@@ -73,8 +73,8 @@ func detach(ctx context.Context, args []string) error {
 	if len(args) != 3 {
 		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
 	}
-	if err := claimEarlier(); err != nil {
-		return err
+	if err := claimEarlier(); err != nil { // which concerns other containers
+		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
 	run, list, rt, err := chain(args)
 	if err != nil {
@@ -127,7 +127,7 @@ func checkConflist(path string) error {
 }
 
 // claimEarlier moves what earlier builds' attach had libcni keep in the directory that
-// runtimes use, into ours.
+// runtimes use, into ours. Without that, a GC of a runtime's libcni ends these containers.
 func claimEarlier() error {
 	files, err := os.ReadDir(filepath.Join(libcni.CacheDir, resultsIn))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -139,7 +139,10 @@ func claimEarlier() error {
 			err = errors.Join(err, claim(name, text))
 		}
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("keep runtimes off what an earlier build attached: %w", err)
+	}
+	return nil
 }
 
 // attachedEarlier reports whether what libcni kept is of an earlier build's attach. Its CNI_ARGS
