@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -171,4 +172,35 @@ func TestAnotherIPAMIsAskedAsTheRuntimeAsksUs(t *testing.T) {
 		n.bare()
 	})
 	clean(t, vnet, used...)
+}
+
+// TestAnotherIPAMsAddressBeginsAnew: a container whose namespace died before its DEL leaves nothing to the next one that
+// another IPAM gives the address.
+func TestAnotherIPAMsAddressBeginsAnew(t *testing.T) {
+	t.Parallel()
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+	n := onNode(vms[0])
+	n.must("sh", "-c", `mkdir -p /run/fake && printf %s "$0" >/run/fake/fake-ipam && chmod +x /run/fake/fake-ipam && echo $1 >/run/fake/address`, recorder, n.Secondaries()[3].String())
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{n.dir, "/run/fake"}, t.TempDir(), inVM{n.host, &invoke.RawExec{Stderr: os.Stderr}, &version.PluginDecoder{}})
+	list := func(metadata string) *libcni.NetworkConfigList {
+		return n.list("1.1.0", "azure", `{"type":"azure-vnet","metadata":"`+metadata+`","ipam":{"type":"fake-ipam"}}`)
+	}
+	asks := func(pod string, addr netip.Addr) error {
+		_, err := inPod(n, pod, addr).try("timeout", "3", "busybox", "wget", "-q", "-O", "/dev/null", "http://169.254.169.254/metadata/instance/network?api-version=2021-02-01")
+		return err
+	}
+	first := n.pod("first")
+	addr, _ := n.add(list("off"), first)
+	if asks("first", addr) == nil {
+		t.Error("a pod without metadata is answered")
+	}
+	n.must("ip", "netns", "del", "first")
+	eventually(t, "the link is gone", 10*time.Second, func() bool { return len(n.containerLinks()) == 0 })
+	n.del(list("off"), first)
+	n.forgotten()
+	n.add(list("on"), n.pod("second"))
+	if out, err := inPod(n, "second", addr).try("timeout", "3", "busybox", "nc", "-w", "2", "169.254.169.254", "80"); err != nil {
+		t.Errorf("the next pod does not reach the metadata service: %s %v", out, err)
+	}
+	clean(t, vnet) // what is masqueraded has the host's address
 }

@@ -22,6 +22,10 @@ func del(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
+	_, linked, err := l.Host.Attachment(ctx, c.Owner())
+	if err != nil {
+		return err
+	}
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
 	if err := takeAway(ctx, c, l, c.Owners()...); err != nil {
 		return err
@@ -29,7 +33,29 @@ func del(ctx context.Context, c *cni.Call) error {
 	if own(c) || c.Conf.IPAM.Type == "" {
 		return nil
 	}
+	if !linked {
+		sweep(ctx, c, l)
+	}
 	return delegated(ctx, c, invoke.DelegateDel)
+}
+
+// sweep takes away what a link left that went with its container's namespace, and that no lease of ours tells of: the
+// other IPAM gives the address to another container as soon as it is told of the end.
+func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
+	if _, err := l.Host.Reconcile(ctx); err != nil {
+		c.Warn("look the host over: " + err.Error())
+	}
+	prev, err := c.PrevResult()
+	if err != nil {
+		return // it need not be told
+	}
+	for _, ip := range prev.IPs {
+		if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok {
+			if err := l.Host.Forget(addr.Unmap()); err != nil {
+				c.Warn(err.Error())
+			}
+		}
+	}
 }
 
 // takeAway takes the owners' links away, then their leases. One that fails keeps none of
