@@ -26,6 +26,9 @@ const (
 // keyMode is the option mode as Azure's own plugin names it.
 const keyMode = "com.microsoft.azure.network.mode"
 
+// keyMTU is the option mtu as Docker's own bridge names it.
+const keyMTU = "com.docker.network.driver.mtu"
+
 // options are what -o may say of a network.
 type options struct {
 	master string      // NIC by name or MAC; empty: the one that has the subnet
@@ -43,6 +46,7 @@ var networkOptions = map[string]func(o *options, value string) error{
 	keyMode:  func(o *options, v string) error { return mode(&o.mode, v) },
 	"bridge": func(o *options, v string) error { return linkName(&o.bridge, v) },
 	"mtu":    func(o *options, v string) error { return mtu(&o.mtu, v) },
+	keyMTU:   func(o *options, v string) error { return mtu(&o.mtu, v) },
 	"snat":   func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
 	"direct": func(o *options, v string) error { return prefixes(&o.policy.Direct, v) },
 	"metadata": func(o *options, v string) error {

@@ -28,12 +28,13 @@ func TestNetworkOptions(t *testing.T) {
 		{"transparent", `{"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
 		{"transparent, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
 		{"transparent and --internal", `{"com.docker.network.internal":true,"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: bridge.Policy{Internal: true}}, ""},
+		{"mtu, as Docker's bridge names it", `{"com.docker.network.generic":{"com.docker.network.driver.mtu":"1400"}}`, options{mtu: 1400, policy: on}, ""},
 		{"metadata=on", `{"com.docker.network.generic":{"metadata":"on"}}`, options{policy: on}, ""},
 		{"metadata=off", `{"com.docker.network.generic":{"metadata":"off"}}`, options{policy: bridge.Policy{SNAT: true, NoMetadata: true}}, ""},
 		{"--internal", `{"com.docker.network.internal":true}`, options{policy: bridge.Policy{Internal: true}}, ""},
 		{"a NIC by its MAC", `{"com.docker.network.generic":{"master":"00-0D-3A-04-75-98"}}`, options{master: "00:0d:3a:04:75:98", policy: on}, ""},
 
-		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.microsoft.azure.network.mode, direct, master, metadata, mode, mtu, snat`},
+		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.docker.network.driver.mtu, com.microsoft.azure.network.mode, direct, master, metadata, mode, mtu, snat`},
 		{"--ipv6", `{"com.docker.network.enable_ipv6":true}`, options{}, "--ipv6 is not served yet: create the network without it"},
 		{"--ipv6 of an old engine", `{"com.docker.network.enable_ipv6":"true"}`, options{}, "--ipv6 is not served yet: create the network without it"},
 		{"--internal with snat", `{"com.docker.network.internal":true,"com.docker.network.generic":{"snat":"off"}}`, options{}, "-o snat says nothing of an --internal network, which nothing leaves: take one of them"},
@@ -82,6 +83,7 @@ func TestEndpointOptions(t *testing.T) {
 		{"-p [::1]:80:80", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostIP":"::1"}]}`, nil, "publish port 80: IPv6 is not served yet: give an IPv4 address of the host, or none"},
 		{"not a host address", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostIP":"x"}]}`, nil, "publish port 80: \"x\" is not an address"},
 		{"not a port", `{"com.docker.network.portmap":[{"Proto":6,"Port":70000}]}`, nil, "published ports (com.docker.network.portmap): json: cannot unmarshal number 70000 into Go struct field portBinding.Port of type uint16"},
+		{"--driver-opt, a name", `{"com.docker.network.endpoint.ifname":"lan0"}`, nil, "--driver-opt com.docker.network.endpoint.ifname is not served: the engine names the interfaces of a plugin's networks eth0, eth1 and so on; leave it out"},
 		{"--driver-opt", `{"qos":"high"}`, nil, `unknown --driver-opt "qos": this driver has none`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 const (
 	keyPortMap    = "com.docker.network.portmap"
 	engineOptions = "com.docker.network." // the engine's own endpoint options begin so
+	keyIfName     = "com.docker.network.endpoint.ifname"
 )
 
 // portBinding is one of the published ports that the engine tells with an
@@ -32,11 +33,15 @@ type portBinding struct {
 }
 
 // parseEndpointOptions reads the published ports out of the Options of
-// CreateEndpoint, and refuses what would be ignored: any --driver-opt.
+// CreateEndpoint, and refuses what would be ignored: any --driver-opt that the engine does not
+// serve by itself.
 func parseEndpointOptions(all map[string]any) ([]bridge.Port, error) {
 	for _, key := range slices.Sorted(maps.Keys(all)) {
 		if !strings.HasPrefix(key, engineOptions) {
 			return nil, fmt.Errorf("unknown --driver-opt %.80q: this driver has none", key)
+		}
+		if key == keyIfName {
+			return nil, fmt.Errorf("--driver-opt %s is not served: the engine names the interfaces of a plugin's networks eth0, eth1 and so on; leave it out", key)
 		}
 	}
 	if all[keyPortMap] == nil {
