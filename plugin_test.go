@@ -315,6 +315,38 @@ func TestNetworksOfOneNICDiffer(t *testing.T) {
 	expect(t, "bridges", 1, len(readReport(t.Context(), e.places).Bridges))
 }
 
+// A container that Azure's own azure-vnet runs keeps its address: Docker's containers get others, and status tells of
+// it without calling the host broken.
+func TestAnAddressOfAnotherPluginIsNotLent(t *testing.T) {
+	newVM(t, 2)
+	for _, args := range [][]string{{"netns", "add", "old"}, {"link", "add", "azv0a60ad12f1d", "type", "veth", "peer", "name", "eth0", "netns", "old"},
+		{"link", "set", "azv0a60ad12f1d", "up"}, {"route", "add", "10.240.0.5", "dev", "azv0a60ad12f1d", "proto", "static"}} {
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %v: %v: %s", args, err, out)
+		}
+	}
+	e := startPlugin(t, t.TempDir())
+	p := e.createNetwork(netID, nil)
+	if addr, _, err := e.run(p, endpointID(1)); err != nil || addr != "10.240.0.6/16" {
+		t.Errorf("the first container has %s: %v", addr, err)
+	}
+	const says = "10.240.0.5 is led to azv0a60ad12f1d by a route, and no lease tells of it: it is a container's of another plugin"
+	if addr, _, err := e.run(p, endpointID(2)); err == nil || !strings.Contains(err.Error(), says) {
+		t.Errorf("the second container has %s: %v", addr, err)
+	}
+	if _, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: p, Address: "10.240.0.5"}); err == nil || !strings.Contains(err.Error(), says) {
+		t.Errorf("--ip 10.240.0.5: %v", err)
+	}
+	var out strings.Builder
+	if err := printStatus(t.Context(), e.places, false, &out); err != nil || !strings.Contains(out.String(), "warning: "+says) {
+		t.Errorf("status: %v\n%s", err, &out)
+	}
+	e.remove(p, endpointID(1), "10.240.0.6")
+	if out, err := exec.Command("ip", "netns", "del", "old").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+}
+
 // A NIC that somebody's bridge has: the plugin listens, and every call that needs the NIC
 // says why it cannot be had.
 func TestANICInABridgeIsLeftAlone(t *testing.T) {

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -117,9 +116,10 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collect releases leases that no container has any more, then removes Docker's
-// links that no container has and no lease speaks for. It releases nothing on a host
-// with containers of an earlier build, whose links Away cannot read.
+// collect releases leases that no container has any more, leases again what running
+// containers have and nobody holds, then removes Docker's links that no container has
+// and no lease speaks for. It releases nothing on a host with containers of an earlier
+// build, whose links Away cannot read.
 func (r *reconciler) collect(ctx context.Context) error {
 	released, err := r.pool.Collect(ctx, r.host.Away)
 	for _, lease := range released {
@@ -129,16 +129,20 @@ func (r *reconciler) collect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Leases first: a link goes before its lease does, so one that is there later has lost it.
-	leases, err := r.pool.Leases(ctx)
-	if err != nil {
-		return err
+	var all []bridge.Attachment
+	lost, err := r.pool.AdoptLost(ctx, func(ctx context.Context) (leases []pool.Lease, err error) {
+		all, err = r.host.Attachments(ctx)
+		for _, at := range all {
+			if at.Away {
+				leases = append(leases, leaseOf(at))
+			}
+		}
+		return leases, err
+	})
+	for _, lease := range lost {
+		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("leased again an address that a running container has")
 	}
-	all, err := r.host.Attachments(ctx)
 	if err != nil {
-		return err
-	}
-	if err := r.adopt(ctx, leases, all); err != nil {
 		return err
 	}
 	for _, at := range all {
@@ -154,30 +158,6 @@ func (r *reconciler) collect(ctx context.Context) error {
 			return err
 		}
 		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "link": at.Link}).Warn("removed a link that no container had any more")
-	}
-	return nil
-}
-
-// adopt leases again what Docker's running containers have and nobody holds.
-func (r *reconciler) adopt(ctx context.Context, leases []pool.Lease, all []bridge.Attachment) error {
-	held := map[netip.Addr]bool{}
-	for _, lease := range leases {
-		held[lease.Addr] = true
-	}
-	var lost []pool.Lease
-	for _, at := range all {
-		if at.Away && !held[at.Addr.Addr()] && strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
-			lost = append(lost, leaseOf(at))
-		}
-	}
-	if len(lost) == 0 {
-		return nil
-	}
-	if err := r.pool.Adopt(ctx, lost); err != nil {
-		return err
-	}
-	for _, lease := range lost {
-		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("leased again an address that a running container has")
 	}
 	return nil
 }

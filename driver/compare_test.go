@@ -5,6 +5,7 @@ package driver
 import (
 	"context"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -25,7 +26,7 @@ func withNetworks(t *testing.T, networks map[string]Network) *Driver {
 	dir := t.TempDir()
 	source := filepath.Join(dir, "interfaces.json")
 	if err := os.WriteFile(source, []byte(`{"Interfaces":[{"MacAddress":"000D3A047598","IsPrimary":true,"IPSubnets":[{"Prefix":"10.240.0.0/16",
-		"IPAddresses":[{"Address":"10.240.0.4","IsPrimary":true},{"Address":"10.240.0.5"}]}]}]}`), 0o600); err != nil {
+		"IPAddresses":[{"Address":"10.240.0.4","IsPrimary":true},{"Address":"10.240.0.5"}]}]}`+ofThisMachine()), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	addresses, err := pool.New(pool.Config{Dir: dir, Source: source})
@@ -37,6 +38,18 @@ func withNetworks(t *testing.T, networks map[string]Network) *Driver {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// ofThisMachine is an entry of the list: a list without any NIC of the machine is not believed.
+func ofThisMachine() string {
+	mac := ""
+	all, _ := net.Interfaces() // none: then every list is believed
+	for _, i := range all {
+		if len(i.HardwareAddr) == 6 && i.Flags&net.FlagLoopback == 0 {
+			mac = i.HardwareAddr.String()
+		}
+	}
+	return `,{"MacAddress":"` + mac + `","IPSubnets":[{"Prefix":"10.99.0.0/16","IPAddresses":[{"Address":"10.99.0.4","IsPrimary":true}]}]}]}`
 }
 
 // compare gives the driver a list and returns what is known after it.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -23,7 +24,19 @@ const twoNICs = `{"Interfaces":[
  {"MacAddress":"000D3A047598","IsPrimary":true,"IPSubnets":[{"Prefix":"10.240.0.0/16","IPAddresses":[
   {"Address":"10.240.0.4","IsPrimary":true},{"Address":"10.240.0.5"},{"Address":"10.240.0.6"},{"Address":"10.240.1.7"}]}]},
  {"MacAddress":"000D3A047599","IPSubnets":[{"Prefix":"10.241.0.0/16","IPAddresses":[
-  {"Address":"10.241.0.4","IsPrimary":true},{"Address":"10.241.0.5"}]}]}]}`
+  {"Address":"10.241.0.4","IsPrimary":true},{"Address":"10.241.0.5"}]}]}`
+
+// ofThisMachine is an entry of the list: a list without any NIC of the machine is not believed.
+func ofThisMachine() string {
+	mac := ""
+	all, _ := net.Interfaces() // none: then every list is believed
+	for _, i := range all {
+		if len(i.HardwareAddr) == 6 && i.Flags&net.FlagLoopback == 0 {
+			mac = i.HardwareAddr.String()
+		}
+	}
+	return `,{"MacAddress":"` + mac + `","IPSubnets":[{"Prefix":"10.99.0.0/16","IPAddresses":[{"Address":"10.99.0.4","IsPrimary":true}]}]}]}`
+}
 
 // world is a driver over a real pool, and links that a test puts there.
 type world struct {
@@ -37,7 +50,7 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "interfaces.json")
-	if err := os.WriteFile(file, []byte(twoNICs), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(twoNICs+ofThisMachine()), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	p, err := pool.New(pool.Config{Dir: filepath.Join(dir, "state"), Source: file})

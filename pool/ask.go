@@ -139,13 +139,14 @@ func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 	return newest, from, ok
 }
 
-// due says that no try of this boot, good or bad, is younger than age.
+// due says that no try of this boot, good or bad, is younger than age. A try that lies
+// ahead is none: it would keep the source from being asked until then.
 func (p *Pool) due(s *state, age time.Duration) bool {
 	now := p.clock()
 	for _, src := range p.sources {
 		a := s.Answers[src.name]
 		for _, tried := range []time.Duration{a.At, a.FailedAt} {
-			if tried != 0 && now-tried < age {
+			if tried != 0 && tried <= now && now-tried < age {
 				return false
 			}
 		}

@@ -3,14 +3,18 @@
 package pool
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,6 +35,16 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(id)), nil
 }
 
+// readOccupied reads what the host's interfaces hold and where its routes lead.
+func readOccupied() (occupied, error) {
+	onHost, err := hostAddrs()
+	if err != nil {
+		return occupied{}, err
+	}
+	led, err := hostRoutes()
+	return occupied{onHost, led, linkName}, err
+}
+
 // hostAddrs lists the IPv4 addresses on interfaces of this network namespace,
 // and the interface of each.
 func hostAddrs() (map[netip.Addr]string, error) {
@@ -45,6 +59,98 @@ func hostAddrs() (map[netip.Addr]string, error) {
 		}
 	}
 	return addrs, nil
+}
+
+// hostRoutes lists the IPv4 addresses that a route of the main table leads to alone (/32),
+// and the index of the link that it leads by; 0: by none, or by several. Every container
+// of the host that is reached at an address of its own has such a route, whoever made it.
+// The host's own addresses have theirs in the table local.
+//
+// Every lease reads them, so messages are read no further than is needed.
+func hostRoutes() (map[netip.Addr]int, error) {
+	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("read the host's routes: %w", err)
+	}
+	defer s.Close()
+	// Then the kernel lists the main table alone. One before 4.20 lists all tables.
+	_ = unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
+	routes, err := dump(func() (all []hostRoute, err error) {
+		r := nl.NewNetlinkRequest(unix.RTM_GETROUTE, unix.NLM_F_DUMP)
+		r.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET, Table: unix.RT_TABLE_MAIN}})
+		r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
+		err = r.ExecuteIter(unix.NETLINK_ROUTE, unix.RTM_NEWROUTE, func(m []byte) bool {
+			if route, ok := readHostRoute(m); ok {
+				all = append(all, route)
+			}
+			return true
+		})
+		return all, err
+	})
+	if errors.Is(err, unix.ENOENT) { // a namespace in which no route was ever made has no such table
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the host's routes: %w", err)
+	}
+	led := make(map[netip.Addr]int, len(routes))
+	for _, r := range routes {
+		led[r.to] = r.link
+	}
+	return led, nil
+}
+
+// hostRoute is a route to one address.
+type hostRoute struct {
+	to   netip.Addr
+	link int
+}
+
+// readHostRoute reads an rtmsg: its second byte is the length of the destination, its
+// fifth the table.
+func readHostRoute(m []byte) (r hostRoute, ok bool) {
+	if len(m) < unix.SizeofRtMsg || m[1] != 32 || m[4] != unix.RT_TABLE_MAIN {
+		return r, false
+	}
+	for rest := m[unix.SizeofRtMsg:]; len(rest) >= unix.SizeofRtAttr; {
+		size := int(binary.NativeEndian.Uint16(rest))
+		if size < unix.SizeofRtAttr || size > len(rest) {
+			return r, false
+		}
+		value := rest[unix.SizeofRtAttr:size]
+		switch binary.NativeEndian.Uint16(rest[2:]) {
+		case unix.RTA_DST:
+			r.to, ok = netip.AddrFromSlice(value)
+		case unix.RTA_OIF:
+			if len(value) == 4 {
+				r.link = int(binary.NativeEndian.Uint32(value))
+			}
+		}
+		rest = rest[min((size+3)&^3, len(rest)):]
+	}
+	return r, ok
+}
+
+// linkName names a link by its index, for a person to read. It is no netlink: it may be
+// called under the pool's lock.
+func linkName(index int) string {
+	if index == 0 {
+		return "no link of its own"
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Sprintf("link %d", index)
+	}
+	defer unix.Close(fd)
+	ask, err := unix.NewIfreq("")
+	if err == nil {
+		ask.SetUint32(uint32(index))
+		err = unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ask)
+	}
+	if err != nil {
+		return fmt.Sprintf("link %d", index) // gone since
+	}
+	return ask.Name()
 }
 
 // readHost reads what tells the primary addresses and the primary NIC apart.
@@ -67,7 +173,11 @@ func readHost() (host, error) {
 	}
 	macs := map[int]string{}
 	for _, l := range links {
-		macs[l.Attrs().Index] = l.Attrs().HardwareAddr.String()
+		mac := l.Attrs().HardwareAddr.String()
+		macs[l.Attrs().Index] = mac
+		if l.Attrs().Flags&net.FlagLoopback == 0 && mac != "" {
+			h.MACs = append(h.MACs, mac)
+		}
 	}
 	for _, a := range list {
 		if addr, ok := netip.AddrFromSlice(a.IP); ok && macs[a.LinkIndex] != "" {

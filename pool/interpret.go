@@ -12,8 +12,14 @@ import (
 
 // host is what this VM's interfaces tell where a source flags no primary.
 type host struct {
+	MACs    []string                // of all interfaces; none: not known
 	Addrs   map[string][]netip.Addr // by MAC; the NIC, its virtual function and its bridge share one
 	Default string                  // MAC of the interface that the default route leaves by
+}
+
+// has reports whether one of these NICs may be this VM's.
+func (h host) has(nics []NIC) bool {
+	return len(h.MACs) == 0 || slices.ContainsFunc(nics, func(n NIC) bool { return slices.Contains(h.MACs, n.MAC) })
 }
 
 const (
@@ -36,7 +42,7 @@ func (r *reading) note(format string, args ...any) {
 }
 
 // interpret is an error if nothing of d can be used, which includes an empty
-// list: every VM has a NIC, so that is no answer.
+// list and one of another VM's NICs: every VM has a NIC, so that is no answer.
 func interpret(d document, h host) ([]NIC, []string, error) {
 	r := &reading{host: h}
 	var nics []NIC
@@ -59,6 +65,9 @@ func interpret(d document, h host) ([]NIC, []string, error) {
 	}
 	if len(nics) == 0 {
 		return nil, nil, errors.New("it lists no NIC")
+	}
+	if !h.has(nics) {
+		return nil, nil, fmt.Errorf("it lists no NIC of this VM, but %s: it is another VM's list, or an old one", macs(nics))
 	}
 	r.choosePrimary(nics)
 	primaryFirst(nics)
@@ -107,8 +116,29 @@ func (r *reading) nic(told docNIC) (NIC, bool) {
 	}
 	for i := range nic.Subnets {
 		split(&nic.Subnets[i], flagged)
+		r.dropReserved(mac, &nic.Subnets[i])
 	}
 	return nic, true
+}
+
+// dropReserved takes out what Azure gives to no NIC, and nothing would reach.
+func (r *reading) dropReserved(mac string, s *Subnet) {
+	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
+		if s.reserves(a) {
+			r.note("address %s of NIC %s was left out: Azure reserves it, as the first four and the last of subnet %s", a, mac, s.Prefix)
+			return true
+		}
+		return false
+	})
+}
+
+// macs names the NICs in a sentence.
+func macs(nics []NIC) string {
+	var all []string
+	for _, n := range nics {
+		all = append(all, n.MAC)
+	}
+	return strings.Join(all, ", ")
 }
 
 // addrs reads one entry of an address list, which may be a block.

@@ -34,18 +34,18 @@ func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 // lend tries under the lock; what must be learnt first is learnt outside of it,
 // once, and then it tries again.
 func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
-	for asked := false; ; {
-		onHost, err := p.held()
+	for asked, again := false, false; ; {
+		has, err := p.occupied()
 		if err != nil {
 			return Lease{}, err
 		}
-		var adopt bool
+		var adopt, retry bool
 		var q question
 		err = p.update(ctx, "lease for "+r.Owner, func(s *state) error {
 			if adopt = p.unadopted(s); adopt {
 				return statefile.ErrUnchanged
 			}
-			v, err := p.view(s, onHost)
+			v, err := p.view(s, has)
 			if err == nil {
 				l, err = p.pick(&v, r)
 			}
@@ -55,6 +55,11 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 				return statefile.ErrUnchanged
 			}
 			q = question{}
+			// A container that ended since the routes were read may have left its address.
+			if retry = err != nil && len(has.led) > 0 && !again; retry {
+				again = true
+				return statefile.ErrUnchanged
+			}
 			if err != nil {
 				return err
 			}
@@ -69,6 +74,7 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 			err = p.adoptLinks(ctx)
 		case q.wait > 0:
 			err = p.ask(ctx, q)
+		case retry:
 		default:
 			return l, nil
 		}
@@ -92,12 +98,12 @@ func (p *Pool) ponder(s *state, l Lease, err error) (question, bool) {
 	return q, p.due(s, q.age)
 }
 
-func (p *Pool) view(s *state, onHost map[netip.Addr]string) (view, error) {
+func (p *Pool) view(s *state, has occupied) (view, error) {
 	a, _, ok := p.known(s)
 	if !ok {
 		return view{}, p.silence(s)
 	}
-	return view{state: s, answer: a, onHost: onHost, now: p.clock()}, nil
+	return view{state: s, answer: a, occupied: has, now: p.clock()}, nil
 }
 
 // Confirm returns nil if l is still held, by the same owner since the same

@@ -89,7 +89,7 @@ func TestAnAddressAskedForByNameIsGivenWhileItCools(t *testing.T) {
 func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 6), nic(mac2, "10.0.1.0/24", 2))
 	p := newPool(t, f)
-	f.onHost = map[netip.Addr]string{addr("10.0.0.9"): "eth0"}
+	f.occupied.onHost = map[netip.Addr]string{addr("10.0.0.9"): "eth0"}
 	p.must(t, Request{Owner: "web", Addr: addr("10.0.0.5")})
 	for _, test := range []struct {
 		name string
@@ -140,7 +140,7 @@ func TestExhaustionSaysWhatHelps(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := azure(nic(mac1, "10.0.0.0/24", test.configs))
-			f.onHost, f.reclaim = test.onHost, test.reclaim
+			f.occupied.onHost, f.reclaim = test.onHost, test.reclaim
 			p := newPool(t, f)
 			var err error
 			for range 6 {
@@ -363,7 +363,7 @@ func TestNothingIsLentFromANewFileWhileLinksCannotBeListed(t *testing.T) {
 func TestStatus(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 6))
 	p := newPool(t, f)
-	f.onHost = map[netip.Addr]string{addr("10.0.0.9"): "eth0"}
+	f.occupied.onHost = map[netip.Addr]string{addr("10.0.0.9"): "eth0"}
 	a, b := p.must(t, Request{Owner: "a"}), p.must(t, Request{Owner: "b"})
 	p.Release(t.Context(), "b", b.Addr)
 	f.fail(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "oops", http.StatusForbidden) })
@@ -382,7 +382,7 @@ func TestStatus(t *testing.T) {
 		Sources: []SourceStatus{{Name: "wireserver", Used: true, Answered: true, Age: 20 * time.Second}},
 		NICs: []NICStatus{{MAC: mac1, Primary: true, Subnets: []SubnetStatus{{
 			Prefix: prefix("10.0.0.0/24"), Primary: addr("10.0.0.4"),
-			Hosted: map[netip.Addr]string{addr("10.0.0.9"): "eth0"},
+			Hosted: map[netip.Addr]string{addr("10.0.0.9"): "eth0"}, LedTo: map[netip.Addr]string{},
 			Census: Census{Configs: 6, Free: 2, Held: 1, Cooling: 1, OnHost: 1},
 		}}}},
 		Leases:  map[netip.Addr]Lease{a.Addr: a},

@@ -32,7 +32,33 @@ func (p *Pool) adoptLinks(ctx context.Context) error {
 // One that is held already, by whomever, stays as it is. A zero Since is now.
 // Adopt may be repeated.
 func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
-	err := p.update(ctx, "adopt", func(s *state) error {
+	_, err := p.adopt(ctx, leases)
+	return err
+}
+
+// AdoptLost takes in leases that links prove and that somebody took out of the file, and
+// returns them. proven lists what links prove. It is called without the pool's lock, and
+// after the leases were read: a link goes before its lease does, so a link that is there
+// later has lost its lease.
+func (p *Pool) AdoptLost(ctx context.Context, proven func(context.Context) ([]Lease, error)) ([]Lease, error) {
+	seen, err := p.read(ctx, "adopt")
+	if err != nil {
+		return nil, fmt.Errorf("adopt leases: %w", err)
+	}
+	leases, err := proven(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("adopt leases: list what links prove: %w", err)
+	}
+	leases = slices.DeleteFunc(leases, func(l Lease) bool { _, held := seen.Leases[l.Addr]; return held })
+	if len(leases) == 0 {
+		return nil, nil
+	}
+	return p.adopt(ctx, leases)
+}
+
+// adopt returns the leases that were not held.
+func (p *Pool) adopt(ctx context.Context, leases []Lease) (lost []Lease, err error) {
+	err = p.update(ctx, "adopt", func(s *state) error {
 		s.Adopted = true
 		for _, l := range leases {
 			if _, ok := s.Leases[l.Addr]; ok || !l.Addr.IsValid() || l.Owner == "" {
@@ -44,13 +70,14 @@ func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
 			l.Prefix = l.Prefix.Masked()
 			s.Leases[l.Addr] = record{Lease: l}
 			delete(s.Freed, l.Addr)
+			lost = append(lost, l)
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("adopt leases: %w", err)
+		return nil, fmt.Errorf("adopt leases: %w", err)
 	}
-	return nil
+	return lost, nil
 }
 
 // Collect ends leases that leaked, and returns them: those with a link to show
@@ -65,7 +92,8 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 	now := p.clock()
 	suspects := map[netip.Addr]record{}
 	for addr, r := range seen.Leases {
-		if !r.Linkless && now-r.lastSeen() >= grace {
+		age := now - r.lastSeen()
+		if !r.Linkless && (age >= grace || age < 0) { // of one from the future nobody can be on the way to its link
 			suspects[addr] = r
 		}
 	}

@@ -39,19 +39,38 @@ type docAddr struct {
 	Primary loose  `xml:"IsPrimary,attr" json:"IsPrimary"`
 }
 
+// imdsDocument is what IMDS says, at whichever level of its tree it was asked:
+// /metadata/instance has a network, /metadata/instance/network has a list of
+// interfaces, and each of these is asked as …/interface/<number>. The list alone,
+// …/interface, is a JSON array.
 type imdsDocument struct {
-	NICs []struct {
-		MAC  string `json:"macAddress"`
-		IPv4 struct {
-			Addrs []struct {
-				Private string `json:"privateIpAddress"`
-			} `json:"ipAddress"`
-			Subnets []struct {
-				Address string `json:"address"`
-				Prefix  loose  `json:"prefix"`
-			} `json:"subnet"`
-		} `json:"ipv4"`
-	} `json:"interface"`
+	Network struct {
+		NICs []imdsNIC `json:"interface"`
+	} `json:"network"`
+	NICs []imdsNIC `json:"interface"`
+	imdsNIC
+}
+
+type imdsNIC struct {
+	MAC  string `json:"macAddress"`
+	IPv4 struct {
+		Addrs []struct {
+			Private string `json:"privateIpAddress"`
+		} `json:"ipAddress"`
+		Subnets []struct {
+			Address string `json:"address"`
+			Prefix  loose  `json:"prefix"`
+		} `json:"subnet"`
+	} `json:"ipv4"`
+}
+
+// all are the interfaces at every level.
+func (d imdsDocument) all() []imdsNIC {
+	nics := append(d.Network.NICs, d.NICs...)
+	if d.MAC != "" {
+		nics = append(nics, d.imdsNIC)
+	}
+	return nics
 }
 
 // loose is a JSON string, number or boolean, as text.
@@ -76,8 +95,17 @@ func (l loose) yes() bool {
 	return yes
 }
 
+// unmarked is a body without a byte order mark, and without blanks around it.
+func unmarked(body []byte) []byte {
+	return bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(body), []byte("\ufeff")))
+}
+
+// squeezed is a value without blanks, which some hosts and people put into prefixes and
+// addresses.
+func squeezed(text string) string { return strings.Join(strings.Fields(text), "") }
+
 func parseXML(body []byte) (d document, err error) {
-	x := xml.NewDecoder(bytes.NewReader(bytes.TrimPrefix(body, []byte("\ufeff"))))
+	x := xml.NewDecoder(bytes.NewReader(unmarked(body)))
 	x.CharsetReader = func(_ string, r io.Reader) (io.Reader, error) { return r, nil } // it is ASCII, whatever it declares
 	if err := x.Decode(&d); err != nil {
 		return document{}, unlike(body, "XML", err)
@@ -86,7 +114,7 @@ func parseXML(body []byte) (d document, err error) {
 }
 
 func parseFile(body []byte) (d document, err error) {
-	if err := json.Unmarshal(bytes.TrimPrefix(body, []byte("\ufeff")), &d); err != nil {
+	if err := json.Unmarshal(unmarked(body), &d); err != nil {
 		return document{}, unlike(body, "JSON", err)
 	}
 	return d, nil
@@ -94,24 +122,28 @@ func parseFile(body []byte) (d document, err error) {
 
 func parseIMDS(body []byte) (document, error) {
 	var told imdsDocument
-	if err := json.Unmarshal(body, &told); err != nil {
+	var into any = &told
+	if bytes.HasPrefix(unmarked(body), []byte("[")) {
+		into = &told.NICs
+	}
+	if err := json.Unmarshal(unmarked(body), into); err != nil {
 		return document{}, unlike(body, "JSON", err)
 	}
 	var d document
-	for _, n := range told.NICs {
+	for _, n := range told.all() {
 		nic := docNIC{MAC: n.MAC}
 		var prefixes []netip.Prefix
 		for _, s := range n.IPv4.Subnets {
 			text := s.Address
-			if s.Prefix != "" {
-				text += "/" + string(s.Prefix)
+			if length := squeezed(string(s.Prefix)); length != "" {
+				text += "/" + length
 			}
 			prefix, _ := parsePrefix(text) // invalid: contains nothing, and is noted later
 			prefixes = append(prefixes, prefix)
 			nic.Subnets = append(nic.Subnets, docSubnet{Prefix: text})
 		}
 		for _, a := range n.IPv4.Addrs {
-			addr, _ := netip.ParseAddr(a.Private)
+			addr, _ := netip.ParseAddr(squeezed(a.Private))
 			in := max(0, slices.IndexFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) }))
 			if len(nic.Subnets) > 0 { // an address of no subnet goes to the first, where it is noted
 				nic.Subnets[in].Addrs = append(nic.Subnets[in].Addrs, docAddr{Address: a.Private})
@@ -124,7 +156,7 @@ func parseIMDS(body []byte) (document, error) {
 
 // unlike says what came instead of want.
 func unlike(body []byte, want string, err error) error {
-	head := bytes.TrimSpace(body)
+	head := unmarked(body)
 	if len(head) == 0 {
 		return fmt.Errorf("it sent nothing, not %s", want)
 	}
@@ -142,7 +174,7 @@ func unlike(body []byte, want string, err error) error {
 // parseMAC brings 12 hex digits, with or without separators, into the form
 // 00:0d:3a:04:75:98.
 func parseMAC(text string) (string, error) {
-	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(strings.TrimSpace(text)))
+	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(squeezed(text)))
 	if _, err := strconv.ParseUint(digits, 16, 48); err != nil || len(digits) != 12 {
 		return "", fmt.Errorf("%q is no MAC address", text)
 	}
@@ -155,7 +187,7 @@ func parseMAC(text string) (string, error) {
 
 // parsePrefix takes a missing length for 24, as IMDS documents it.
 func parsePrefix(text string) (netip.Prefix, error) {
-	text = strings.TrimSpace(text)
+	text = squeezed(text)
 	if !strings.Contains(text, "/") {
 		text += "/24"
 	}
@@ -166,7 +198,7 @@ func parsePrefix(text string) (netip.Prefix, error) {
 // parseBlock reads an address, or a block of them: 10.0.0.16/28 is the NIC's
 // whole. Nothing larger than a /24 is taken for a block.
 func parseBlock(text string) (netip.Prefix, error) {
-	text = strings.TrimSpace(text)
+	text = squeezed(text)
 	if addr, err := netip.ParseAddr(text); err == nil {
 		return netip.PrefixFrom(addr, addr.BitLen()), nil
 	}

@@ -76,6 +76,23 @@ func TestWhatIsUnderstood(t *testing.T) {
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.5", `"ten" … "10.0.9.9"`},
 		{"out of order, and twice", parseXML, wrap(`<IPAddress Address="10.0.0.9"/>` + own + `<IPAddress Address="10.0.0.5"/><IPAddress Address="10.0.0.9"/>`), host{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.5 10.0.0.9", ""},
+		{"addresses that Azure reserves", parseXML, wrap(`<IPAddress Address="10.0.0.0"/><IPAddress Address="10.0.0.1"/><IPAddress Address="10.0.0.3"/>` + own + `<IPAddress Address="10.0.0.254"/><IPAddress Address="10.0.0.255"/>`), host{},
+			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.254", "10.0.0.0 of NIC … 10.0.0.1 of NIC … 10.0.0.3 of NIC … 10.0.0.255 of NIC … Azure reserves it"},
+		{"reserved addresses in a block", parseFile, `{"Interfaces":[{"MacAddress":"000D3A047598","IPSubnets":[{"Prefix":"10.0.0.0/29","IPAddresses":[{"Address":"10.0.0.4","IsPrimary":true},{"Address":"10.0.0.0/29"}]}]}]}`, host{},
+			mac1 + "* 10.0.0.0/29 10.0.0.4: 10.0.0.5 10.0.0.6", "10.0.0.3 … 10.0.0.7"},
+		{"blanks in a prefix, an address and a MAC", parseXML, strings.NewReplacer("10.0.0.0/24", " 10.0.0.0 / 24\n", "10.0.0.4", " 10.0.0.4\t", "000D3A047598", " 00 0D 3A 04 75 98 ").Replace(wrap(own)), host{},
+			mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
+		{"IMDS, blanks in what it says", parseIMDS, `{"interface":[` + imdsNIC(mac1, `{"privateIpAddress":"10.0.0.4 "},{"privateIpAddress":" 10.0.0.7"}`, `{"address":" 10.0.0.0","prefix":" 24 "}`) + `]}`, host{},
+			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"IMDS, a blank prefix", parseIMDS, `{"interface":[` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":" "}`) + `]}`, host{},
+			mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7", ""},
+		{"IMDS, a byte order mark", parseIMDS, "\ufeff" + seed("imds.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"file, a byte order mark and blanks before it", parseFile, " \r\n\ufeff" + seed("interfaces.json"), host{}, "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5", ""},
+		{"IMDS, asked for the whole instance", parseIMDS, seed("imds-instance.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"IMDS, asked for the interfaces", parseIMDS, seed("imds-interfaces.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
+		{"IMDS, asked for one interface", parseIMDS, seed("imds-interface.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"a list that has one NIC of this VM", parseXML, seed("two-nics.xml"), host{MACs: []string{"fe:42:00:00:00:01", mac2}},
+			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
 		{"no prefix length", parseXML, strings.Replace(wrap(own), "/24", "", 1), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
 		{"IPv6 beside IPv4", parseXML, strings.Replace(wrap(own), "<IPSubnet", `<IPSubnet Prefix="fd00::/64"><IPAddress Address="fd00::4"/></IPSubnet><IPSubnet`, 1), host{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
@@ -141,7 +158,7 @@ func check(t *testing.T, d document) {
 				t.Fatalf("subnet %+v", s)
 			}
 			for _, a := range s.Secondary {
-				if seen[a] || a == s.Primary || !s.Prefix.Contains(a) {
+				if seen[a] || a == s.Primary || !s.Prefix.Contains(a) || s.reserves(a) {
 					t.Fatalf("address %s of %s: seen %v", a, s.Prefix, seen[a])
 				}
 				seen[a] = true

@@ -5,6 +5,7 @@ package pool
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -14,8 +15,15 @@ import (
 type view struct {
 	*state
 	answer answer
-	onHost map[netip.Addr]string // interface of each
-	now    time.Duration
+	occupied
+	now time.Duration
+}
+
+// occupied are addresses that something of the host has.
+type occupied struct {
+	onHost map[netip.Addr]string // on an interface, with its name
+	led    map[netip.Addr]int    // by a route that leads to the address alone, with the link's index; those of our containers are among them
+	nameOf func(link int) string
 }
 
 // standing is why an address can be lent, or not.
@@ -27,6 +35,7 @@ const (
 	cooling                 // lent until lately
 	held                    // by an owner
 	onHost                  // by an interface of the host
+	led                     // by nobody's lease, and a route leads to it: a container has it that no lease tells of
 )
 
 func (v *view) standing(a netip.Addr) standing {
@@ -35,6 +44,9 @@ func (v *view) standing(a netip.Addr) standing {
 	}
 	if _, ok := v.onHost[a]; ok {
 		return onHost
+	}
+	if _, ok := v.led[a]; ok {
+		return led
 	}
 	r, ok := v.Freed[a]
 	switch {
@@ -89,13 +101,17 @@ func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 		return fmt.Errorf("address %s: %w: it is the own address of NIC %s", a, ErrNotOurs, nic.MAC)
 	case a == sub.Prefix.Addr().Next():
 		return fmt.Errorf("address %s: %w: it is the gateway of subnet %s", a, ErrNotOurs, sub.Prefix)
+	case sub.reserves(a):
+		return fmt.Errorf("address %s: %w: Azure reserves it, as the first four and the last of subnet %s", a, ErrNotOurs, sub.Prefix)
 	}
-	for _, s := range sub.Secondary {
-		if s == a && v.standing(a) == onHost {
+	if slices.Contains(sub.Secondary, a) {
+		switch v.standing(a) {
+		case onHost:
 			return fmt.Errorf("address %s: %w: %s", a, ErrNotOurs, p.hostHas([]string{a.String()}, v.onHost[a]))
-		} else if s == a {
-			return nil
+		case led:
+			return fmt.Errorf("%w: %s", ErrInUse, v.isLed(a))
 		}
+		return nil
 	}
 	return fmt.Errorf("address %s: %w: NIC %s has no ipconfig with it%s; add one: %s --private-ip-address %s",
 		a, ErrNotOurs, nic.MAC, p.lag(v), addCommand, a)
@@ -114,6 +130,9 @@ func (p *Pool) exhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) erro
 	}
 	counts := fmt.Sprintf("%s has %s: %d free, %d held, %d cooling, %d on the host",
 		where, plural(c.Configs, "ipconfig"), c.Free, c.Held, c.Cooling, c.OnHost)
+	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.standing(a) == led }); i >= 0 {
+		counts += fmt.Sprintf(", %d of other containers (%s)", c.Led, v.isLed(sub.Secondary[i]))
+	}
 	var on []string
 	var dev string
 	for _, a := range sub.Secondary {
@@ -129,6 +148,11 @@ func (p *Pool) exhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) erro
 		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.hostHas(on, dev))
 	}
 	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.lag(v), addCommand)
+}
+
+// isLed tells of an address that a container has without a lease.
+func (v *view) isLed(a netip.Addr) string {
+	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.led[a]))
 }
 
 // hostHas tells of addresses that an interface of the host holds.
@@ -176,6 +200,7 @@ type Census struct {
 	Held      int `json:"held"`      // by an owner
 	Cooling   int `json:"cooling"`   // released lately: lent only if nothing is free
 	OnHost    int `json:"onHost"`    // held by an interface of the host: not lent
+	Led       int `json:"led"`       // a route leads to a container that has them without a lease, such as another plugin's: not lent
 	Withdrawn int `json:"withdrawn"` // held, though the source lists them no more; not among Configs
 }
 
@@ -196,6 +221,8 @@ func (v *view) census(mac string, sub Subnet) Census {
 			c.Held++
 		case onHost:
 			c.OnHost++
+		case led:
+			c.Led++
 		}
 	}
 	for a, l := range v.Leases {

@@ -13,6 +13,7 @@ package pool
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -68,6 +69,17 @@ type Subnet struct {
 	Secondary []netip.Addr `json:"secondary,omitempty"` // lendable, ascending
 }
 
+// reserves reports whether Azure keeps an address of the subnet for itself: the first
+// four and the last.
+func (s Subnet) reserves(a netip.Addr) bool {
+	if !a.Is4() || !s.Prefix.Contains(a) {
+		return false
+	}
+	first, is := s.Prefix.Masked().Addr().As4(), a.As4()
+	n := binary.BigEndian.Uint32(is[:]) - binary.BigEndian.Uint32(first[:])
+	return n < 4 || uint64(n) == 1<<(32-s.Prefix.Bits())-1
+}
+
 // Request asks for a lease.
 type Request struct {
 	Owner    string       // who will hold it: cni/<network>/<containerID>/<ifname> or docker/<poolID>
@@ -98,9 +110,9 @@ type Pool struct {
 	sources []source
 
 	// Of this machine; tests put others in their place.
-	clock func() time.Duration                  // CLOCK_BOOTTIME
-	held  func() (map[netip.Addr]string, error) // addresses on the host's interfaces, and where
-	host  func() (host, error)                  // what tells primaries apart where the source does not
+	clock    func() time.Duration     // CLOCK_BOOTTIME
+	occupied func() (occupied, error) // addresses that something of the host has
+	host     func() (host, error)     // what tells primaries apart where the source does not
 }
 
 const (
@@ -127,11 +139,11 @@ func New(c Config) (*Pool, error) {
 		return nil, fmt.Errorf("pool: %w", err)
 	}
 	return &Pool{
-		cfg:     c,
-		path:    filepath.Join(c.Dir, "leases.json"),
-		sources: sources,
-		clock:   bootTime,
-		held:    hostAddrs,
-		host:    readHost,
+		cfg:      c,
+		path:     filepath.Join(c.Dir, "leases.json"),
+		sources:  sources,
+		clock:    bootTime,
+		occupied: readOccupied,
+		host:     readHost,
 	}, nil
 }

@@ -39,14 +39,15 @@ func nic(mac, subnet string, n int) docNIC {
 
 // fabric is Azure as one VM sees it: an HTTP server that tells what it is told to.
 type fabric struct {
-	mu      sync.Mutex
-	body    string
-	answer  http.HandlerFunc // instead of body
-	asked   int
-	now     time.Duration // since boot, of the pools that face it
-	onHost  map[netip.Addr]string
-	url     string
-	reclaim bool
+	mu       sync.Mutex
+	body     string
+	answer   http.HandlerFunc // instead of body
+	asked    int
+	now      time.Duration // since boot, of the pools that face it
+	occupied occupied
+	macs     []string // of the VM's interfaces; none: not known
+	url      string
+	reclaim  bool
 }
 
 // azure is a fabric whose host agent lists these NICs. Its clock begins at this
@@ -120,8 +121,12 @@ func poolIn(t testing.TB, f *fabric, dir string) *Pool {
 		defer f.mu.Unlock()
 		return f.now
 	}
-	p.held = func() (map[netip.Addr]string, error) { return f.onHost, nil }
-	p.host = func() (host, error) { return host{}, nil }
+	p.occupied = func() (occupied, error) {
+		has := f.occupied
+		has.nameOf = func(link int) string { return fmt.Sprintf("azv%d", link) }
+		return has, nil
+	}
+	p.host = func() (host, error) { return host{MACs: f.macs}, nil }
 	return p
 }
 

@@ -34,7 +34,8 @@ func TestMain(m *testing.M) {
 	}
 	p, err := New(Config{Dir: dir, Source: "wireserver", QueryURL: url, CoolDown: -1})
 	if err == nil {
-		p.held = func() (map[netip.Addr]string, error) { return nil, nil } // whatever this machine holds
+		p.occupied = func() (occupied, error) { return occupied{}, nil } // whatever this machine holds
+		p.host = func() (host, error) { return host{}, nil }
 		err = child(p, os.Getenv("POOL_TEST_OWNER"))
 	}
 	if err != nil {
@@ -202,8 +203,8 @@ func churn(cmd *exec.Cmd) (has map[string]bool, frees string, err error) {
 }
 
 // Whatever several pools over one file are asked, in any order, no address is
-// held twice, none is lost, and what is not listed or rests on the host is not
-// lent.
+// held twice, none is lost, and what is not listed, rests on the host or is another
+// plugin's container's is not lent.
 func TestAnyOrderOfCalls(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 7))
 	base := newPool(t, f)
@@ -214,7 +215,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 		}
 		listed, links := 7, map[netip.Addr]bool{}
 		f.list(nic(mac1, "10.0.0.0/24", listed))
-		f.onHost = map[netip.Addr]string{}
+		f.occupied = occupied{onHost: map[netip.Addr]string{}, led: map[netip.Addr]int{}}
 		var pools [3]*Pool
 		for i := range pools {
 			pools[i] = poolIn(t, f, dir)
@@ -227,7 +228,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 		address := func() netip.Addr { return addr(fmt.Sprintf("10.0.0.%d", rapid.IntRange(3, 12).Draw(rt, "address"))) }
 		can := func(a netip.Addr) bool {
 			n := int(a.As4()[3])
-			return n > 4 && n < 4+listed && f.onHost[a] == ""
+			return n > 4 && n < 4+listed && f.occupied.onHost[a] == "" && f.occupied.led[a] == 0
 		}
 		take := func(l Lease, err error) {
 			if err != nil {
@@ -284,9 +285,11 @@ func TestAnyOrderOfCalls(t *testing.T) {
 					delete(model, l.Addr)
 				}
 			},
-			"time":       func(rt *rapid.T) { f.pass(time.Duration(rapid.IntRange(1, 400).Draw(rt, "s")) * time.Second) },
-			"host takes": func(*rapid.T) { f.onHost[address()] = "eth0" },
-			"host gives": func(*rapid.T) { delete(f.onHost, address()) },
+			"time":        func(rt *rapid.T) { f.pass(time.Duration(rapid.IntRange(1, 400).Draw(rt, "s")) * time.Second) },
+			"host takes":  func(*rapid.T) { f.occupied.onHost[address()] = "eth0" },
+			"host gives":  func(*rapid.T) { delete(f.occupied.onHost, address()) },
+			"route comes": func(*rapid.T) { f.occupied.led[address()] = 17 },
+			"route goes":  func(*rapid.T) { delete(f.occupied.led, address()) },
 			"azure lists": func(rt *rapid.T) {
 				listed = rapid.IntRange(1, 8).Draw(rt, "n")
 				f.list(nic(mac1, "10.0.0.0/24", listed))
@@ -349,10 +352,28 @@ func TestTheHostIsReadFromTheKernel(t *testing.T) {
 			t.Errorf("held, %v (-want +got):\n%s", err, diff)
 		}
 		h, err := readHost()
-		wantHost := host{Default: mac1, Addrs: map[string][]netip.Addr{
+		wantHost := host{Default: mac1, MACs: []string{mac1, mac1, mac2}, Addrs: map[string][]netip.Addr{
 			mac1: {addr("10.0.0.4"), addr("10.0.0.5"), addr("10.0.0.6")}, mac2: {addr("10.0.1.4")}}}
 		if diff := cmp.Diff(wantHost, h, compareAddr); err != nil || diff != "" {
 			t.Errorf("host, %v (-want +got):\n%s", err, diff)
+		}
+		for to, dev := range map[string]string{"10.0.0.8/32": "azure0", "10.0.0.9/32": "eth1", "10.0.0.128/25": "eth1"} {
+			l, err := netlink.LinkByName(dev)
+			if err == nil {
+				_, dst, _ := net.ParseCIDR(to)
+				err = netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: dst})
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		routes, err := hostRoutes()
+		led := map[netip.Addr]string{}
+		for to, link := range routes {
+			led[to] = linkName(link)
+		}
+		if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.8"): "azure0", addr("10.0.0.9"): "eth1"}, led, compareAddr); err != nil || diff != "" {
+			t.Errorf("led, %v (-want +got):\n%s", err, diff)
 		}
 		lendBesideTheHost(t)
 	}()

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -261,6 +262,7 @@ func TestIMDSIsAskedAsItsDocumentationSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.host = func() (host, error) { return host{}, nil }
 	nics, err := p.NICs(t.Context())
 	if err != nil || text(nics) != mac1+"* 10.0.0.0/24 10.0.0.4: 10.0.0.7" {
 		t.Fatalf("NICs are %s, %v", text(nics), err)
@@ -307,11 +309,16 @@ func TestAFileIsASource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for file, want := range map[string]string{path: "", path + ".not": "no such file", t.TempDir(): "is a directory"} {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{path: "", path + ".not": "no such file", t.TempDir(): "not a file", fifo: "not a file", "/dev/zero": "not a file"} {
 		p, err := New(Config{Dir: t.TempDir(), Source: file})
 		if err != nil {
 			t.Fatal(err)
 		}
+		p.host = func() (host, error) { return host{}, nil }
 		nics, err := p.NICs(t.Context())
 		if want != "" {
 			wants(t, err, ErrSource, file, want)

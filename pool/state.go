@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -73,19 +74,61 @@ type rest struct {
 	Until time.Duration `json:"until"` // cools
 }
 
-// Check refuses what this program cannot know how to keep. It accepts every time,
-// negative ones too: a refusal would throw away all leases because of one.
+// Check refuses what this program cannot know how to keep, and what no program writes:
+// then somebody else changed the file, and what links prove is more to be believed.
+// It accepts negative times: see state. An answer that is absurd costs itself only:
+// see begin.
 func (s *state) Check() error {
 	if s.Version != version {
 		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, version)
 	}
+	for addr, r := range s.Leases {
+		switch {
+		case !addr.Is4():
+			return fmt.Errorf("it has a lease of %s, which is not an IPv4 address", addr)
+		case r.Owner == "":
+			return fmt.Errorf("it has a lease of %s without an owner", addr)
+		case r.Prefix.IsValid() && !r.Prefix.Addr().Is4():
+			return fmt.Errorf("it has a lease of %s in %s", addr, r.Prefix)
+		case !plausible(r.Since, r.Confirmed):
+			return fmt.Errorf("it has a lease of %s of centuries ago or ahead", addr)
+		}
+	}
+	for addr, r := range s.Freed {
+		if !addr.Is4() || !plausible(r.At, r.Until) {
+			return fmt.Errorf("it has %s freed at %v, and cooling until %v", addr, r.At, r.Until)
+		}
+	}
 	return nil
+}
+
+// plausible reports whether times are within a century of the boot. So no difference of
+// two of them overflows.
+func plausible(times ...time.Duration) bool {
+	const century = 100 * 365 * 24 * time.Hour
+	return !slices.ContainsFunc(times, func(t time.Duration) bool { return t < -century || t > century })
+}
+
+// absurd reports whether no program writes such an answer.
+func (a answer) absurd() bool {
+	return !plausible(a.At, a.FailedAt) || slices.ContainsFunc(a.NICs, func(n NIC) bool {
+		mac, err := parseMAC(n.MAC)
+		return err != nil || mac != n.MAC || len(n.Subnets) == 0 || slices.ContainsFunc(n.Subnets, Subnet.absurd)
+	})
+}
+
+func (s Subnet) absurd() bool {
+	outside := func(a netip.Addr) bool { return !s.Prefix.Contains(a) }
+	return !s.Prefix.Addr().Is4() || s.Prefix != s.Prefix.Masked() || s.Primary.IsValid() && outside(s.Primary) || slices.ContainsFunc(s.Secondary, outside)
 }
 
 // begin makes a new state usable and voids what another boot left: a /run that
 // is a disk. The NICs that the sources told may still be true. When they were
 // told is not known in this boot's time, and a failure of then says nothing now.
+//
+// An absurd answer is forgotten: its source is asked again, and the leases stay.
 func (s *state) begin(boot string) {
+	maps.DeleteFunc(s.Answers, func(_ string, a answer) bool { return a.absurd() })
 	if s.Boot != boot {
 		for name, a := range s.Answers {
 			s.Answers[name] = answer{NICs: a.NICs, Notes: a.Notes}

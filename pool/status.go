@@ -46,6 +46,7 @@ type SubnetStatus struct {
 	Prefix  netip.Prefix          `json:"prefix"`
 	Primary netip.Addr            `json:"primary,omitzero"` // the NIC's own address
 	Hosted  map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that the host holds, and on which interface
+	LedTo   map[netip.Addr]string `json:"ledTo,omitempty"`  // secondary addresses that containers have without a lease, and the link that a route leads by
 	Census
 }
 
@@ -69,12 +70,12 @@ func (p *Pool) status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	onHost, err := p.held()
+	has, err := p.occupied()
 	if err != nil {
 		return Status{}, err
 	}
 	current, from, _ := p.known(&s)
-	v := &view{state: &s, answer: current, onHost: onHost, now: p.clock()}
+	v := &view{state: &s, answer: current, occupied: has, now: p.clock()}
 	st := Status{Leases: map[netip.Addr]Lease{}, Cooling: map[netip.Addr]time.Duration{}, Now: v.now}
 	for addr := range s.Leases {
 		st.Leases[addr], _ = s.lease(addr)
@@ -94,6 +95,29 @@ func (p *Pool) status(ctx context.Context) (Status, error) {
 	return st, nil
 }
 
+// Unleased are the addresses that containers have without a lease, and the name of the
+// link that a route leads by: those of every source's list, whatever this pool's sources
+// are. None is asked.
+func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
+	s, err := p.read(ctx, "look for containers without a lease")
+	var has occupied
+	if err == nil {
+		has, err = p.occupied()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look for containers without a lease: %w", err)
+	}
+	v, found := view{state: &s, occupied: has}, map[netip.Addr]string{}
+	for _, a := range s.Answers {
+		for addr := range secondaries(a.NICs) {
+			if v.standing(addr) == led {
+				found[addr] = has.nameOf(has.led[addr])
+			}
+		}
+	}
+	return found, nil
+}
+
 func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
 	a := s.Answers[name]
 	st := SourceStatus{Name: name, Used: used, Answered: len(a.NICs) > 0, Failure: a.Failure}
@@ -109,10 +133,13 @@ func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
 func (v *view) nic(n NIC) NICStatus {
 	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
 	for _, sub := range n.Subnets {
-		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, Census: v.census(n.MAC, sub)}
+		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, LedTo: map[netip.Addr]string{}, Census: v.census(n.MAC, sub)}
 		for _, a := range sub.Secondary {
-			if v.standing(a) == onHost {
+			switch v.standing(a) {
+			case onHost:
 				one.Hosted[a] = v.onHost[a]
+			case led:
+				one.LedTo[a] = v.nameOf(v.led[a])
 			}
 		}
 		st.Subnets = append(st.Subnets, one)
@@ -135,6 +162,9 @@ func (p *Pool) warnings(v *view, st Status) []string {
 				addr := slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare)[0]
 				w = append(w, fmt.Sprintf("NIC %s in subnet %s: %s cannot be lent: %s", n.MAC, s.Prefix,
 					plural(s.OnHost, "address"), p.hostHas(s.hosted(), s.Hosted[addr])))
+			}
+			for _, addr := range slices.SortedFunc(maps.Keys(s.LedTo), netip.Addr.Compare) {
+				w = append(w, v.isLed(addr))
 			}
 		}
 	}

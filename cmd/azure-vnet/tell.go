@@ -19,7 +19,8 @@ import (
 )
 
 // tell prints what is broken, as far as it can be told, and who has which
-// address, with the link that shows it. Something broken is an error.
+// address, with the link that shows it. Something broken is an error; a container of
+// another plugin is not.
 func tell(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	broken, err := host.Broken(ctx)
@@ -34,7 +35,12 @@ func tell(ctx context.Context, out io.Writer) error {
 	err = errors.Join(err, bad)
 	attached, bad := host.Attachments(ctx)
 	err = errors.Join(err, bad)
+	unleased, bad := p.Unleased(ctx)
+	err = errors.Join(err, bad)
 	rows := map[netip.Addr][]string{} // owner, link, bridge, published ports
+	for addr, link := range unleased {
+		rows[addr] = []string{"nobody: another plugin's container has it", link, "", ""}
+	}
 	for _, lease := range leases {
 		rows[lease.Addr] = []string{lease.Owner, "", "", ""}
 	}

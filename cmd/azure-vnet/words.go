@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/cni"
 	"azurevnet/internal/statefile"
 	"azurevnet/pool"
 )
@@ -78,8 +79,9 @@ func word(ctx context.Context, name string, args []string, out io.Writer) error 
 }
 
 // reconcile does what the managed plugin does every 30 s, for hosts that have no
-// plugin. It mends the host, then releases leases that no container has any more. It
-// prints what it mended, and nothing if all stood.
+// plugin. It mends the host, then releases leases that no container has any more, and
+// leases again what running containers have and nobody holds. It prints what it mended,
+// and nothing if all stood.
 func reconcile(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	mended, err := host.Reconcile(ctx)
@@ -97,7 +99,19 @@ func reconcile(ctx context.Context, out io.Writer) error {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)
 		err = errors.Join(err, host.Forget(lease.Addr))
 	}
-	return errors.Join(err, hear(ctx, p))
+	lost, bad := p.AdoptLost(ctx, func(ctx context.Context) (leases []pool.Lease, err error) {
+		all, err := host.Attachments(ctx)
+		for _, at := range all {
+			if at.Away {
+				leases = append(leases, cni.LeaseOf(at))
+			}
+		}
+		return leases, err
+	})
+	for _, lease := range lost {
+		fmt.Fprintf(out, "leased again: %s, which %s has\n", lease.Addr, lease.Owner)
+	}
+	return errors.Join(err, bad, hear(ctx, p))
 }
 
 // hear keeps what is known young, with more patience for a slow source than an

@@ -106,6 +106,11 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
 		err = errors.Join(err, l.Host.Forget(lost.Addr))
 	}
+	if len(leaked) > 0 { // an address that a route is left of is not lent
+		if _, bad := l.Host.Reconcile(ctx); bad != nil {
+			l.call.Warn("look the host over: " + bad.Error())
+		}
+	}
 	if err != nil || !l.call.Conf.Reclaim {
 		return len(leaked) > 0, err
 	}
@@ -154,7 +159,12 @@ func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
 	attached, err := host.Attachments(ctx)
 	var leases []pool.Lease
 	for _, at := range attached {
-		leases = append(leases, pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr})
+		leases = append(leases, LeaseOf(at))
 	}
 	return leases, err
+}
+
+// LeaseOf is the lease that a link proves.
+func LeaseOf(at bridge.Attachment) pool.Lease {
+	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr}
 }

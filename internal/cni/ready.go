@@ -13,8 +13,8 @@ import (
 )
 
 // Ready is an error for STATUS if no container can be given an address, and none can
-// be when others have ended. A full NIC is no error: a node with many pods is not
-// broken. nic is the MAC of the NIC that an ADD would take, empty if it is not known.
+// be when others have ended. A full NIC is no error: a node with many pods, be they
+// another plugin's, is not broken. nic is the MAC of the NIC that an ADD would take, empty if it is not known.
 func (l *Lender) Ready(ctx context.Context) (nic string, err error) {
 	if nic, err = l.ready(ctx); err != nil {
 		err = wrong(types.ErrPluginNotAvailable, "%v", err)
@@ -42,7 +42,7 @@ func (l *Lender) ready(ctx context.Context) (mac string, err error) {
 	if err != nil {
 		return nic.MAC, err
 	}
-	if c := census(st, nic, sub); c.Free+c.Held+c.Cooling > 0 || c.OnHost > 0 && l.call.Conf.Reclaim {
+	if c := census(st, nic, sub); c.Free+c.Held+c.Cooling+c.Led > 0 || c.OnHost > 0 && l.call.Conf.Reclaim {
 		return nic.MAC, nil
 	}
 	err = fmt.Errorf("no address of NIC %s in subnet %s can be lent", nic.MAC, sub.Prefix)
