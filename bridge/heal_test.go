@@ -47,6 +47,9 @@ var hostHarms = []harm{
 	{line: "echo '{' >RUN/azure-vnet/host.json", names: "host.json", silent: true, unchecked: true},
 	{line: "head -c 4096 /dev/zero >RUN/azure-vnet/host.json", names: "host.json", silent: true, unchecked: true},
 	{line: `echo '{"version":2042}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
+	{line: `echo '{"version":2,"boot":"BOOT","nics":{"00:00:00:00:00:09":{"bridge":"../../x","subnet":"fd00::/64"}}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
+	{line: `echo '{"version":2,"boot":"BOOT","nics":{"NIC":{"bridge":"azure0","transparent":true,"primary":true}},"policies":{"00000001":{"SNAT":true,"Direct":["fd00::/8"]}}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
+	{line: `echo '{"version":2,"boot":"BOOT","nics":null,"policies":{"no id":{}},"ports":{"LINK":[{"proto":"icmp","hostPort":0}]}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
 	{line: `echo '{"version":2,"boot":"another","nics":{"00:00:00:00:00:09":{"bridge":"azure9"}}}' >RUN/azure-vnet/host.json`, names: "host.json", silent: true, unchecked: true},
 }
 
@@ -136,7 +139,11 @@ func TestReconcileHeals(t *testing.T) {
 		a := h.mustAttach(e)
 		other := h.running(1, mode, Policy{SNAT: true})
 		otherLink, _ := linkNames(other.endpoint(mode, Policy{}).Owner)
-		vars := strings.NewReplacer("LINK", a.Link, "HW", a.MAC.String(), "ADDR", c.addr.String(), "OTHER", otherLink, "RUN", h.cfg.Run, "HOST", h.Primary.String())
+		boot, err := bootID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		vars := strings.NewReplacer("LINK", a.Link, "HW", a.MAC.String(), "ADDR", c.addr.String(), "OTHER", otherLink, "RUN", h.cfg.Run, "HOST", h.Primary.String(), "BOOT", boot, "NIC", h.MAC)
 
 		told := h.watch()
 		heals := func(harms []harm) {

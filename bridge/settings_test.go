@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -111,6 +113,64 @@ func TestSettingsOfOthers(t *testing.T) {
 			h.reconcile()
 		}
 		checkFabric(t, v, a.addr)
+	})
+}
+
+// IPv6 that somebody switches on or off while containers run keeps no container away and no round from mending, be it
+// of one link, of all or of new ones, or of a link whose MTU is too small for it. What is on where it must be off is
+// named.
+func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		c := h.running(0, mode, Policy{SNAT: true})
+		link, _ := linkNames(c.endpoint(mode, Policy{}).Owner)
+		other := h.container(1)
+		heals := func(t *testing.T, h *host, named string) {
+			t.Helper()
+			h.sh("ip route flush table 16863; ip link set " + link + " down")
+			if wrong := strings.Join(h.broken(), "\n"); !strings.Contains(wrong, "down") || !strings.Contains(wrong, named) {
+				t.Errorf("broken: %q, and not %q", wrong, named)
+			}
+			h.reconcile()
+			h.whole("after a round")
+			e := other.endpoint(mode, Policy{SNAT: true})
+			e.MTU = 1000 // without IPv6, which needs 1,280
+			h.mustAttach(e)
+			h.whole("with another container")
+			checks := &checks{t: t}
+			checks.reaches(hosts[1].place(), c.addr, other.addr)
+			checks.wait.Wait()
+			h.mustDetach(e.Owner)
+		}
+		on := "ipv6.conf." + map[Mode]string{ModeBridge: "azure0", ModeTransparent: link}[mode] + ".disable_ipv6 is not 1"
+		for _, s := range []struct{ name, settings, named string }{
+			{"off everywhere", "all=1", ""},
+			{"on everywhere", "all=0", on},
+			{"off for new links", "default=1", ""},
+			{"on for new links", "default=0", ""},
+			{"on at the container's link and azure0", link + "=0 azure0=0", map[Mode]string{ModeTransparent: on}[mode]},
+		} {
+			t.Run(s.name, func(t *testing.T) {
+				for set := range strings.FieldsSeq(s.settings) {
+					conf, value, _ := strings.Cut(set, "=")
+					h.sh("f=/proc/sys/net/ipv6/conf/" + conf + "/disable_ipv6; [ ! -e $f ] || echo " + value + " >$f")
+				}
+				heals(t, h, s.named)
+			})
+		}
+		t.Run("a kernel without it", func(t *testing.T) {
+			settings := t.TempDir() // /proc/sys/net as it is after a boot with ipv6.disable=1
+			for _, name := range []string{"ipv4", "core"} {
+				if err := os.Symlink("/proc/sys/net/"+name, filepath.Join(settings, name)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			without := &host{VM: h.VM, Host: New(Config{Run: h.cfg.Run, Sysctl: settings}), t: t}
+			heals(t, without, "")
+		})
+		checkFabric(t, v, c.addr, other.addr)
 	})
 }
 

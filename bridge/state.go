@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 
 	"azurevnet/internal/statefile"
@@ -35,13 +36,49 @@ type nicState struct {
 
 const stateVersion = 2
 
-// Check makes a file of another version unreadable.
+// Check makes a file of another version unreadable, and one with what no program writes: a bridge that cannot be
+// made or a prefix of IPv6 would keep every round from mending anything.
 func (s hostState) Check() error {
 	if s.Version != stateVersion {
 		return fmt.Errorf("version %d, and this program knows %d", s.Version, stateVersion)
 	}
+	for mac, n := range s.NICs {
+		hw, err := parseMAC(mac)
+		if err == nil && hw.String() != mac {
+			err = fmt.Errorf("%q is not spelled as the kernel does", mac)
+		}
+		if err == nil && n.Bridge != "" {
+			err = checkName(n.Bridge)
+		}
+		if err == nil && n.Subnet.IsValid() && !n.Subnet.Addr().Is4() {
+			err = fmt.Errorf("%s is not a subnet of IPv4", n.Subnet)
+		}
+		if err != nil {
+			return fmt.Errorf("a NIC: %w", err)
+		}
+	}
+	for id, p := range s.Policies {
+		if !policyID.MatchString(id) {
+			return fmt.Errorf("%q is not the id of a policy", id)
+		}
+		for _, d := range p.Direct {
+			if !d.IsValid() || !d.Addr().Is4() {
+				return fmt.Errorf("the policy %s has %v, which is not a prefix of IPv4", id, d)
+			}
+		}
+	}
+	for link, ports := range s.Ports {
+		for _, p := range ports {
+			if _, err := p.normal(); err != nil || p.HostPort == 0 {
+				return fmt.Errorf("%s has the published port %s", link, p)
+			}
+		}
+	}
 	return nil
 }
+
+// policyID matches what Policy.id makes.
+var policyID = regexp.MustCompile(`^[0-9a-f]{8}$`)
 
 // renew empties a state that is new or of another boot.
 func (s *hostState) renew() error {

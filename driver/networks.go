@@ -69,10 +69,33 @@ func (n Network) equal(o Network) bool {
 func NetworksFile(dir string) string { return filepath.Join(dir, "networks.json") }
 
 // Check refuses a version that this release does not know: guessing would lose
-// networks that Docker tells only once.
+// networks that Docker tells only once. It refuses a network that no release wrote too.
 func (f Networks) Check() error {
 	if f.Version != networksVersion {
 		return fmt.Errorf("it is of version %d and this release knows only %d, so run the release that wrote it", f.Version, networksVersion)
+	}
+	for id, n := range f.Networks {
+		if err := n.check(); err != nil {
+			return fmt.Errorf("network %.64q: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// check refuses what would not do for IPv4.
+func (n Network) check() error {
+	if n.Prefix.IsValid() && !n.Prefix.Addr().Is4() || n.Prefix != n.Prefix.Masked() || n.Gateway.IsValid() && !n.Prefix.Contains(n.Gateway) {
+		return fmt.Errorf("%s with the gateway %s is no subnet of IPv4", n.Prefix, n.Gateway)
+	}
+	for _, p := range n.Direct {
+		if !p.Addr().Is4() || p.Bits() < 0 {
+			return fmt.Errorf("direct has %s, which is no prefix of IPv4", p)
+		}
+	}
+	for _, a := range n.Aux {
+		if !a.Addr.Is4() {
+			return fmt.Errorf("the auxiliary address %s is not of IPv4", a.Addr)
+		}
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
@@ -41,6 +42,38 @@ func TestNetworksOfAnEarlierReleaseAreRead(t *testing.T) {
 	again.Mode = bridge.ModeBridge // as this release writes it, if it is asked for
 	if !n.equal(again) || n.Transparent() {
 		t.Errorf("%+v is not the network that was created", n)
+	}
+}
+
+// A file that is JSON and that no release wrote ends no process: it is refused with the reason, and stays where it is.
+func TestNetworksThatAreAbsurd(t *testing.T) {
+	for name, n := range map[string]string{
+		"a subnet of IPv6":            `"prefix":"fd00::/16","gateway":"10.240.0.1"`,
+		"a gateway and no subnet":     `"gateway":"10.240.0.1"`,
+		"a gateway of elsewhere":      `"prefix":"10.240.0.0/16","gateway":"192.0.2.1"`,
+		"host bits":                   `"prefix":"10.240.0.7/16","gateway":"10.240.0.1"`,
+		"direct of IPv6":              `"prefix":"10.240.0.0/16","gateway":"10.240.0.1","direct":["fd00::/8"]`,
+		"direct of nothing":           `"prefix":"10.240.0.0/16","gateway":"10.240.0.1","direct":[""]`,
+		"an auxiliary IPv6 address":   `"prefix":"10.240.0.0/16","gateway":"10.240.0.1","aux":[{"addr":"fd00::9"}]`,
+		"an MTU of 2^63":              `"prefix":"10.240.0.0/16","gateway":"10.240.0.1","mtu":9223372036854775808`,
+		"a list in place of a subnet": `"prefix":["10.240.0.0/16"]`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := New(Config{Dir: t.TempDir()})
+			body := `{"version":1,"networks":{"` + strings.Repeat("a", 64) + `":{"mac":"00:0d:3a:04:75:98",` + n + `}}}`
+			if err := os.WriteFile(NetworksFile(d.cfg.Dir), []byte(body), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := d.Join(t.Context(), &network.JoinRequest{NetworkID: strings.Repeat("a", 64), EndpointID: strings.Repeat("b", 64)}); err == nil || !strings.Contains(err.Error(), "put a copy in its place") {
+				t.Errorf("Join: %v", err)
+			}
+			if err := d.Restore(t.Context()); err == nil {
+				t.Error("Restore: no error")
+			}
+			if left, err := os.ReadFile(NetworksFile(d.cfg.Dir)); err != nil || string(left) != body {
+				t.Errorf("the file is %s, %v", left, err)
+			}
+		})
 	}
 }
 
