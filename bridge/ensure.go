@@ -185,6 +185,9 @@ func (h *Host) unask(ctx context.Context, mac string, before nicState) error {
 	return h.sweep(ctx)
 }
 
+// firstBridge is the name of the primary NIC's bridge, unless another is asked for.
+const firstBridge = "azure0"
+
 // chooseBridge names the bridge of the NIC: the one it has, or a new one.
 func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (string, error) {
 	mac, name := nic.Attrs().HardwareAddr.String(), spec.Name
@@ -200,7 +203,7 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 	case has != "":
 		return "", fmt.Errorf("%s has the bridge %s already and cannot have %s too: one NIC has one bridge", nic.Attrs().Name, has, name)
 	case name == "" && spec.Primary:
-		name = "azure0"
+		name = firstBridge
 	case name == "":
 		name = fmt.Sprintf("azure%d", nic.Attrs().Index)
 	}
@@ -212,11 +215,12 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 			return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, other)
 		}
 	}
-	if l := links.Named(name); l != nil && !halfMade(l) {
-		if mac, ours := bridgeOf(l); ours {
-			return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, mac)
-		}
-		return "", fmt.Errorf("%s exists already as a link of type %s that is not ours: remove it, or give the bridge another name", name, l.Type())
+	l := links.Named(name)
+	if l == nil || halfMade(l) {
+		return name, nil
 	}
-	return name, nil
+	if mac, ours := bridgeOf(l); ours {
+		return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, mac)
+	}
+	return "", refuseNamesake(links, l)
 }

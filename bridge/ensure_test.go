@@ -111,8 +111,8 @@ func TestEnsureRefusesATakenHost(t *testing.T) {
 		"NIC in br0":               {[]string{"link add br0 type bridge", "link set eth0 master br0"}, true, []string{"eth0 is in br0, a bridge that is not ours", "Drain this VM and reboot it without whatever makes br0"}},
 		"NIC in another's azure0":  {[]string{"link add azure0 type bridge", "link set eth0 master azure0"}, true, []string{"eth0 is in azure0, a bridge that is not ours", "Drain this VM and reboot"}},
 		"NIC where a former build": {[]string{"link add azure0 type bridge", "link set azure0 alias azv1_bridge", "link set eth0 master azure0"}, true, []string{"where an earlier build of azure-vnet put it", "containers that run keep their network", "Drain this VM"}},
-		"another's azure0":         {[]string{"link add azure0 type bridge"}, false, []string{"azure0 exists already as a link of type bridge that is not ours: remove it, or give the bridge another name"}},
-		"a veth azure0":            {[]string{"link add azure0 type veth peer name x"}, false, []string{"azure0 exists already as a link of type veth that is not ours"}},
+		"another's azure0":         {[]string{"link add azure0 type bridge"}, false, []string{"azure0 is a bridge that is not ours", "give the network's bridge another name"}},
+		"a veth azure0":            {[]string{"link add azure0 type veth peer name x"}, false, []string{"azure0 exists already as a link of type veth", "give the network's bridge another name"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -134,7 +134,7 @@ func TestEnsureRefusesATakenHost(t *testing.T) {
 					}
 				}
 				for _, cuts := range []string{"nomaster", "ip link del"} {
-					if strings.Contains(err.Error(), cuts) {
+					if tt.taken && strings.Contains(err.Error(), cuts) {
 						t.Errorf("%s advises %q, which cuts the host off", what, cuts)
 					}
 				}

@@ -179,7 +179,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	case halfMade(l):
 		return nil // said already; it is made when that one is gone
 	case v.bridge(mac) == nil:
-		return []fault{{what: fmt.Sprintf("%s is a link of type %s that is not ours: remove it, or give the network's bridge another name", name, l.Type())}}
+		return []fault{{what: refuseNamesake(v.links, l).Error()}}
 	}
 	a := l.Attrs()
 	add := func(wrong bool, what string, mend func() error) {

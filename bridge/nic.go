@@ -21,6 +21,10 @@ var ErrTaken = errors.New("the NIC is a port of a bridge")
 
 var errNoNIC = errors.New("no network interface of this host has")
 
+// ErrNameTaken is in the error for a host where a bridge that is not ours has the name of the bridge that the NIC is
+// to have. Such a bridge is not touched.
+var ErrNameTaken = errors.New("the bridge's name is another link's")
+
 // notNICs are kinds of link that may carry a NIC's MAC and are not the NIC.
 var notNICs = []string{"bridge", "vlan", "macvlan", "macvtap", "ipvlan", "bond", "team", "vxlan", "ipoib"}
 
@@ -90,6 +94,42 @@ func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 		return fmt.Errorf("%w: %s is in %s, where an earlier build of azure-vnet put it. Nothing was changed, and the containers that run keep their network. Drain this VM. Then run that build's own uninstall; or disable that build (docker plugin disable -f azure-vnet:latest, or remove its conflist) and reboot", ErrTaken, name, master)
 	}
 	return fmt.Errorf("%w: %s is in %s, a %s that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes %s", ErrTaken, name, master, m.Type(), master)
+}
+
+// refuseNamesake says that a link of others has the name that a bridge of ours is to have. Azure's own azure-vnet
+// leaves its azure0 behind. While that has ports or an address, somebody may rely on it.
+func refuseNamesake(links rtnl.Links, l netlink.Link) error {
+	name := l.Attrs().Name
+	if l.Type() != "bridge" {
+		return fmt.Errorf("%s exists already as a link of type %s: give the network's bridge another name", name, l.Type())
+	}
+	refuse := func(remedy string) error {
+		return fmt.Errorf("%w: %s is a bridge that is not ours. Nothing was changed. %s, or give the network's bridge another name", ErrNameTaken, name, remedy)
+	}
+	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
+	hasPort := slices.ContainsFunc(links, func(p netlink.Link) bool { return p.Attrs().MasterIndex == l.Attrs().Index })
+	if err != nil || len(addrs) > 0 || hasPort {
+		return refuse("It has ports or addresses: drain this VM and reboot it without whatever makes " + name)
+	}
+	return refuse("It has no port and no address, such as one that an older azure-vnet left behind: ip link del " + name)
+}
+
+// BridgeName is the name of the bridge that the NIC has, or that Ensure would give it. The error is ErrNameTaken where
+// a link that is not ours has that name. Nothing is changed.
+func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return "", err
+	}
+	s, err := h.state()
+	if err != nil {
+		return "", err
+	}
+	nic, err := findNIC(links, spec.MAC, s.NICs[spec.MAC].Name)
+	if err != nil {
+		return "", err
+	}
+	return chooseBridge(links, spec, nic, s)
 }
 
 // Ready is nil if containers could be attached to the NICs with these MACs; for none, to all that were told

@@ -106,33 +106,71 @@ const brokenWait = 3 * time.Second
 // is not broken. The error names who keeps it waiting.
 func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	var out []string
-	if err := h.Ready(ctx); err != nil {
-		out = append(out, err.Error())
+	taken := h.Ready(ctx)
+	if taken != nil {
+		out = append(out, taken.Error())
 	}
-	if used, err := h.inUse(); err != nil || !used {
+	used, err := h.inUse()
+	if err != nil || !used && taken != nil {
 		return out, err
 	}
+	if !used {
+		return h.brokenForTheFirst()
+	}
+	faults, nics, err := h.brokenOfOurs(ctx)
+	for _, what := range faults {
+		if !slices.Contains(out, what) {
+			out = append(out, what)
+		}
+	}
+	return append(out, upstreamRules(nics)...), err
+}
+
+// brokenOfOurs names the faults, and returns the NICs that something was asked of.
+func (h *Host) brokenOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
 	ctx, cancel := context.WithTimeout(ctx, brokenWait)
 	defer cancel()
 	unlock, err := h.lock(ctx, "look for what is broken")
 	if err != nil {
-		return out, err
+		return nil, nil, err
 	}
 	defer unlock()
 	v, err := h.read()
 	if err != nil {
-		return out, err
+		return nil, nil, err
 	}
 	all, err := h.faults(v, h.readZones(ctx))
 	for _, e := range v.endpoints {
 		all = append(all, e.containerFaults()...)
 	}
 	for _, f := range all {
-		if !slices.Contains(out, f.what) {
-			out = append(out, f.what)
+		out = append(out, f.what)
+	}
+	for _, mac := range v.macs() {
+		if nic := v.nics[mac]; nic != nil {
+			nics = append(nics, nic)
 		}
 	}
-	return out, err
+	return out, nics, err
+}
+
+// brokenForTheFirst names what would be in the way of the first container of a host, of which nothing is asked yet.
+func (h *Host) brokenForTheFirst() (out []string, err error) {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return nil, err
+	}
+	if l := links.Named(firstBridge); l != nil {
+		out = append(out, refuseNamesake(links, l).Error())
+	}
+	primary, err := defaultLink()
+	if err != nil {
+		return out, err
+	}
+	if nic := links.Index(primary); nic != nil {
+		out = append(out, upstreamRules([]netlink.Link{nic})...)
+	}
+	return out, nil
 }
 
 // The plugin, or a timer, reconciles every 30 s. Where there is neither, whoever attaches does:

@@ -123,6 +123,21 @@ untaken() {
 			die "the NIC is a port of a bridge: $nic is in $bridge, a bridge that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes $bridge" ;;
 		esac
 	done
+	no_namesake
+}
+
+# no_namesake refuses a host on which an older azure-vnet left its bridge, whose name
+# ours would have.
+no_namesake() {
+	azure0=/sys/class/net/azure0
+	[ -d $azure0/bridge ] || return 0
+	case $(cat $azure0/netdev_group):$(cat $azure0/ifalias) in
+	16862:* | *:"azv1 bridge"* | *:"azv2 bridge"*) return 0 ;; # ours, or of an earlier build of ours
+	esac
+	refusal="the bridge's name is another link's: azure0 is a bridge that is not ours. Nothing was changed."
+	[ -z "$(ls $azure0/brif)$(ip -4 -o addr show dev azure0)" ] ||
+		die "$refusal It has ports or addresses: drain this VM and reboot it without whatever makes azure0"
+	die "$refusal It has no port and no address, such as one that an older azure-vnet left behind: ip link del azure0"
 }
 
 # --- the files --------------------------------------------------------------------

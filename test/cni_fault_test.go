@@ -178,6 +178,10 @@ func TestADDWhateverBecameOfItsState(t *testing.T) {
 		{"not JSON", "echo '<leases/>' >$0"},
 		{"a list", "echo '[]' >$0"},
 		{"of a version to come", `sed -i 's/"version":1/"version":99/' $0`},
+		{"a lease of 2^63", `sed -i 's/"since":-\?[0-9]*/"since":9223372036854775808/' $0`},
+		{"a lease of centuries ahead", `sed -i 's/"since":-\?[0-9]*/"since":9223372036854775807/' $0`},
+		{"a lease of IPv6", `sed -i 's/"leases":{/"leases":{"fd00::5":{"owner":"o","mac":"","prefix":"fd00::\/64","since":1},/' $0`},
+		{"a lease of nobody", `sed -i 's/"leases":{/"leases":{"10.240.0.9":null,/' $0`},
 		{"leases of the wrong kind", `sed -i 's/"leases":{/"leases":7,"x":{/' $0`},
 	} {
 		t.Run(bad.name, func(t *testing.T) {

@@ -12,7 +12,9 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 
+	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/pool"
 )
 
 // del takes the link away, then the lease. It asks for no namespace and no
@@ -29,6 +31,11 @@ func del(ctx context.Context, c *cni.Call) error {
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
 	if err := takeAway(ctx, c, l, c.Owners()...); err != nil {
 		return err
+	}
+	if !linked {
+		if err := endUpstreams(ctx, c, l); err != nil {
+			return err
+		}
 	}
 	if own(c) || c.Conf.IPAM.Type == "" {
 		return nil
@@ -56,6 +63,19 @@ func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
 			}
 		}
 	}
+}
+
+// endUpstreams takes away what Azure's own azure-vnet attached the container to, if it
+// did: the container is older than this plugin's installation.
+func endUpstreams(ctx context.Context, c *cni.Call, l *cni.Lender) error {
+	namespace, name, _ := strings.Cut(c.Conf.Pod, "/")
+	link, err := l.Host.RemoveUpstreamLink(ctx, bridge.UpstreamContainer{
+		Network: c.Conf.Network, ContainerID: c.ContainerID, IfName: c.IfName, PodNamespace: namespace, PodName: name, Netns: c.Netns,
+	})
+	if link != "" {
+		c.Note("removed", link)
+	}
+	return err
 }
 
 // takeAway takes the owners' links away, then their leases. One that fails keeps none of
@@ -180,13 +200,14 @@ func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string)
 }
 
 // status tells whether an ADD could succeed. A NIC that is in somebody's bridge goes
-// before all other reasons, for nothing else helps there.
+// before all other reasons, for nothing else helps there. So does a bridge of others
+// that has the name of the NIC's.
 func status(ctx context.Context, c *cni.Call) error {
 	l, err := c.Lender()
 	if err != nil {
 		return err
 	}
-	nic, err := addressable(ctx, c, l)
+	nic, primary, err := addressable(ctx, c, l)
 	var macs []string // none: the NICs that were asked for since the boot
 	if nic != "" {
 		macs = []string{nic}
@@ -194,15 +215,25 @@ func status(ctx context.Context, c *cni.Call) error {
 	if taken := l.Host.Ready(ctx, macs...); taken != nil {
 		return taken
 	}
+	if nic != "" && c.Conf.Mode != bridge.ModeTransparent {
+		_, bad := l.Host.BridgeName(ctx, bridge.Spec{MAC: nic, Name: c.Conf.Bridge, Primary: primary})
+		if errors.Is(bad, bridge.ErrNameTaken) {
+			return bad
+		}
+	}
 	return err
 }
 
 // addressable is an error if no container can be given an address. nic is the MAC of
-// the NIC that an ADD would take, empty if it is not known.
-func addressable(ctx context.Context, c *cni.Call, l *cni.Lender) (nic string, err error) {
+// the NIC that an ADD would take, empty if it is not known, and primary whether it is
+// the VM's primary one.
+func addressable(ctx context.Context, c *cni.Call, l *cni.Lender) (nic string, primary bool, err error) {
 	if own(c) {
-		return l.Ready(ctx)
+		nic, err = l.Ready(ctx)
+		nics, _ := l.Known(ctx) // none: then err says why
+		primary = slices.ContainsFunc(nics, func(n pool.NIC) bool { return n.MAC == nic && n.Primary })
+		return nic, primary, err
 	}
-	nic, _, err = master(ctx, c, l.Host)
-	return nic, errors.Join(err, delegated(ctx, c, invoke.DelegateStatus))
+	nic, primary, err = master(ctx, c, l.Host)
+	return nic, primary, errors.Join(err, delegated(ctx, c, invoke.DelegateStatus))
 }

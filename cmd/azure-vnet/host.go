@@ -34,7 +34,7 @@ func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, pr
 // misnamed gives err, with which Ensure failed, the code of a wrong configuration if
 // the bridge that it names can never be the NIC's.
 func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
-	if c.Conf.Bridge == "" || errors.Is(err, bridge.ErrTaken) {
+	if c.Conf.Bridge == "" || errors.Is(err, bridge.ErrTaken) || errors.Is(err, bridge.ErrNameTaken) {
 		return err
 	}
 	all, bad := host.Bridges(ctx)

@@ -209,6 +209,8 @@ func (c *Call) read(args *skel.CmdArgs, main bool) (err error) {
 		// A name is enough to take away what there is: a configuration that
 		// became wrong since must not keep a pod from ending.
 		c.Conf = readName(c.Stdin)
+		said, _ := parseArgs(args.Args) // as far as it can be read
+		c.Conf.Pod = podOf(said)
 		return nil
 	}
 	c.Conf, err = readConf(c.Stdin, args.Args, main)

@@ -296,17 +296,11 @@ func (c *Conf) readAttachments(f *file) error {
 // readArgs reads what is asked for one container: by capability, by the
 // configuration's args, by CNI_ARGS, by ipam.ipAddress, in this order.
 func (c *Conf) readArgs(args string, f *file) error {
-	said := map[string]string{}
-	for pair := range strings.SplitSeq(args, ";") {
-		key, value, ok := strings.Cut(pair, "=")
-		if !ok && pair != "" {
-			return fmt.Errorf("%.40q is not KEY=VALUE", pair)
-		}
-		said[strings.TrimSpace(key)] = strings.TrimSpace(value)
+	said, err := parseArgs(args)
+	if err != nil {
+		return err
 	}
-	if ns, name := said["K8S_POD_NAMESPACE"], said["K8S_POD_NAME"]; name != "" {
-		c.Pod = ns + "/" + name
-	}
+	c.Pod = podOf(said)
 	for _, ips := range [][]string{f.RuntimeConfig.IPs, f.Args.CNI.IPs, words(said["IP"]), words(f.IPAM.IPAddress)} {
 		if len(ips) == 0 {
 			continue
@@ -334,6 +328,27 @@ func (c *Conf) readArgs(args string, f *file) error {
 		break
 	}
 	return nil
+}
+
+// parseArgs reads CNI_ARGS. What can be read of it is returned with an error too.
+func parseArgs(args string) (said map[string]string, err error) {
+	said = map[string]string{}
+	for pair := range strings.SplitSeq(args, ";") {
+		key, value, ok := strings.Cut(pair, "=")
+		if !ok && pair != "" {
+			err = fmt.Errorf("%.40q is not KEY=VALUE", pair)
+		}
+		said[strings.TrimSpace(key)] = strings.TrimSpace(value)
+	}
+	return said, err
+}
+
+// podOf is namespace/name of the pod that CNI_ARGS names; empty: none.
+func podOf(said map[string]string) string {
+	if said["K8S_POD_NAME"] == "" {
+		return ""
+	}
+	return said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
 }
 
 func words(s string) []string {

@@ -1,0 +1,134 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package ebtables finds rules of others in ebtables' table nat, such as those that
+// Azure's own azure-vnet leaves behind: they answer ARP for addresses and lead frames
+// to MACs that are gone. It is no firewall: it reads, and changes nothing.
+package ebtables
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/nfnl"
+)
+
+// table is where Azure's own azure-vnet has its rules.
+const table = "nat"
+
+// chains are those that the table begins with.
+var chains = []string{"PREROUTING", "OUTPUT", "POSTROUTING"}
+
+// Rules are the commands that delete those rules of the table for which concerns is
+// true, of both kinds of ebtables. A rule comes as its words, as ebtables prints them.
+// On a host without such rules the kernel is asked a few questions, and no program is
+// started.
+func Rules(concerns func(rule []string) bool) (commands []string, err error) {
+	var errs []error
+	for _, kind := range []struct {
+		name  string
+		count func() (int, error)
+	}{{"nft", nftRules}, {"legacy", legacyRules}} {
+		n, err := kind.count()
+		if err == nil && n > 0 {
+			var found []string
+			found, err = list(kind.name, concerns)
+			commands = append(commands, found...)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("ebtables-%s: %w", kind.name, err))
+		}
+	}
+	return commands, errors.Join(errs...)
+}
+
+// nftRules counts the rules that ebtables-nft made.
+func nftRules() (n int, err error) {
+	for _, chain := range chains {
+		rules, err := nfnl.Rules(unix.NFPROTO_BRIDGE, table, chain)
+		if err != nil {
+			return n, err
+		}
+		n += len(rules)
+	}
+	return n, nil
+}
+
+// The socket option that asks for a table of legacy ebtables, and its answer (struct
+// ebt_replace of linux/netfilter_bridge/ebtables.h).
+const ebtSoGetInfo = 128
+
+type ebtReplace struct {
+	name        [32]byte
+	validHooks  uint32
+	nentries    uint32
+	entriesSize uint32
+	hookEntry   [6]uintptr
+	numCounters uint32
+	counters    uintptr
+	entries     uintptr
+}
+
+// legacyRules counts the rules of legacy ebtables. To ask for the table would load its
+// module, so the list of modules comes first: without the module there is no rule.
+func legacyRules() (int, error) {
+	modules, err := os.ReadFile("/proc/modules")
+	loaded := func(line string) bool { return strings.HasPrefix(line, "ebtable_nat ") }
+	if err != nil || !slices.ContainsFunc(strings.Split(string(modules), "\n"), loaded) {
+		return 0, nil
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	var info ebtReplace
+	copy(info.name[:], table)
+	size := uint32(unsafe.Sizeof(info))
+	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, ebtSoGetInfo,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0); errno != 0 {
+		return 0, nil // no such table in this namespace
+	}
+	return int(info.nentries), nil
+}
+
+// list asks the program for the rules.
+func list(kind string, concerns func([]string) bool) (commands []string, err error) {
+	program, err := find(kind)
+	if err != nil {
+		return nil, err
+	}
+	for _, chain := range chains {
+		out, err := exec.Command(program, "-t", table, "-L", chain).Output()
+		if err != nil {
+			return commands, fmt.Errorf("list the chain %s: %w", chain, err)
+		}
+		for line := range strings.Lines(string(out)) {
+			rule := strings.Fields(line)
+			if len(rule) > 0 && strings.HasPrefix(rule[0], "-") && concerns(rule) {
+				commands = append(commands, fmt.Sprintf("ebtables-%s -t %s -D %s %s", kind, table, chain, strings.Join(rule, " ")))
+			}
+		}
+	}
+	return commands, nil
+}
+
+// find looks for the program of that kind, by its own name or as ebtables.
+func find(kind string) (string, error) {
+	if path, err := exec.LookPath("ebtables-" + kind); err == nil {
+		return path, nil
+	}
+	if path, err := exec.LookPath("ebtables"); err == nil {
+		said, err := exec.Command(path, "--version").Output()
+		if is := strings.Contains(string(said), "nf_tables"); err == nil && is == (kind == "nft") {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("its table %s has rules, and there is no program ebtables-%s here to read them: on the host, delete those that name a NIC or an address of it (ebtables -t %s -L)", table, kind, table)
+}
