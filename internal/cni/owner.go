@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -65,6 +66,9 @@ func callLock(plugin, owner string) (path string) {
 func (c *Call) lockOwner(ctx context.Context, plugin string) (unlock func(), err error) {
 	path := callLock(plugin, c.Owner())
 	unlock, err = statefile.Lock(ctx, path, c.Verb)
+	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
+		return nil, err // no other call is in the way, but the disk or a right
+	}
 	if err != nil {
 		return nil, wrong(types.ErrTryAgainLater, "another call works on interface %s of container %s: %v", c.IfName, c.ContainerID, err)
 	}
