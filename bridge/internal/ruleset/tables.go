@@ -110,8 +110,9 @@ func (c Config) ipTable() *table {
 // prerouting checks what comes up from our links before any rule of others.
 func (c Config) prerouting(t *table) {
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
-		// With route_localnet the host's 127.0.0.1 would be reached by containers.
-		rule(fromOurs(), ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), drop()),
+		// With route_localnet the host's 127.0.0.1 would be reached by containers. The address comes first: all packets of
+		// the host pass here, and to compare costs less than to look up.
+		rule(ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), fromOurs(), drop()),
 		rule(iifgroup(GroupTransparent), ethernet(), iifname(1), etherSaddr(2), ipSaddr(14), inSet("own"), accept()),
 		rule(iifgroup(GroupTransparent), drop()))
 }
