@@ -83,8 +83,17 @@ create() { # <plugin>
 
 install() { # <plugin> <binary> <prefix>
 	untaken
+	# Before anything is changed: /usr/local is read-only on some systems, such as Flatcar.
+	staged=$3/sbin/.azure-vnet-plugin.new
+	{ mkdir -p "$3/sbin" && cp "$2" "$staged"; } ||
+		die "the tool azure-vnet-plugin cannot be put into $3/sbin. Nothing was changed. Name a directory that can be written: make install PREFIX=/opt/azure-vnet"
+	if [ -d "$(dirname $drop_in)" ] && ! [ -w "$(dirname $drop_in)" ]; then
+		rm -f "$staged"
+		die "$(dirname $drop_in) cannot be written, and cloud-init's drop-in belongs there. Nothing was changed."
+	fi
 	if [ "$(docker plugin inspect -f '{{.Enabled}}' $name 2>/dev/null)" = true ]; then
-		docker plugin disable -f $name >/dev/null # containers keep their network meanwhile
+		trap 'docker plugin enable $name >/dev/null 2>&1 || true' EXIT # whatever fails from here on
+		docker plugin disable -f $name >/dev/null                      # containers keep their network meanwhile
 	fi
 	create "$1"
 	if [ -d "$(dirname $drop_in)" ]; then
@@ -95,9 +104,7 @@ install() { # <plugin> <binary> <prefix>
 			    apply_network_config_for_secondary_ips: false
 		YAML
 	fi
-	mkdir -p "$3/sbin"
-	cp "$2" "$3/sbin/.azure-vnet-plugin.new"
-	mv "$3/sbin/.azure-vnet-plugin.new" "$3/sbin/azure-vnet-plugin"
+	mv "$staged" "$3/sbin/azure-vnet-plugin"
 	docker plugin enable $name >/dev/null
 	echo "$name is enabled"
 }
@@ -115,16 +122,18 @@ uninstall() { # <binary> <prefix>
 	networks=$(docker network ls -q --filter driver=$name)
 	# shellcheck disable=SC2086 # a list of words
 	[ -z "$networks" ] || die "these networks use it, remove them first: docker network rm" $networks
-	if id >/dev/null; then
-		docker plugin disable -f $name >/dev/null 2>&1 || true # it is disabled already
-		docker plugin rm -f $name >/dev/null
-	fi
+	was=$(docker plugin inspect -f '{{.Enabled}}' $name 2>/dev/null || true)
+	docker plugin disable -f $name >/dev/null 2>&1 || true # it is disabled already, or not there
 	if [ -e "$cni_installed" ]; then
 		echo "the CNI package stays, and with it the network that it uses: install-cni-plugin.sh --uninstall"
 	else
-		[ ! -x "$tool" ] || "$tool" uninstall
+		[ ! -x "$tool" ] || "$tool" uninstall || {
+			[ "$was" != true ] || docker plugin enable $name >/dev/null
+			die "nothing was removed"
+		}
 		rm -f "$drop_in"
 	fi
+	! id >/dev/null || docker plugin rm -f $name >/dev/null
 	rm -f "$2/sbin/azure-vnet-plugin"
 }
 

@@ -126,6 +126,24 @@ func TestThePluginComesFromARegistry(t *testing.T) {
 			h.docker("plugin", "disable", "-f", plugin) // change enables it
 		})
 	})
+	t.Run("a file system that cannot be written keeps the plugin as it is", func(t *testing.T) {
+		h := h.in(t)
+		h.must("sh", "-c", "mkdir -p /run/ro && mount -t tmpfs -o ro none /run/ro")
+		before := h.docker("plugin", "ls", "--no-trunc")
+		_, err := h.try(filepath.Join(top, "scripts", "plugin.sh"), "install", filepath.Join(top, "build", "plugin"), filepath.Join(top, "build", "azure-vnet-plugin"), "/run/ro")
+		for _, says := range []string{"Read-only file system", "Nothing was changed", "make install PREFIX="} {
+			if err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("make install does not say %q: %v", says, err)
+			}
+		}
+		if after := h.docker("plugin", "ls", "--no-trunc"); after != before {
+			t.Errorf("the plugins were\n%s\nand are\n%s", before, after)
+		}
+		works(t, "after an installation that could not be")
+		if out, err := h.try(filepath.Join(top, "scripts", "plugin.sh"), "uninstall", filepath.Join(top, "build", "azure-vnet-plugin"), "/run/prefix"); err == nil || !strings.Contains(err.Error(), "these networks use it") {
+			t.Errorf("uninstall beside a network: %s %v", out, err)
+		}
+	})
 	h.docker("rm", "-f", "one")
 	h.empty()
 	clean(t, vnet, used...)
