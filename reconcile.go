@@ -93,8 +93,8 @@ func (r *reconciler) mend(ctx context.Context) {
 		r.log.WithField("what", what).Warn("mended")
 	}
 	r.tell("reconcile the host", err)
-	r.tell("hold published ports", r.networks.HoldPorts(ctx))
 	r.tell("collect leaked leases", r.collect(ctx))
+	r.tell("hold published ports", r.networks.HoldPorts(ctx)) // after links that nobody took are gone
 	r.tell("collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
 	nics, err := r.pool.NICs(ctx)

@@ -118,7 +118,7 @@ func (d *detach) removeElements(state *hostState) error {
 	n := policyOf(state.Policies, d.a.policy).network()
 	n.ID = d.a.policy
 	v.endpoints = []endpoint{{d.a, d.link.Attrs()}}
-	ports := awake(v.ports()[d.link.Attrs().Name]) // a Publish that died may have left the elements of one that is idle
+	ports := state.leadable(d.link.Attrs().Name, v.ports()[d.link.Attrs().Name])
 	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesOf(d.a, d.link.Attrs().Name, ports))
 }
 

@@ -344,10 +344,7 @@ func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
 // do. host.json does not tell which of these stand: who died here wrote it before.
 func (p *publish) elements(v *view) error {
 	of := func(ports []Port) ruleset.Endpoint { return v.rulesOf(p.e.alias, p.e.link.Name, ports) }
-	over := awake(slices.DeleteFunc(slices.Clone(p.had), func(had Port) bool {
-		had.Idle = false
-		return slices.Contains(p.ports, had)
-	}))
+	over := slices.DeleteFunc(v.state.leadable(p.e.link.Name, p.had), func(had Port) bool { return slices.Contains(p.ports, had) })
 	if err := p.nft.RemovePorts(of(over)); err != nil {
 		return err
 	}
@@ -362,11 +359,18 @@ func (p *publish) elements(v *view) error {
 	return err
 }
 
-// awake are the ports as they are when they lead to a container.
-func awake(ports []Port) []Port {
-	out := slices.Clone(ports)
-	for i := range out {
-		out[i].Idle = false
+// leadable are those ports of an endpoint whose elements may lead to it, whatever host.json says of them: a Publish that
+// died may have left the element of one that is idle. An idle one that leads to another endpoint by now is not among them.
+func (s *hostState) leadable(link string, ports []Port) (out []Port) {
+	for _, p := range ports {
+		elsewhere := false
+		for other, theirs := range s.Ports {
+			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o Port) bool { return !o.Idle && p.conflicts(o) })
+		}
+		if !p.Idle || !elsewhere {
+			p.Idle = false
+			out = append(out, p)
+		}
 	}
 	return out
 }

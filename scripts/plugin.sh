@@ -110,7 +110,7 @@ install() { # <plugin> <binary> <prefix>
 }
 
 push() { # <plugin> <reference>
-	docker plugin rm -f "$2" >/dev/null 2>&1 || true # of a push that was broken off
+	docker plugin rm "$2" >/dev/null 2>&1 || true # of a push that was broken off; one that is installed, it leaves
 	docker plugin create "$2" "$1" >/dev/null
 	docker plugin push "$2" || { docker plugin rm "$2" >/dev/null; die "$2 is not pushed"; }
 	docker plugin rm "$2" >/dev/null
