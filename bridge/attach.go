@@ -256,7 +256,13 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or set reclaim", dev, addr)
 	}
 	if len(at.e.Ports) > 0 {
-		if at.ports, err = at.h.claimPorts(ctx, v, at.e.Owner, at.e.NIC, at.link, at.e.Ports); err != nil {
+		if at.ports, err = v.choosePorts(at.e.Owner, at.e.NIC, at.link, at.e.Ports); err != nil {
+			return false, err
+		}
+		if err := at.h.hook("ports"); err != nil {
+			return false, err
+		}
+		if err := at.h.claimPorts(ctx, v, at.link, at.ports); err != nil {
 			return false, err
 		}
 	}

@@ -5,16 +5,12 @@ package bridge
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"hash/fnv"
 	"maps"
 	"net/netip"
 	"slices"
 
-	"github.com/vishvananda/netlink"
-
-	"azurevnet/bridge/internal/conntrack"
 	"azurevnet/bridge/internal/listen"
 	"azurevnet/bridge/internal/ruleset"
 )
@@ -79,9 +75,9 @@ func (p Port) conflicts(o Port) bool {
 	return (!o.Idle || p.Idle) && p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
 }
 
-// claimPorts chooses ports of the host for the endpoint behind link, and writes down that it has them. Who
-// listens at one that it has already is not asked again. It decides before anything else is made for the endpoint.
-func (h *Host) claimPorts(ctx context.Context, v *view, owner, nic, link string, wishes []Port) ([]Port, error) {
+// choosePorts finds ports of the host for the endpoint behind link. Who listens at one that it has already is not asked
+// again.
+func (v *view) choosePorts(owner, nic, link string, wishes []Port) ([]Port, error) {
 	for _, p := range wishes {
 		if err := v.checkHostAddr(p, nic); err != nil {
 			return nil, err
@@ -119,15 +115,14 @@ func (h *Host) claimPorts(ctx context.Context, v *view, owner, nic, link string,
 		}
 		mine = append(mine, got)
 	}
-	if err := h.hook("ports"); err != nil {
-		return nil, err
-	}
-	err = h.updateState(ctx, "publish ports of "+owner, func(s *hostState) error {
-		s.Ports = taken // without what a crash left
-		s.Ports[link] = mine
-		return nil
-	})
-	return mine, err
+	return mine, nil
+}
+
+// claimPorts writes down that the endpoint behind link has the ports, and forgets claims that a crash left.
+func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []Port) error {
+	taken := v.ports()
+	taken[link] = ports
+	return h.updateState(ctx, "claim ports for "+link, func(s *hostState) error { s.Ports = taken; return nil })
 }
 
 // isMetBy reports whether a port that is held is one that p wishes for.
@@ -253,143 +248,6 @@ func (h *Host) portFaults(v *view) (all []fault) {
 		}
 	}
 	return all
-}
-
-// Publish has ports of the host lead to owner's endpoint, and no others. For none, those that Attach claimed stay
-// claimed and lead nowhere. A repeat changes nothing. It returns the ports that lead to the endpoint now.
-func (h *Host) Publish(ctx context.Context, owner string, ports []Port) ([]Port, error) {
-	wishes, err := normalPorts(ports)
-	if err != nil {
-		return nil, err
-	}
-	p := &publish{h: h}
-	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back: see ruleset.Conn
-	unlock, err := h.lock(ctx, "publish ports of "+owner)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	if err := p.run(ctx, owner, wishes); err != nil {
-		return nil, fmt.Errorf("publish ports of %s: %w", owner, err)
-	}
-	return live(p.ports), nil
-}
-
-// publish is one Publish on its way.
-type publish struct {
-	h     *Host
-	e     endpoint
-	had   []Port
-	ports []Port // claimed from now on
-	nft   ruleset.Conn
-	flows conntrack.Conn
-}
-
-func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
-	v, err := p.h.readEndpoints()
-	if err != nil {
-		return err
-	}
-	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.is(owner) })
-	if i < 0 {
-		if len(wishes) == 0 {
-			return nil // it is gone, and its ports with it
-		}
-		return errors.New("it is not attached: start its container again")
-	}
-	p.e, p.had = v.endpoints[i], v.ports()[v.endpoints[i].link.Name]
-	if len(wishes) == 0 {
-		for _, had := range p.had {
-			had.Idle = true
-			p.ports = append(p.ports, had)
-		}
-	}
-	if len(p.had)+len(wishes) == 0 {
-		return nil
-	}
-	// What leads nowhere any more goes first, what leads here comes last. The alias tells that there are ports
-	// before host.json has them: what it does not tell of is void.
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
-		{"publish alias", func() error {
-			if p.e.ports >= len(wishes) {
-				return nil
-			}
-			p.e.ports = len(wishes)
-			return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.e.link}, p.e.alias.String())
-		}},
-		{"publish claims", func() (err error) {
-			if len(wishes) > 0 {
-				p.ports, err = p.h.claimPorts(ctx, v, owner, p.e.nic, p.e.link.Name, wishes)
-				return err
-			}
-			return p.h.updateState(ctx, "take back ports of "+owner, func(s *hostState) error { s.Ports[p.e.link.Name] = p.ports; return nil })
-		}},
-		{"publish elements", func() error { return p.elements(v) }},
-		{"publish flows", func() error { return forgetDatagrams(&p.flows, slices.Concat(live(p.had), live(p.ports))) }},
-	} {
-		if err := p.h.hook(step.name); err != nil {
-			return err
-		}
-		if err := step.do(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// elements takes away the elements of ports that do not lead to the endpoint any more, and adds those of the ones that
-// do. host.json does not tell which of these stand: who died here wrote it before.
-func (p *publish) elements(v *view) error {
-	of := func(ports []Port) ruleset.Endpoint { return v.rulesOf(p.e.alias, p.e.link.Name, ports) }
-	over := slices.DeleteFunc(v.state.leadable(p.e.link.Name, p.had), func(had Port) bool { return slices.Contains(p.ports, had) })
-	if err := p.nft.RemovePorts(of(over)); err != nil {
-		return err
-	}
-	if p.nft.AddPorts(of(p.ports)) == nil {
-		return nil
-	}
-	// An element that a killed process left for such a port is in the way.
-	v, err := p.h.readEndpoints()
-	if err == nil {
-		_, err = v.ruleset().Sync()
-	}
-	return err
-}
-
-// leadable are those ports of an endpoint whose elements may lead to it, whatever host.json says of them: a Publish that
-// died may have left the element of one that is idle. An idle one that leads to another endpoint by now is not among them.
-func (s *hostState) leadable(link string, ports []Port) (out []Port) {
-	for _, p := range ports {
-		elsewhere := false
-		for other, theirs := range s.Ports {
-			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o Port) bool { return !o.Idle && p.conflicts(o) })
-		}
-		if !p.Idle || !elsewhere {
-			p.Idle = false
-			out = append(out, p)
-		}
-	}
-	return out
-}
-
-// live are the ports that lead to a container.
-func live(ports []Port) []Port {
-	return slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Idle })
-}
-
-// forgetDatagrams has datagrams that were sent to a port all along find who has it now: else they go on to where they
-// went.
-func forgetDatagrams(c *conntrack.Conn, ports []Port) error {
-	var all []conntrack.Flows
-	for _, p := range ports {
-		if p.Proto == "udp" {
-			all = append(all, conntrack.Flows{UDPPort: p.HostPort})
-		}
-	}
-	return c.Delete(all...)
 }
 
 // releasePorts forgets the claim of an endpoint. None is success.

@@ -82,6 +82,13 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 		if _, err := h.publish(owner, ports...); err == nil || !strings.Contains(err.Error(), "published to "+b.addr.String()) {
 			t.Errorf("a port has two containers: %v", err)
 		}
+		third := h.container(2)
+		h.mustAttach(third.endpoint(mode, Policy{}))
+		if _, err := h.publish(third.endpoint(mode, Policy{}).Owner, ports...); err == nil {
+			t.Error("a port has a container that was connected later, and another one")
+		}
+		h.whole("after a refusal") // it says nowhere that the container has ports
+		h.mustDetach(third.endpoint(mode, Policy{}).Owner)
 		// The end of the first, as an engine tells it, takes nothing from the second.
 		if _, err := h.publish(owner); err != nil {
 			t.Error(err)
