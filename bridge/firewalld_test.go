@@ -204,6 +204,14 @@ func TestFirewalld(t *testing.T) {
 			w.whole("with the remedy")
 		})
 	}
+	t.Run("the NIC moves to another zone", func(t *testing.T) {
+		for _, zone := range []string{"internal", "public"} {
+			w.change(t, dbus("zone.changeZoneOfInterface", zone, "eth0"))
+			w.checkZone(t, zone)
+			w.whole("in the zone " + zone)
+			w.checkPaths(t, allPaths)
+		}
+	})
 	t.Run("a zone of the administrator's choice", func(t *testing.T) {
 		w.change(t, dbus("zone.changeZoneOfInterface", "internal", "azure0")+" && "+dbus("zone.changeZoneOfInterface", "internal", "azv+"))
 		w.checkZone(t, "internal")

@@ -128,9 +128,9 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 
 // brokenOfOurs names the faults, and returns the NICs that something was asked of.
 func (h *Host) brokenOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
-	ctx, cancel := context.WithTimeout(ctx, brokenWait)
+	wait, cancel := context.WithTimeout(ctx, brokenWait)
 	defer cancel()
-	unlock, err := h.lock(ctx, "look for what is broken")
+	unlock, err := h.lock(wait, "look for what is broken")
 	if err != nil {
 		return nil, nil, err
 	}

@@ -85,20 +85,17 @@ func (f *peer) zone(name string) (is zone, err error) {
 	return is, err
 }
 
-// Move puts a link into a zone, or out of all for none, and out of the one that this reading found it in.
+// Move puts a link that is in none into a zone, or for none out of the one that this reading found it in.
 func (z *Zones) Move(ctx context.Context, link, to string) error {
 	from := z.of[link]
 	if from == to {
 		return nil
 	}
 	err := visit(ctx, z.bus, func(f *peer) error {
-		switch {
-		case to == "":
+		if to == "" {
 			return f.call(busZones+".removeInterface", from, link).Err
-		case from == "":
-			return f.call(busZones+".addInterface", to, link).Err // an error where somebody was faster
 		}
-		return f.call(busZones+".changeZoneOfInterface", to, link).Err
+		return f.call(busZones+".addInterface", to, link).Err // an error where it is in another one
 	})
 	if err != nil {
 		return fmt.Errorf("move %s from %q to %q among firewalld's zones: %w", link, from, to, err)

@@ -36,7 +36,7 @@ type Act int
 
 // The acts. Each can be repeated.
 const (
-	Join   Act = iota // put Link into Zone, from the zone that we put it into or from none
+	Join   Act = iota // put Link into Zone, from none
 	Leave             // take Link out of Zone, which we put it into
 	Forget            // Link is not in the zone any more that we put it into
 	Tell              // only a person can do something
@@ -66,7 +66,7 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 		step := func(act Act, zone, what string, args ...any) {
 			all = append(all, Step{fmt.Sprintf(what, args...), act, link, zone})
 		}
-		is, was := z.of[link], joined[link]
+		is, was := z.in(link), joined[link]
 		nics, ours := links[link]
 		switch {
 		case is != "" && is != was: // somebody's choice
@@ -82,6 +82,8 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 			want, told = z.zoneFor(link, nics)
 		}
 		switch {
+		case want != "" && is != "" && want != is: // then the next reading has it join: who dies in between leaves it in none
+			step(Leave, is, "%s is in the firewalld zone %s, and %s in %s", link, is, nics[0], want)
 		case want != "" && want != is:
 			step(Join, want, "%s is not in the firewalld zone %s of %s", link, want, nics[0])
 		case want == "" && is != "":
@@ -127,10 +129,23 @@ func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 
 // zoneOf is a link's zone; it is not named where that is the default one for want of another.
 func (z *Zones) zoneOf(link string) (name string, named bool) {
-	if name = z.of[link]; name != "" {
+	if name = z.in(link); name != "" {
 		return name, true
 	}
 	return z.fallback, false
+}
+
+// in is the zone that a link is in by its name, or by how its name begins, as with eth+; empty: none.
+func (z *Zones) in(link string) string {
+	if name, ok := z.of[link]; ok {
+		return name
+	}
+	for of, name := range z.of {
+		if begin, wild := strings.CutSuffix(of, "+"); wild && name != "" && strings.HasPrefix(link, begin) {
+			return name
+		}
+	}
+	return ""
 }
 
 // commands are an administrator's, for now and for good.

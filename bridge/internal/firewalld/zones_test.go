@@ -51,7 +51,9 @@ func TestSteps(t *testing.T) {
 		"in no zone":                           {host("public", "eth0=work"), azure0, nil, []string{"join azure0 work"}},
 		"joined":                               {host("public", "eth0=work azure0=work"), azure0, ours("work"), nil},
 		"reloaded":                             {host("public", "eth0=work"), azure0, ours("work"), []string{"join azure0 work"}},
-		"the NIC moved":                        {host("public", "eth0=public azure0=work"), azure0, ours("work"), []string{"join azure0 public"}},
+		"the NIC moved":                        {host("public", "eth0=public azure0=work"), azure0, ours("work"), []string{"leave azure0 work"}}, // and then it is in no zone
+		"the NIC by how its name begins":       {host("public", "eth+=work"), azure0, nil, []string{"join azure0 work"}},
+		"somebody's, by how its name begins":   {host("public", "eth0=public azure+=work"), azure0, nil, nil},
 		"somebody's":                           {host("public", "eth0=public azure0=work"), azure0, nil, nil},
 		"somebody's, as ours would be":         {host("public", "eth0=public azure0=public"), azure0, nil, nil},
 		"somebody moved ours":                  {host("public", "eth0=public azure0=work"), azure0, ours("public"), []string{"forget azure0 public"}},
