@@ -341,3 +341,28 @@ func (n node) killed(verb, id string, conf []byte, after time.Duration, more ...
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	_ = cmd.Wait()
 }
+
+// TestAnAddressWithALeftRouteIsLent: a route that a crash left keeps nobody from the last free address. The ADD that needs
+// it looks the host over.
+func TestAnAddressWithALeftRouteIsLent(t *testing.T) {
+	t.Parallel()
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+	n := onNode(vms[0])
+	l := n.list("1.1.0", "azure", azure())
+	first, _ := n.add(l, n.pod("first"))
+	left := n.Secondaries()[0]
+	if left == first {
+		left = n.Secondaries()[1]
+	}
+	for _, table := range []string{"main", "16863"} {
+		n.must("ip", "route", "add", left.String()+"/32", "dev", "azure0", "proto", "168", "table", table)
+	}
+	second, _ := n.add(l, n.pod("second"))
+	if second != left {
+		t.Errorf("the second pod has %s, and %s was free", second, left)
+	}
+	if _, err := onHost(vms[1]).try("ping", "-c", "1", "-W", "3", second.String()); err != nil {
+		t.Errorf("%s is not reached: %v", second, err)
+	}
+	clean(t, vnet, second)
+}

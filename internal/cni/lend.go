@@ -106,19 +106,20 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
 		err = errors.Join(err, l.Host.Forget(lost.Addr))
 	}
-	if len(leaked) > 0 { // an address that a route is left of is not lent
-		if _, bad := l.Host.Reconcile(ctx); bad != nil {
-			l.call.Warn("look the host over: " + bad.Error())
-		}
+	// An address to which a route is left is not lent: of these leases, or of one that was given back while nobody
+	// could look the host over.
+	mended, bad := l.Host.Reconcile(ctx)
+	if bad != nil {
+		l.call.Warn("look the host over: " + bad.Error())
 	}
+	freed = len(leaked)+len(mended) > 0
 	if err != nil || !l.call.Conf.Reclaim {
-		return len(leaked) > 0, err
+		return freed, err
 	}
 	nics, err := l.NICs(ctx)
 	if err != nil {
 		return false, err
 	}
-	freed = len(leaked) > 0
 	for _, nic := range nics {
 		taken, err := l.Host.Reclaim(ctx, nic.MAC, nic.Secondaries())
 		if len(taken) > 0 {
