@@ -90,9 +90,9 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 	return all, nil
 }
 
-// mendTables makes the nft tables what they should be. A datagram flow that began while they were gone goes on without
-// SNAT, or past a published port, for as long as it is used: the kernel decides once for a flow. Such flows are
-// forgotten, so that the next datagram is decided on anew. A connection of TCP is begun anew by its client.
+// mendTables makes the nft tables what they should be. The kernel decides on SNAT and DNAT once for a flow. A datagram
+// flow that began while the tables were gone would go on without them for as long as it is used. So such flows are
+// deleted, and the kernel decides on the next datagram. A TCP client begins a new connection by itself.
 func mendTables(v *view) error {
 	c := v.ruleset()
 	if _, err := c.Sync(); err != nil {

@@ -150,8 +150,8 @@ func live(ports []Port) []Port {
 	return slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Idle })
 }
 
-// forgetDatagrams has datagrams that were sent to a port all along find who has it now: else they go on to where they
-// went.
+// forgetDatagrams deletes the flows of datagrams to UDP ports. Else a client that keeps sending would reach whoever had
+// the port before.
 func forgetDatagrams(c *conntrack.Conn, ports []Port) error {
 	var all []conntrack.Flows
 	for _, p := range ports {

@@ -116,9 +116,8 @@ func TestSettingsOfOthers(t *testing.T) {
 	})
 }
 
-// IPv6 that somebody switches on or off while containers run keeps no container away and no round from mending, be it
-// of one link, of all or of new ones, or of a link whose MTU is too small for it. What is on where it must be off is
-// named.
+// Somebody switches IPv6 on or off while containers run: for one link, for all, for new ones, or by an MTU that is too
+// small for it. Containers still come, and rounds still mend. IPv6 that is on where it must be off is named.
 func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})

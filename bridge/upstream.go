@@ -83,9 +83,9 @@ func (c UpstreamContainer) hostEnds() (byID, byPod string) {
 // name; empty: there is none. The routes over the link and the container's interface go with it, and nothing else
 // does. A runtime needs that for containers that it began before azure-vnet was installed.
 //
-// The container's namespace is the proof: the interface IfName in it is the link's other end. Where no namespace is
-// told, or it is gone, a link with the name of the container's id is removed too. One with the name of the pod stays:
-// the kernel removes a link together with the namespace of its other end, so that link is another container's.
+// The container's namespace is the proof: the interface IfName in it is the link's other end. Without a namespace, the
+// link whose name derives from the container's id is removed. The link whose name derives from the pod stays then: the
+// kernel deletes a link together with the namespace of its other end, so a link that stands is another container's.
 func (h *Host) RemoveUpstreamLink(ctx context.Context, c UpstreamContainer) (link string, err error) {
 	byID, byPod := c.hostEnds()
 	for _, name := range []string{byID, byPod} {

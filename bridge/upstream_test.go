@@ -102,8 +102,8 @@ func TestUpstreamsNames(t *testing.T) {
 	}
 }
 
-// What Azure's own azure-vnet attached is removed for the very container that has it, with its route, and nothing
-// else is: not the link of a pod's next container, not what anybody else has under such a name.
+// The link that Azure's own azure-vnet gave to a container is removed for that container alone, with its route. The link
+// of the pod's next container stays, and so does a link of anybody else that has such a name.
 func TestRemoveUpstreamLink(t *testing.T) {
 	pod := UpstreamContainer{Network: "azure", ContainerID: "fedcba9876543210", IfName: "eth0", PodNamespace: "default", PodName: "old"}
 	byID := UpstreamContainer{Network: "azure", ContainerID: "0123456789abcdef", IfName: "eth0"}

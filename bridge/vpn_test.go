@@ -73,7 +73,7 @@ func TestWireGuardTakesEverything(t *testing.T) {
 	})
 }
 
-// What the host reaches, containers of each NIC reach at once, by whatever kind of route the host has. So is an address
+// Containers of each NIC reach at once what the host reaches, whatever kind of route it has. They also reach an address
 // that appears on the host, such as node-local-dns's.
 func TestContainersReachWhatTheHostReaches(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {

@@ -34,8 +34,8 @@ func (n node) makeOddPaths() {
 	n.t.Cleanup(func() { l.Close() })
 }
 
-// What is named as a container's network namespace and is none is refused at once, by every verb that opens it and in
-// both modes. No address is lent for it, no other IPAM is asked, and nothing is held.
+// CNI_NETNS may name something that is no network namespace. Every verb that opens it refuses it at once, in both modes.
+// No address is lent for it, no other IPAM is asked, and nothing is held.
 func TestANamespaceThatIsNoneIsRefusedAtOnce(t *testing.T) {
 	t.Parallel()
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})

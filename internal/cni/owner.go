@@ -75,8 +75,8 @@ func (c *Call) lockOwner(ctx context.Context, plugin string) (unlock func(), err
 	return removing(path, unlock), nil
 }
 
-// removing is an unlock that leaves no file. Whoever waits for a lock file sees that it is
-// gone, and makes a new one.
+// removing is an unlock that deletes the lock's file. Another call that waits for the lock
+// then makes a new file.
 func removing(path string, unlock func()) func() {
 	return func() {
 		_ = os.Remove(path)

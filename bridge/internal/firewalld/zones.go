@@ -98,8 +98,8 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 	return all
 }
 
-// zoneFor chooses the zone that a link is to join. Where there is none that serves containers and opens
-// nothing else, told says so and what to do.
+// zoneFor chooses the zone that a link is to join: one that serves containers and opens nothing else. If there
+// is none, told says why, and what to do.
 func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	nic := nics[0]
 	name, named := z.zoneOf(nic)
