@@ -254,6 +254,9 @@ func (h host) containerLinks() []string {
 	names := []string{}
 	err := h.Do(func() error {
 		links, err := netlink.LinkList()
+		for errors.Is(err, netlink.ErrDumpInterrupted) { // a link came or went meanwhile
+			links, err = netlink.LinkList()
+		}
 		for _, l := range links {
 			if veth.MatchString(l.Attrs().Name) {
 				names = append(names, l.Attrs().Name)
