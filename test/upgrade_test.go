@@ -89,11 +89,11 @@ func fromTop(t *testing.T, path string) string {
 	return rel
 }
 
-// pingOn pings an address five times a second until end is called, which fails the test if a
+// pingOn pings an address fifty times a second until end is called, which fails the test if a
 // ping was lost.
 func (h host) pingOn(to netip.Addr) (end func()) {
 	h.t.Helper()
-	cmd := h.Command(context.Background(), "sh", "-c", "busybox ping -i 0.2 $0 & read line; kill -INT $!; wait", to.String())
+	cmd := h.Command(context.Background(), "sh", "-c", "busybox ping -i 0.02 $0 & read line; kill -INT $!; wait", to.String())
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	stdin, err := cmd.StdinPipe()
