@@ -23,6 +23,7 @@ func main() {
 	// What the program starts itself with, in a VM or a container.
 	dir := flag.String("inside", "", "where the plugins lie")
 	more := flag.Int("pods", -1, "make pods, and so many more")
+	mode := flag.String("mode", "bridge", "of the pods that are made")
 	answer := flag.Bool("echo", false, "answer")
 	server := flag.String("ask", "", "measure the path to it")
 	flag.Parse()
@@ -33,7 +34,7 @@ func main() {
 	case *server != "":
 		err = ask(*server)
 	case *more >= 0:
-		err = pods(*dir, *more)
+		err = pods(*dir, *mode, *more)
 	case *dir != "":
 		err = calls(*dir, *rounds, *standing)
 	default:

@@ -56,21 +56,22 @@ func paths(dir, self string, rounds, standing int) error {
 	}
 	defer vnet.Close()
 	var vms []*vnetsim.VM
-	for range 6 {
+	for range 8 {
 		vm, err := vnet.AddVM(vnetsim.VMConfig{Secondaries: standing + 8})
 		if err != nil {
 			return err
 		}
 		vms = append(vms, vm)
 	}
-	plain, engine, ours := vms[:2], vms[2:4], vms[4:]
+	plain, engine, bridged, routed := vms[:2], vms[2:4], vms[4:6], vms[6:]
 	for _, vm := range engine {
 		if out, err := vm.Run(context.Background(), "sh", "-ec", asAnEngine); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 	}
-	for _, vm := range ours {
-		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing))
+	for i, vm := range vms[4:] {
+		mode := []string{"bridge", "bridge", "transparent", "transparent"}[i]
+		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing), "-mode", mode)
 		if out, err := setUp.CombinedOutput(); err != nil {
 			return fmt.Errorf("pods on %s: %w: %s", vm.Name, err, out)
 		}
@@ -78,7 +79,8 @@ func paths(dir, self string, rounds, standing int) error {
 	for _, at := range []struct {
 		vm *vnetsim.VM
 		in string
-	}{{plain[1], ""}, {engine[1], ""}, {ours[1], ""}, {ours[1], "b0"}, {ours[1], "t0"}, {ours[1], "pub"}, {ours[0], "b1"}, {ours[0], "t1"}} {
+	}{{plain[1], ""}, {engine[1], ""}, {bridged[1], ""}, {bridged[1], "c0"}, {bridged[1], "pub"}, {bridged[0], "c1"},
+		{routed[1], ""}, {routed[1], "c0"}, {routed[1], "pub"}, {routed[0], "c1"}} {
 		line := append(enter(at.in), append(pinned, self, "-echo")...)
 		echo := at.vm.Command(context.Background(), line[0], line[1:]...)
 		if err := echo.Start(); err != nil {
@@ -95,18 +97,20 @@ func paths(dir, self string, rounds, standing int) error {
 	all := []*path{
 		{name: "plain VMs, as an engine has them: the floor", from: engine[0], server: at(engine[1], echoPort)},
 		{name: "plain VMs, as they come", from: plain[0], server: at(plain[1], echoPort)},
-		{name: "host to host, beside azure-vnet", from: ours[0], server: at(ours[1], echoPort)},
-		{name: "container to container, bridge", from: ours[0], client: "b0", server: pod(ours[1], "b0"), call: "0"},
-		{name: "the same, call-iptables 1", from: ours[0], client: "b0", server: pod(ours[1], "b0"), call: "1"},
-		{name: "container to container, transparent", from: ours[0], client: "t0", server: pod(ours[1], "t0"), call: "0"},
-		{name: "on one VM, bridge", from: ours[0], client: "b0", server: pod(ours[0], "b1"), call: "0"},
-		{name: "on one VM, transparent", from: ours[0], client: "t0", server: pod(ours[0], "t1"), call: "0"},
-		{name: "plain VM to a published port", from: plain[0], server: at(ours[1], publishedPort), call: "0"},
-		{name: "reference bridge, masqueraded", from: ours[0], client: "masq", server: at(plain[1], echoPort), call: "0"},
+		{name: "host to host, beside bridge containers", from: bridged[0], server: at(bridged[1], echoPort)},
+		{name: "host to host, beside transparent ones", from: routed[0], server: at(routed[1], echoPort)},
+		{name: "container to container, bridge", from: bridged[0], client: "c0", server: pod(bridged[1], "c0"), call: "0"},
+		{name: "the same, call-iptables 1", from: bridged[0], client: "c0", server: pod(bridged[1], "c0"), call: "1"},
+		{name: "container to container, transparent", from: routed[0], client: "c0", server: pod(routed[1], "c0"), call: "0"},
+		{name: "on one VM, bridge", from: bridged[0], client: "c0", server: pod(bridged[0], "c1"), call: "0"},
+		{name: "on one VM, transparent", from: routed[0], client: "c0", server: pod(routed[0], "c1"), call: "0"},
+		{name: "plain VM to a published port, bridge", from: plain[0], server: at(bridged[1], publishedPort), call: "0"},
+		{name: "plain VM to a published port, transparent", from: plain[0], server: at(routed[1], publishedPort), call: "0"},
+		{name: "reference bridge, masqueraded", from: bridged[0], client: "masq", server: at(plain[1], echoPort), call: "0"},
 	}
 	for range rounds {
 		for _, p := range all {
-			if err := p.measure(self, ours); err != nil {
+			if err := p.measure(self, vms[4:]); err != nil {
 				return fmt.Errorf("%s: %w", p.name, err)
 			}
 		}
@@ -161,20 +165,22 @@ func over(a, b []float64) []float64 {
 }
 
 // podNames are the pods that paths lead from and to, in the order in which they get the VM's addresses.
-var podNames = []string{"b0", "b1", "t0", "t1", "pub"}
+var podNames = []string{"c0", "c1", "pub"}
 
-// pods makes in this VM the pods of the paths, n more of azure-vnet, and one behind a masquerading bridge.
-func pods(dir string, n int) error {
+// pods makes in this VM the pods of the paths, n more, all of one mode, and one behind a masquerading bridge.
+func pods(dir, mode string, n int) error {
 	const ports = `,"runtimeConfig":{"portMappings":[{"hostPort":` + publishedPort + `,"containerPort":` + echoPort + `},{"hostPort":` + publishedPort + `,"containerPort":` + echoPort + `,"protocol":"udp"}]}`
+	c := chains[0]
+	c.conf += `,"mode":"` + mode + `"`
 	for i, name := range podNames {
-		c := chains[0]
-		c.conf += []string{"", "", `,"mode":"transparent"`, `,"mode":"transparent"`, ports}[i]
-		if err := pod(dir, c, name); err != nil {
+		with := c
+		with.conf += []string{"", "", ports}[i]
+		if err := pod(dir, with, name); err != nil {
 			return err
 		}
 	}
 	for i := range n {
-		if err := pod(dir, chains[0], fmt.Sprintf("p%d", i)); err != nil {
+		if err := pod(dir, c, fmt.Sprintf("p%d", i)); err != nil {
 			return err
 		}
 	}

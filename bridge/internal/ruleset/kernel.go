@@ -188,7 +188,7 @@ type Part int
 
 const (
 	ForBridges     Part = iota // family bridge
-	ForTransparent             // family arp
+	ForTransparent             // family arp, and a chain of the ip table
 )
 
 // Stands reports whether the tables stand with the chain of that network, so that an
@@ -206,7 +206,7 @@ func Stands(n Network, parts ...Part) (bool, error) {
 		if part == ForBridges {
 			ok, err = nfnl.ChainExists(byte(bridgeTable.Family), Name, "prerouting")
 		} else {
-			ok, err = nfnl.ChainExists(byte(arpTable.Family), Name, "input")
+			ok, err = nfnl.ChainExists(byte(ipTable.Family), Name, "prerouting") // the arp table is older
 		}
 	}
 	return ok, err

@@ -99,10 +99,14 @@ func (c Config) tables() []*table {
 	if c.Bridges {
 		all = append(all, c.bridgeTable())
 	}
-	if c.Transparent || slices.ContainsFunc(c.Endpoints, Endpoint.transparent) {
+	if c.transparent() {
 		all = append(all, c.arpTable())
 	}
 	return append(all, c.ipTable())
+}
+
+func (c Config) transparent() bool {
+	return c.Transparent || slices.ContainsFunc(c.Endpoints, Endpoint.transparent)
 }
 
 func (e Endpoint) transparent() bool { return e.BridgeMAC == nil }

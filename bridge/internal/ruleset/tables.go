@@ -48,14 +48,22 @@ var (
 // another's MAC or address: none of these is an element, and all are dropped.
 //
 // The bridge's port group comes last, so that a container's packet costs one look-up.
+//
+// Two more checks that only bridges need stand here, where the host's own packets do not pass.
 func (c Config) bridgeTable() *table {
 	t := &table{is: bridgeTable}
 	t.set("own", ownType)
 	t.set("own_arp", ownARP)
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeBrNetfilter,
+		// With route_localnet a container would reach the host's 127.0.0.1.
+		rule(etherType(unix.ETH_P_IP), toLoopback(), iifgroup(GroupBridge), drop()),
 		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(2), etherDaddr(14), ipSaddr(3), inSet("own"), accept()),
 		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(2), etherDaddr(14), arpSaddrEther(3), arpSaddrIP(18), inSet("own_arp"), accept()),
 		rule(iifgroup(GroupBridge), drop()))
+	// The kernel tells a container a shorter way to another one of its bridge. There
+	// is none: it reaches both by the host.
+	t.base("output", filter, nftables.ChainHookOutput, atFilter,
+		rule(oifgroup(GroupBridge), etherType(unix.ETH_P_IP), icmpType(5), drop()))
 	c.fill(t)
 	return t
 }
@@ -95,26 +103,28 @@ func (c Config) ipTable() *table {
 	for _, nic := range c.NICs {
 		t.sets["nics"].elems[key{bytes: nameKey(nic)}] = ""
 	}
-	c.prerouting(t)
+	if c.transparent() {
+		prerouting(t)
+	}
 	c.forward(t)
 	c.publish(t)
 	c.postrouting(t)
-	// The kernel tells a container a shorter way to another one of its bridge. There
-	// is none: it reaches both by the host.
-	t.base("output", filter, nftables.ChainHookOutput, atFilter,
-		rule(oifgroup(GroupBridge), icmpType(5), drop()))
 	c.fill(t)
 	return t
 }
 
-// prerouting checks what comes up from our links before any rule of others.
-func (c Config) prerouting(t *table) {
+// prerouting checks what comes up from transparent links, before any rule of others. All
+// packets of the host pass it, so it stands only where there are such links.
+func prerouting(t *table) {
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
-		// With route_localnet the host's 127.0.0.1 would be reached by containers. The address comes first: all packets of
-		// the host pass here, and to compare costs less than to look up.
-		rule(ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), fromOurs(), drop()),
+		// With route_localnet a container would reach the host's 127.0.0.1.
+		rule(iifgroup(GroupTransparent), toLoopback(), drop()),
 		rule(iifgroup(GroupTransparent), ethernet(), iifname(1), etherSaddr(2), ipSaddr(14), inSet("own"), accept()),
 		rule(iifgroup(GroupTransparent), drop()))
+}
+
+func toLoopback() []expr.Any {
+	return rule(ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}))
 }
 
 // forward drops what no container may reach, and all that an internal endpoint exchanges
