@@ -1,0 +1,249 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package forward
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/coreos/go-iptables/iptables"
+	"github.com/mattn/go-shellwords"
+)
+
+// backend is one kind of iptables.
+type backend struct {
+	name string
+	run  *iptables.IPTables
+}
+
+// state is what lies in iptables.
+type state struct {
+	forward []string // rules of FORWARD, as iptables -S prints them
+	final   int      // index of the first of them that ends the chain for every packet; else their number
+	chained bool     // our chain exists
+	accepts []string // its rules
+}
+
+func (b *backend) read() (s state, err error) {
+	if s.forward, err = b.rules(parent); err != nil {
+		return s, err
+	}
+	if s.chained, err = b.run.ChainExists(table, ours); err != nil {
+		return s, fmt.Errorf("look for the chain %s: %w", ours, err)
+	}
+	if s.chained {
+		if s.accepts, err = b.rules(ours); err != nil {
+			return s, err
+		}
+	}
+	for s.final = range s.forward {
+		ends, err := b.ends(s.forward[s.final])
+		if err != nil {
+			return s, err
+		}
+		if ends {
+			return s, nil
+		}
+	}
+	s.final = len(s.forward)
+	return s, nil
+}
+
+// rules lists a chain's rules without the line of its policy or its making.
+func (b *backend) rules(chain string) ([]string, error) {
+	all, err := b.run.List(table, chain)
+	if err != nil {
+		return nil, fmt.Errorf("read the chain %s: %w", chain, err)
+	}
+	return slices.DeleteFunc(all, func(r string) bool { return !strings.HasPrefix(r, "-A ") }), nil
+}
+
+// everything matches a rule without any condition, and onward the target of any rule.
+var (
+	everything = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
+	onward     = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
+)
+
+// ends reports whether a rule stops every packet that nobody has accepted: it drops or
+// rejects all, or leads all to a chain that does.
+func (b *backend) ends(rule string) (bool, error) {
+	m := everything.FindStringSubmatch(rule)
+	if m == nil || m[1] == ours {
+		return false, nil
+	}
+	return b.stopsAll(m[1], maxDepth)
+}
+
+// maxDepth bounds how far a rule is followed from chain to chain.
+const maxDepth = 8
+
+// stopsAll reports whether a target drops or rejects every packet. A chain does if a rule
+// without condition does, and the rules before it do no more than accept or note packets:
+// those rules lose nothing when our accepts come first. A chain that drops or returns some
+// packets earlier is a policy of somebody, and our accepts stay behind it.
+func (b *backend) stopsAll(target string, depth int) (bool, error) {
+	switch target {
+	case "DROP", "REJECT":
+		return true, nil
+	case "ACCEPT", "RETURN":
+		return false, nil
+	}
+	if depth == 0 {
+		return false, nil
+	}
+	inside, err := b.rules(target)
+	var failed *iptables.Error
+	if errors.As(err, &failed) && failed.ExitStatus() == 1 {
+		return false, nil // no chain, but an extension such as LOG
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, rule := range inside {
+		if m := everything.FindStringSubmatch(rule); m != nil {
+			if stops, err := b.stopsAll(m[1], depth-1); err != nil || stops {
+				return stops, err
+			}
+		}
+		m := onward.FindStringSubmatch(rule + " ")
+		if m == nil || !slices.Contains([]string{"ACCEPT", "LOG", "NFLOG", "ULOG"}, m[1]) {
+			return false, nil
+		}
+	}
+	return false, nil
+}
+
+func printed(chain string, rule []string) string {
+	return "-A " + chain + " " + strings.Join(rule, " ")
+}
+
+// jumps are the places of our jump in FORWARD, counted from 0.
+func (s state) jumps() (at []int) {
+	for i, r := range s.forward {
+		if r == printed(parent, jump) {
+			at = append(at, i)
+		}
+	}
+	return at
+}
+
+// placed reports whether there is one jump, and no rule of others with an effect
+// behind it.
+func (s state) placed() bool {
+	at := s.jumps()
+	return len(at) == 1 && at[0] == s.final-1
+}
+
+func (s state) differences(c Config) (out []string) {
+	if !s.placed() {
+		out = append(out, fmt.Sprintf("the jump to %s is not the last rule of %s before a final drop or reject", ours, parent))
+	}
+	want := map[string]bool{}
+	for _, r := range c.accepts() {
+		want[printed(ours, r)] = true
+	}
+	for _, r := range s.accepts {
+		if !want[r] {
+			out = append(out, fmt.Sprintf("the rule %q is not needed", r))
+		}
+		delete(want, r)
+	}
+	for r := range want {
+		out = append(out, fmt.Sprintf("the rule %q is missing", r))
+	}
+	slices.Sort(out)
+	return out
+}
+
+// sync adds before it deletes.
+func (b *backend) sync(c Config) (mended []string, err error) {
+	have, err := b.read()
+	if err != nil {
+		return nil, c.checkUnreadable(err)
+	}
+	mended = have.differences(c)
+	if len(mended) == 0 {
+		return nil, nil
+	}
+	if !have.chained {
+		if err := b.run.NewChain(table, ours); err != nil {
+			return nil, fmt.Errorf("make the chain %s: %w", ours, err)
+		}
+	}
+	want := c.accepts()
+	for _, r := range want {
+		if err := b.run.AppendUnique(table, ours, r...); err != nil {
+			return nil, fmt.Errorf("add %q: %w", printed(ours, r), err)
+		}
+	}
+	for _, r := range have.accepts {
+		if slices.ContainsFunc(want, func(w []string) bool { return printed(ours, w) == r }) {
+			continue
+		}
+		words, err := shellwords.Parse(r) // iptables -S quotes as a shell does
+		if err == nil {
+			err = b.run.DeleteIfExists(table, ours, words[2:]...)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("delete %q: %w", r, err)
+		}
+	}
+	if have.placed() {
+		return mended, nil
+	}
+	return mended, b.place(have)
+}
+
+// place puts the jump where it belongs, and deletes the ones that stand elsewhere. It deletes by the rule's words and
+// never by its number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules
+// iptables deletes the first. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
+// behind the new place has no effect, and is deleted before: else the new one would be taken for it.
+func (b *backend) place(have state) (err error) {
+	drop := func(n int) error {
+		for range n {
+			if err := b.run.DeleteIfExists(table, parent, jump...); err != nil {
+				return fmt.Errorf("delete the jump to %s that is out of place: %w", ours, err)
+			}
+		}
+		return nil
+	}
+	old := have.jumps()
+	if len(old) > 0 && old[len(old)-1] >= have.final {
+		if err := drop(len(old)); err != nil {
+			return err
+		}
+		if have, err = b.read(); err != nil {
+			return err
+		}
+		old = have.jumps()
+	}
+	if err := b.run.Insert(table, parent, have.final+1, jump...); err != nil {
+		return fmt.Errorf("add the jump to %s: %w", ours, err)
+	}
+	return drop(len(old))
+}
+
+func (b *backend) drop() error {
+	if ok, err := b.run.ChainExists(table, ours); err != nil || !ok {
+		return err
+	}
+	for {
+		there, err := b.run.Exists(table, parent, jump...)
+		if err == nil && !there {
+			break
+		}
+		if err == nil {
+			err = b.run.Delete(table, parent, jump...)
+		}
+		if err != nil {
+			return fmt.Errorf("delete the jump to %s: %w", ours, err)
+		}
+	}
+	if err := b.run.ClearAndDeleteChain(table, ours); err != nil {
+		return fmt.Errorf("delete the chain %s: %w", ours, err)
+	}
+	return nil
+}

@@ -1,0 +1,105 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package ruleset
+
+import (
+	"maps"
+	"reflect"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// table is a table as wanted or as found.
+type table struct {
+	is     *nftables.Table
+	chains []*chain
+	sets   map[string]*set
+}
+
+type chain struct {
+	name  string
+	kind  nftables.ChainType      // with hook
+	hook  *nftables.ChainHook     // nil: reached by a goto or a jump
+	prio  *nftables.ChainPriority // with hook
+	rules [][]expr.Any
+}
+
+type set struct {
+	table    *nftables.Table
+	name     string
+	key      nftables.SetDatatype
+	data     nftables.SetDatatype // zero: a set and no map
+	interval bool
+	elems    map[key]string // value: bytes, or a verdict in nft's words
+}
+
+// key is an element's key. end marks the first address after an interval.
+type key struct {
+	bytes string
+	end   bool
+}
+
+func (t *table) base(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
+	t.chains = append(t.chains, &chain{name, kind, hook, &prio, rules})
+}
+
+func (t *table) chain(name string, rules ...[]expr.Any) {
+	t.chains = append(t.chains, &chain{name: name, rules: rules})
+}
+
+func (t *table) set(name string, of nftables.SetDatatype) *set {
+	return t.mapTo(name, of, nftables.SetDatatype{})
+}
+
+func (t *table) mapTo(name string, from, to nftables.SetDatatype) *set {
+	if t.sets == nil {
+		t.sets = map[string]*set{}
+	}
+	s := &set{table: t.is, name: name, key: from, data: to, elems: map[key]string{}}
+	t.sets[name] = s
+	return s
+}
+
+// addSpans adds the spans. One that ends with the last address has no end element.
+func (s *set) addSpans(list []span) {
+	for _, sp := range list {
+		s.elems[key{bytes: numberKey(sp.first)}] = ""
+		if sp.last < 1<<32-1 {
+			s.elems[key{bytes: numberKey(sp.last + 1), end: true}] = ""
+		}
+	}
+}
+
+// same reports whether both tables are alike, down to the elements.
+func (t *table) same(want *table) bool {
+	if !t.sameRules(want) {
+		return false
+	}
+	for name, s := range want.sets {
+		if !maps.Equal(s.elems, t.sets[name].elems) {
+			return false
+		}
+	}
+	return true
+}
+
+// sameRules reports whether both tables have the same chains, rules and sets.
+func (t *table) sameRules(want *table) bool {
+	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
+		return false
+	}
+	for _, w := range want.chains {
+		i := slices.IndexFunc(t.chains, func(c *chain) bool { return c.name == w.name })
+		if i < 0 || !reflect.DeepEqual(t.chains[i], w) {
+			return false
+		}
+	}
+	for name, w := range want.sets {
+		if s := t.sets[name]; s == nil || s.interval != w.interval {
+			return false
+		}
+	}
+	return true
+}
