@@ -163,3 +163,32 @@ func TestDockerDocOnAVM(t *testing.T) {
 		t.Errorf("a plugin is left: %s", out)
 	}
 }
+
+// TestContributingNamesWhatThereIs: each make target, and each test that is run alone.
+func TestContributingNamesWhatThereIs(t *testing.T) {
+	const doc = "CONTRIBUTING.md"
+	text, err := os.ReadFile(filepath.Join(top, doc))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("`(?:sudo )?make ([a-z ]+)`").FindAllStringSubmatch(string(text), -1) {
+		args := append([]string{"-C", top, "-n"}, strings.Fields(m[1])...)
+		if out, err := exec.Command("make", args...).CombinedOutput(); err != nil {
+			t.Errorf("make %s: %v\n%s", m[1], err, out)
+		}
+	}
+	alone := 0
+	for _, block := range blocks(t, doc)["run: test"] {
+		for _, m := range regexp.MustCompile(`go test (\S+) -run (\S+)`).FindAllStringSubmatch(block, -1) {
+			alone++
+			cmd := exec.Command("go", "test", m[1], "-list", "^"+m[2]+"$")
+			cmd.Dir = top
+			if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), m[2]+"\n") {
+				t.Errorf("%s has no test %s: %v\n%s", m[1], m[2], err, out)
+			}
+		}
+	}
+	if alone == 0 {
+		t.Errorf("%s names no test: this test is blind", doc)
+	}
+}
