@@ -207,8 +207,8 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 	case name == "":
 		name = fmt.Sprintf("azure%d", nic.Attrs().Index)
 	}
-	if err := checkName(name); err != nil {
-		return "", err
+	if err := CheckBridgeName(name); err != nil {
+		return "", fmt.Errorf("bridge %q: %w", name, err)
 	}
 	for other, n := range s.NICs {
 		if other != mac && n.Bridge == name {

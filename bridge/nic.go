@@ -279,13 +279,3 @@ func parseMAC(s string) (net.HardwareAddr, error) {
 	}
 	return mac, err
 }
-
-// checkName refuses what the kernel, a path or a line of text would not bear as the name
-// of a bridge.
-func checkName(name string) error {
-	if name == "" || len(name) > 15 || name == "." || name == ".." || strings.HasPrefix(name, hostPrefix) || strings.HasPrefix(name, peerPrefix) ||
-		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`/\:"'%*?[];+!`, r) }) {
-		return fmt.Errorf("%q cannot be the name of a bridge: 1 to 15 letters, digits, '-', '_' or '.', and not azv… or azc…, which are endpoints", name)
-	}
-	return nil
-}

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -44,7 +43,7 @@ var networkOptions = map[string]func(o *options, value string) error{
 	"master": func(o *options, v string) error { return name(&o.master, v) },
 	"mode":   func(o *options, v string) error { return mode(&o.mode, v) },
 	keyMode:  func(o *options, v string) error { return mode(&o.mode, v) },
-	"bridge": func(o *options, v string) error { return linkName(&o.bridge, v) },
+	"bridge": func(o *options, v string) error { return bridgeName(&o.bridge, v) },
 	"mtu":    func(o *options, v string) error { return mtu(&o.mtu, v) },
 	keyMTU:   func(o *options, v string) error { return mtu(&o.mtu, v) },
 	"snat":   func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
@@ -112,16 +111,10 @@ func isTrue(v any) bool {
 	return on
 }
 
-var linkNameShape = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`)
-
-// linkName takes what the kernel takes for an interface, less what a shell or a
-// path would read otherwise.
-func linkName(to *string, v string) error {
-	if !linkNameShape.MatchString(v) {
-		return fmt.Errorf("an interface name is 1 to 15 letters, digits, dots, dashes or underscores")
-	}
+// bridgeName takes the name of a bridge.
+func bridgeName(to *string, v string) error {
 	*to = v
-	return nil
+	return bridge.CheckBridgeName(v)
 }
 
 // name takes an interface name or a MAC.
@@ -130,7 +123,8 @@ func name(to *string, v string) error {
 		*to = mac.String()
 		return nil
 	}
-	return linkName(to, v)
+	*to = v
+	return bridge.CheckLinkName(v)
 }
 
 // mtu takes what IPv4 can work with (RFC 791) up to what a link can carry.

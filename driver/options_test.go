@@ -51,8 +51,9 @@ func TestNetworkOptions(t *testing.T) {
 		{"snat", `{"com.docker.network.generic":{"snat":"true"}}`, options{}, "-o snat=true: on or off"},
 		{"direct, IPv6", `{"com.docker.network.generic":{"direct":"fd00::/8"}}`, options{}, `-o direct=fd00::/8: "fd00::/8" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
 		{"direct, empty", `{"com.docker.network.generic":{"direct":""}}`, options{}, `-o direct=: "" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
-		{"a path for a bridge", `{"com.docker.network.generic":{"bridge":"../x"}}`, options{}, "-o bridge=../x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
-		{"too long a name", `{"com.docker.network.generic":{"bridge":"a23456789012345x"}}`, options{}, "-o bridge=a23456789012345x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"a path for a bridge", `{"com.docker.network.generic":{"bridge":"../x"}}`, options{}, "-o bridge=../x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
+		{"the name of an endpoint for a bridge", `{"com.docker.network.generic":{"bridge":"azv0"}}`, options{}, "-o bridge=azv0: names that begin with azv or azc are those of containers' links: give the bridge another"},
+		{"too long a name", `{"com.docker.network.generic":{"bridge":"a23456789012345x"}}`, options{}, "-o bridge=a23456789012345x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := parseNetworkOptions(parse(t, c.json))
@@ -133,7 +134,7 @@ func FuzzNetworkOptions(f *testing.F) {
 				t.Errorf("direct %s", p)
 			}
 		}
-		if o.bridge != "" && (!linkNameShape.MatchString(o.bridge) || o.mode == bridge.ModeTransparent) {
+		if o.bridge != "" && (bridge.CheckBridgeName(o.bridge) != nil || o.mode == bridge.ModeTransparent) {
 			t.Errorf("bridge %q, mode %q", o.bridge, o.mode)
 		}
 		if o.mode != "" && !slices.Contains(bridge.Modes, o.mode) {

@@ -1,0 +1,30 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package bridge
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+)
+
+var linkName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$`)
+
+// CheckLinkName refuses what cannot be asked for as the name of a link. The kernel takes
+// more, which a shell, a path or a line of text would read as something else. The error
+// does not repeat the name.
+func CheckLinkName(name string) error {
+	if !linkName.MatchString(name) {
+		return errors.New("an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit")
+	}
+	return nil
+}
+
+// CheckBridgeName is CheckLinkName for a bridge, which cannot have the name of an endpoint.
+func CheckBridgeName(name string) error {
+	if strings.HasPrefix(name, hostPrefix) || strings.HasPrefix(name, peerPrefix) {
+		return fmt.Errorf("names that begin with %s or %s are those of containers' links: give the bridge another", hostPrefix, peerPrefix)
+	}
+	return CheckLinkName(name)
+}
