@@ -47,6 +47,7 @@ type Conf struct {
 	IPAM      IPAM
 	Reclaim   bool       // addresses that the host holds are taken from it when no other is left
 	Addr      netip.Addr // asked for; zero: any
+	AddrBy    string     // the key that asks for Addr, as an error names it
 	Pod       string     // namespace/name, where the runtime tells
 	prev      json.RawMessage
 	valid     []types.GCAttachment
@@ -62,14 +63,6 @@ type IPAM struct {
 	Interval time.Duration // 0: the pool's
 }
 
-// mapping is an entry of the capability portMappings.
-type mapping struct {
-	HostIP        string
-	HostPort      uint16
-	ContainerPort uint16
-	Protocol      string // empty: tcp
-}
-
 // file is the configuration as it is written.
 type file struct {
 	CNIVersion string
@@ -81,26 +74,20 @@ type file struct {
 	RawIPAM    json.RawMessage `json:"ipam"`
 
 	Args struct {
-		CNI struct {
-			IPs list
-			MAC string
-		}
-	}
-	RuntimeConfig struct {
-		IPs list
-		MAC string
-	}
-	PrevResult json.RawMessage
-	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`
-	Attached   json.RawMessage `json:"cni.dev/attachments"`
+		CNI wishes `json:"cni"`
+	} `json:"args"`
+	RuntimeConfig wishes `json:"runtimeConfig"`
+	PrevResult    json.RawMessage
+	Valid         json.RawMessage `json:"cni.dev/valid-attachments"`
+	Attached      json.RawMessage `json:"cni.dev/attachments"`
 }
 
 // fileMain is the main plugin's part. Another's may have these keys with values
 // of its own.
 type fileMain struct {
-	Mode     bridge.Mode
-	Bridge   string
-	Master   string
+	Mode     bridge.Mode `json:"mode"`
+	Bridge   string      `json:"bridge"`
+	Master   string      `json:"master"`
 	MTU      number
 	SNAT     *onOff
 	Direct   list
@@ -108,17 +95,21 @@ type fileMain struct {
 	DNS      types.DNS
 
 	RuntimeConfig struct {
-		PortMappings []mapping
-		DNS          struct{ Servers, Searches, Options []string }
-	}
+		PortMappings []mapping `json:"portMappings"`
+		DNS          struct {
+			Servers  []string `json:"servers"`
+			Searches []string `json:"searches"`
+			Options  []string `json:"options"`
+		} `json:"dns"`
+	} `json:"runtimeConfig"`
 }
 
 type fileIPAM struct {
-	Type          string
-	Subnet        string
-	IPAddress     string
-	Environment   string
-	QueryURL      string
+	Type          string `json:"type"`
+	Subnet        string `json:"subnet"`
+	IPAddress     string `json:"ipAddress"`
+	Environment   string `json:"environment"`
+	QueryURL      string `json:"queryUrl"`
 	QueryInterval number
 }
 
@@ -146,13 +137,15 @@ func ipamType(raw json.RawMessage) string {
 func readConf(stdin []byte, args string, main bool) (Conf, error) {
 	var f file
 	if err := json.Unmarshal(stdin, &f); err != nil {
-		return readName(stdin), wrong(types.ErrInvalidNetworkConfig, "the network configuration: %v", err)
+		return readName(stdin), wrong(types.ErrInvalidNetworkConfig, "the network configuration: %v", wordKind(err))
 	}
 	c := Conf{CNIVersion: cmp.Or(f.CNIVersion, oldest), Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
 	f.IPAM.Type = ipamType(f.RawIPAM)
 	err := f.logs()
 	if err == nil && f.IPAM.Type == IPAMType { // another's is passed on unread
-		err = json.Unmarshal(f.RawIPAM, &f.IPAM)
+		if err = json.Unmarshal(f.RawIPAM, &f.IPAM); err != nil {
+			err = fmt.Errorf("ipam: %w", wordKind(err))
+		}
 	}
 	if err == nil && main {
 		err = c.readMain(stdin, f.IPAM.Type)
@@ -166,17 +159,23 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 	if err != nil {
 		return c, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", f.Name, err)
 	}
-	if err := c.readArgs(args, &f); err != nil {
-		return c, wrong(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: %v", err)
+	return c, c.readWishes(args, &f)
+}
+
+// wordKind names the key whose value is of the wrong kind, as the configuration spells it.
+func wordKind(err error) error {
+	var bad *json.UnmarshalTypeError
+	if errors.As(err, &bad) && bad.Field != "" {
+		return fmt.Errorf("%s is a %s, which it cannot be", bad.Field, bad.Value)
 	}
-	return c, nil
+	return err
 }
 
 // readMain reads the main plugin's part.
 func (c *Conf) readMain(stdin []byte, ipam string) error {
 	var f fileMain
 	if err := json.Unmarshal(stdin, &f); err != nil {
-		return err
+		return wordKind(err)
 	}
 	if f.Mode != "" && !slices.Contains(bridge.Modes, f.Mode) {
 		return fmt.Errorf(`mode %.40q is not served: write "mode": "bridge" or leave it out, or "transparent" where a policy engine matches each container's own interface`, f.Mode)
@@ -190,9 +189,14 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 	if f.MTU != 0 && (f.MTU < 68 || f.MTU > 65535) {
 		return fmt.Errorf("mtu is a number of bytes from 68 to 65535, and not %d", f.MTU)
 	}
-	for key, name := range map[string]string{"bridge": f.Bridge, "master": f.Master} {
-		if len(name) > 17 || strings.ContainsAny(name, "/ \t\n%") {
-			return fmt.Errorf("%s %.40q cannot be the name of an interface", key, name)
+	if f.Bridge != "" {
+		if err := bridge.CheckBridgeName(f.Bridge); err != nil {
+			return fmt.Errorf("bridge %.40q: %w", f.Bridge, err)
+		}
+	}
+	if _, bad := net.ParseMAC(f.Master); f.Master != "" && bad != nil {
+		if err := bridge.CheckLinkName(f.Master); err != nil {
+			return fmt.Errorf("master %.40q is neither a MAC nor a name: %w", f.Master, err)
 		}
 	}
 	c.Master, c.Mode, c.Bridge, c.MTU = f.Master, f.Mode, f.Bridge, int(f.MTU)
@@ -220,31 +224,13 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 	for _, m := range f.RuntimeConfig.PortMappings {
 		p, served, err := m.port()
 		if err != nil {
-			return fmt.Errorf("publish port %d: %w", m.ContainerPort, err)
+			return fmt.Errorf("runtimeConfig.portMappings: port %d of the container: %w", m.ContainerPort, err)
 		}
 		if served {
 			c.Ports = append(c.Ports, p)
 		}
 	}
 	return nil
-}
-
-// port is served unless it is of an IPv6 address of the host, which never leads
-// to a container that has none: runtimes of two families send it all the same.
-func (m mapping) port() (p bridge.Port, served bool, err error) {
-	p = bridge.Port{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
-	if m.HostPort == 0 || m.ContainerPort == 0 {
-		return p, false, errors.New("hostPort and containerPort are from 1 to 65535")
-	}
-	if m.HostIP == "" {
-		return p, true, nil
-	}
-	addr, err := netip.ParseAddr(m.HostIP)
-	if err != nil {
-		return p, false, fmt.Errorf("hostIP %.80q is not an address", m.HostIP)
-	}
-	p.HostAddr = addr.Unmap()
-	return p, p.HostAddr.Is4(), nil
 }
 
 // read reads the part for IPAM, as far as it is ours.
@@ -291,68 +277,6 @@ func (c *Conf) readAttachments(f *file) error {
 		c.valid, c.validSaid = append(c.valid, part...), true
 	}
 	return nil
-}
-
-// readArgs reads what is asked for one container: by capability, by the
-// configuration's args, by CNI_ARGS, by ipam.ipAddress, in this order.
-func (c *Conf) readArgs(args string, f *file) error {
-	said, err := parseArgs(args)
-	if err != nil {
-		return err
-	}
-	c.Pod = podOf(said)
-	for _, ips := range [][]string{f.RuntimeConfig.IPs, f.Args.CNI.IPs, words(said["IP"]), words(f.IPAM.IPAddress)} {
-		if len(ips) == 0 {
-			continue
-		}
-		if len(ips) > 1 {
-			return fmt.Errorf("%d addresses are asked for (%.100v), and an interface has one", len(ips), ips)
-		}
-		text, _, _ := strings.Cut(ips[0], "/")
-		addr, err := netip.ParseAddr(text)
-		if err != nil || !addr.Is4() {
-			return fmt.Errorf("the address asked for, %.60q, is not an IPv4 one", ips[0])
-		}
-		c.Addr = addr
-		break
-	}
-	for _, text := range []string{f.RuntimeConfig.MAC, f.Args.CNI.MAC, said["MAC"]} {
-		if text == "" {
-			continue
-		}
-		mac, err := net.ParseMAC(text)
-		if err != nil || len(mac) != 6 || mac[0]&1 != 0 {
-			return fmt.Errorf("the MAC asked for, %.40q, is not that of one interface", text)
-		}
-		c.MAC = mac
-		break
-	}
-	return nil
-}
-
-// parseArgs reads CNI_ARGS. What can be read of it is returned with an error too.
-func parseArgs(args string) (said map[string]string, err error) {
-	said = map[string]string{}
-	for pair := range strings.SplitSeq(args, ";") {
-		key, value, ok := strings.Cut(pair, "=")
-		if !ok && pair != "" {
-			err = fmt.Errorf("%.40q is not KEY=VALUE", pair)
-		}
-		said[strings.TrimSpace(key)] = strings.TrimSpace(value)
-	}
-	return said, err
-}
-
-// podOf is namespace/name of the pod that CNI_ARGS names; empty: none.
-func podOf(said map[string]string) string {
-	if said["K8S_POD_NAME"] == "" {
-		return ""
-	}
-	return said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
-}
-
-func words(s string) []string {
-	return slices.DeleteFunc(strings.Split(s, ","), func(w string) bool { return strings.TrimSpace(w) == "" })
 }
 
 // number is written as a number or, as in confs of 2018, as a string.

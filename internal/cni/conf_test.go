@@ -45,7 +45,7 @@ func TestConfigurations(t *testing.T) {
 			})},
 		{"IPAM", `{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":"10.240.0.0/16","ipAddress":"10.240.0.9","addressSpace":"local","environment":"mas","queryInterval":"30"}}`, "",
 			asLeast(func(c *Conf) {
-				c.Addr = netip.MustParseAddr("10.240.0.9")
+				c.Addr, c.AddrBy = netip.MustParseAddr("10.240.0.9"), "ipam.ipAddress"
 				c.IPAM = IPAM{Type: IPAMType, Source: azureStackFile, Subnet: netip.MustParsePrefix("10.240.0.0/16"), Interval: 30e9}
 			})},
 		{"another's IPAM is not ours to read", `{"name":"azure","ipam":{"type":"host-local","subnet":7,"ranges":[[{}]]}}`, "",
@@ -53,14 +53,14 @@ func TestConfigurations(t *testing.T) {
 		{"a pod of Kubernetes", least + `}`, "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_UID=1",
 			asLeast(func(c *Conf) { c.Pod = "default/web" })},
 		{"an address and a MAC as podman has them", least + `}`, "IP=10.240.0.9;MAC=02:00:00:00:00:09", asLeast(func(c *Conf) {
-			c.Addr, c.MAC = netip.MustParseAddr("10.240.0.9"), net.HardwareAddr{2, 0, 0, 0, 0, 9}
+			c.Addr, c.AddrBy, c.MAC = netip.MustParseAddr("10.240.0.9"), "CNI_ARGS: IP", net.HardwareAddr{2, 0, 0, 0, 0, 9}
 		})},
 		{"capabilities come before all else", `{"name":"azure","ipam":{"type":"azure-vnet-ipam","ipAddress":"10.240.0.3"},"args":{"cni":{"ips":["10.240.0.4"]}},
 			"dns":{"nameservers":["1.1.1.1"],"domain":"d"},"runtimeConfig":{"ips":["10.240.0.5/16"],"mac":"02:00:00:00:00:05","dns":{"servers":["10.0.0.10"],"searches":["svc"],"options":["ndots:5"]},
 			"portMappings":[{"HostPort":8080,"ContainerPort":80,"Protocol":"TCP","HostIP":""},{"hostPort":53,"containerPort":53,"protocol":"udp","hostIP":"10.0.0.4"},{"hostPort":8080,"containerPort":80,"hostIP":"::"}]}}`,
 			"IP=10.240.0.6;MAC=02:00:00:00:00:06",
 			asLeast(func(c *Conf) {
-				c.Addr, c.MAC = netip.MustParseAddr("10.240.0.5"), net.HardwareAddr{2, 0, 0, 0, 0, 5}
+				c.Addr, c.AddrBy, c.MAC = netip.MustParseAddr("10.240.0.5"), "runtimeConfig.ips", net.HardwareAddr{2, 0, 0, 0, 0, 5}
 				c.DNS = types.DNS{Nameservers: []string{"10.0.0.10"}, Domain: "d", Search: []string{"svc"}, Options: []string{"ndots:5"}}
 				c.Ports = []bridge.Port{{Proto: "tcp", HostPort: 8080, Port: 80}, {Proto: "udp", HostAddr: netip.MustParseAddr("10.0.0.4"), HostPort: 53, Port: 53}}
 			})},
@@ -80,37 +80,78 @@ func TestConfigurations(t *testing.T) {
 
 func TestConfigurationsThatAreRefused(t *testing.T) {
 	for _, tt := range []struct {
+		conf, says string
+	}{
+		{least + `,"mode":"tunnel"}`, `mode "tunnel" is not served: write "mode": "bridge" or leave it out, or "transparent"`},
+		{least + `,"mode":"l2bridge"}`, `"mode": "bridge"`},
+		{least + `,"mode":7}`, "mode is a number"},
+		{least + `,"metadata":"none"}`, `"on"`},
+		{`{"name":"azure"}`, "azure-vnet-ipam"},
+		{`{"name":"azure","ipam":{"type":"../x"}}`, "path"},
+		{least + `,"mtu":9}`, "68 to 65535"},
+		{least + `,"mtu":"big"}`, "not a number"},
+		{least + `,"snat":"maybe"}`, `"on"`},
+		{least + `,"direct":"here"}`, "CIDR"},
+		{least + `,"logTarget":"/etc/passwd"}`, "syslog"},
+		{least + `,"logLevel":"loud"}`, "debug"},
+		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","environment":"aws"}}`, "fileIpam"},
+		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":"x"}}`, "10.240.0.0/16"},
+		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":7}}`, "ipam: subnet is a number"},
+		{least + `,"bridge":7}`, "bridge is a number"},
+		{least + `,"bridge":"a/b"}`, `bridge "a/b": an interface name is 1 to 15 letters, digits, dots, dashes or underscores`},
+		{least + `,"bridge":"azure0@eth0"}`, "1 to 15 letters, digits, dots, dashes or underscores"},
+		{least + `,"bridge":"a234567890123456"}`, "1 to 15 letters, digits, dots, dashes or underscores"},
+		{least + `,"bridge":"azv0"}`, "names that begin with azv or azc are those of containers' links"},
+		{least + `,"master":"eth 0"}`, `master "eth 0" is neither a MAC nor a name`},
+	} {
+		_, err := readConf([]byte(tt.conf), "", true)
+		var e *types.Error
+		if !errors.As(err, &e) || e.Code != types.ErrInvalidNetworkConfig || !strings.Contains(e.Msg, tt.says) {
+			t.Errorf("%s: %v; code 7 is wanted with %q", tt.conf, err, tt.says)
+		}
+	}
+}
+
+// What one container asks for comes from several places. An error names the place, and has the code of CNI_ARGS, 4,
+// only where CNI_ARGS is wrong.
+func TestARefusedWishNamesWhereItIsMade(t *testing.T) {
+	run := func(keys string) string { return least + `,"runtimeConfig":{` + keys + `}}` }
+	arg := func(keys string) string { return least + `,"args":{"cni":{` + keys + `}}}` }
+	for _, tt := range []struct {
 		conf, args string
 		code       uint
-		says       string
+		want       string // the whole message
 	}{
-		{least + `,"mode":"tunnel"}`, "", 7, `mode "tunnel" is not served: write "mode": "bridge" or leave it out, or "transparent"`},
-		{least + `,"mode":"l2bridge"}`, "", 7, `"mode": "bridge"`},
-		{least + `,"mode":7}`, "", 7, "Mode"},
-		{least + `,"metadata":"none"}`, "", 7, `"on"`},
-		{`{"name":"azure"}`, "", 7, "azure-vnet-ipam"},
-		{`{"name":"azure","ipam":{"type":"../x"}}`, "", 7, "path"},
-		{least + `,"mtu":9}`, "", 7, "68 to 65535"},
-		{least + `,"mtu":"big"}`, "", 7, "not a number"},
-		{least + `,"snat":"maybe"}`, "", 7, `"on"`},
-		{least + `,"direct":"here"}`, "", 7, "CIDR"},
-		{least + `,"bridge":"a/b"}`, "", 7, "name of an interface"},
-		{least + `,"logTarget":"/etc/passwd"}`, "", 7, "syslog"},
-		{least + `,"logLevel":"loud"}`, "", 7, "debug"},
-		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","environment":"aws"}}`, "", 7, "fileIpam"},
-		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":"x"}}`, "", 7, "10.240.0.0/16"},
-		{least + `,"runtimeConfig":{"portMappings":[{"hostPort":0,"containerPort":80}]}}`, "", 7, "hostPort"},
-		{least + `,"runtimeConfig":{"portMappings":[{"hostPort":70000,"containerPort":80}]}}`, "", 7, "70000"},
-		{least + `,"runtimeConfig":{"ips":["10.0.0.1","10.0.0.2"]}}`, "", 4, "has one"},
-		{least + `,"runtimeConfig":{"ips":["fd00::1"]}}`, "", 4, "IPv4"},
-		{least + `}`, "MAC=01:00:00:00:00:01", 4, "MAC"},
-		{least + `}`, "nothing", 4, "KEY=VALUE"},
+		{run(`"ips":["10.0.0.1","10.0.0.2"]`), "IP=10.0.0.3", 7, "the configuration of network azure: runtimeConfig.ips: 2 addresses are asked for ([10.0.0.1 10.0.0.2]), and an interface has one"},
+		{run(`"ips":["fd00::1"]`), "", 7, `the configuration of network azure: runtimeConfig.ips: the address asked for, "fd00::1", is not an IPv4 one`},
+		{run(`"ips":7`), "", 7, `the configuration of network azure: runtimeConfig.ips: it is neither a list of addresses nor one address: 7`},
+		{run(`"mac":"01:00:00:00:00:01"`), "MAC=02:00:00:00:00:01", 7, `the configuration of network azure: runtimeConfig.mac: the MAC asked for, "01:00:00:00:00:01", is not that of one interface, such as 02:00:00:00:00:05`},
+		{run(`"mac":7`), "", 7, `the network configuration: runtimeConfig.mac is a number, which it cannot be`},
+		{run(`"portMappings":[{"hostPort":3000,"containerPort":80,"protocol":"sctp"}]`), "", 7, "the configuration of network azure: runtimeConfig.portMappings: port 80 of the container: SCTP is not served: remove the hostPort, for containers speak SCTP at their own addresses"},
+		{run(`"portMappings":[{"HostPort":3000,"ContainerPort":80,"Protocol":"SCTP","HostIP":"::"}]`), "", 7, "the configuration of network azure: runtimeConfig.portMappings: port 80 of the container: SCTP is not served: remove the hostPort, for containers speak SCTP at their own addresses"},
+		{run(`"portMappings":[{"hostPort":3000,"containerPort":80,"protocol":"dccp"}]`), "", 7, `the configuration of network azure: runtimeConfig.portMappings: port 80 of the container: protocol "dccp" is not served: tcp and udp are`},
+		{run(`"portMappings":[{"hostPort":0,"containerPort":80}]`), "", 7, "the configuration of network azure: runtimeConfig.portMappings: port 80 of the container: hostPort and containerPort are from 1 to 65535"},
+		{run(`"portMappings":[{"hostPort":70000,"containerPort":80}]`), "", 7, "the configuration of network azure: runtimeConfig.portMappings.hostPort is a number 70000, which it cannot be"},
+		{run(`"portMappings":[{"hostPort":8080,"containerPort":80,"hostIP":"here"}]`), "", 7, `the configuration of network azure: runtimeConfig.portMappings: port 80 of the container: hostIP "here" is not an address`},
+		{run(`"dns":{"servers":"10.0.0.10"}`), "", 7, "the configuration of network azure: runtimeConfig.dns.servers is a string, which it cannot be"},
+		{arg(`"ips":["x"]`), "IP=10.0.0.3", 7, `the configuration of network azure: args.cni.ips: the address asked for, "x", is not an IPv4 one`},
+		{arg(`"mac":"x"`), "", 7, `the configuration of network azure: args.cni.mac: the MAC asked for, "x", is not that of one interface, such as 02:00:00:00:00:05`},
+		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","ipAddress":"x"}}`, "", 7, `the configuration of network azure: ipam.ipAddress: the address asked for, "x", is not an IPv4 one`},
+		{least + `}`, "IP=x", 4, `CNI_ARGS: IP: the address asked for, "x", is not an IPv4 one`},
+		{least + `}`, "MAC=01:00:00:00:00:01", 4, `CNI_ARGS: MAC: the MAC asked for, "01:00:00:00:00:01", is not that of one interface, such as 02:00:00:00:00:05`},
+		{least + `}`, "nothing", 4, `CNI_ARGS: "nothing" is not KEY=VALUE`},
 	} {
 		_, err := readConf([]byte(tt.conf), tt.args, true)
 		var e *types.Error
-		if !errors.As(err, &e) || e.Code != tt.code || !strings.Contains(e.Msg, tt.says) {
-			t.Errorf("%s %s: %v; code %d is wanted with %q", tt.conf, tt.args, err, tt.code, tt.says)
+		if !errors.As(err, &e) {
+			t.Errorf("%s %s: %v", tt.conf, tt.args, err)
+		} else if diff := cmp.Diff(types.Error{Code: tt.code, Msg: tt.want}, *e); diff != "" {
+			t.Errorf("%s %s:\n%s", tt.conf, tt.args, diff)
 		}
+	}
+	// A bandwidth is a chained plugin's, and whatever it is, it is not ours to refuse.
+	if _, err := readConf([]byte(run(`"bandwidth":{"ingressRate":"much"}`)), "", true); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -163,7 +204,7 @@ func FuzzConf(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() ||
+		if c.Bridge != "" && bridge.CheckBridgeName(c.Bridge) != nil || c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() ||
 			c.Mode != "" && !slices.Contains(bridge.Modes, c.Mode) {
 			t.Errorf("accepted: %+v", c)
 		}

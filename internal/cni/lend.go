@@ -88,6 +88,9 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 			lease, err = l.Pool.Lease(ctx, r)
 		}
 	}
+	if c.Conf.AddrBy != "" && (errors.Is(err, pool.ErrInUse) || errors.Is(err, pool.ErrNotOurs)) {
+		err = fmt.Errorf("%s asks for %s: %w", c.Conf.AddrBy, c.Conf.Addr, err)
+	}
 	if err != nil {
 		return lease, err
 	}
