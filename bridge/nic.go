@@ -114,6 +114,33 @@ func refuseNamesake(links rtnl.Links, l netlink.Link) error {
 	return refuse("It has no port and no address, such as one that an older azure-vnet left behind: ip link del " + name)
 }
 
+// ErrNotPermitted is in the error for a process that may not change the host's network.
+var ErrNotPermitted = errors.New("the host's network may not be changed")
+
+// Permitted is ErrNotPermitted where all that Ensure and Attach do would fail for want of a right.
+func (h *Host) Permitted() error {
+	if rtnl.MayChange() {
+		return nil
+	}
+	return fmt.Errorf("%w: azure-vnet runs without CAP_NET_ADMIN over the host's network, as in a rootless container engine, whose user namespace has no right to that network: run the container runtime as root of the host", ErrNotPermitted)
+}
+
+// Present is an error if the NIC with that MAC is not in the network namespace of the calling thread.
+func (h *Host) Present(ctx context.Context, mac string) error {
+	links, err := rtnl.ReadLinks()
+	if err != nil {
+		return err
+	}
+	s, err := h.state()
+	if err != nil {
+		return err
+	}
+	if _, err = findNIC(links, mac, s.NICs[mac].Name); errors.Is(err, errNoNIC) {
+		err = fmt.Errorf("%w, which has the addresses: azure-vnet must run in the host's own network namespace, where the NIC is, and not in one of a container or of a rootless engine", err)
+	}
+	return err
+}
+
 // BridgeName is the name of the bridge that the NIC has, or that Ensure would give it. The error is ErrNameTaken where
 // a link that is not ours has that name. Nothing is changed.
 func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {

@@ -27,6 +27,9 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := l.Host.Permitted(); err != nil { // before an address is lent in vain
+		return nil, err
+	}
 	if err := checkNetns(c); err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
@@ -199,12 +200,15 @@ func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string)
 	return gone, keep, nil
 }
 
-// status tells whether an ADD could succeed. A NIC that is in somebody's bridge goes
-// before all other reasons, for nothing else helps there. So does a bridge of others
-// that has the name of the NIC's.
+// status tells whether an ADD could succeed. A process that may not change the network goes
+// before all other reasons, and then a NIC that is in somebody's bridge, for nothing else helps
+// there. So does a bridge of others that has the name of the NIC's.
 func status(ctx context.Context, c *cni.Call) error {
 	l, err := c.Lender()
 	if err != nil {
+		return err
+	}
+	if err := l.Host.Permitted(); err != nil {
 		return err
 	}
 	nic, primary, err := addressable(ctx, c, l)
@@ -214,6 +218,11 @@ func status(ctx context.Context, c *cni.Call) error {
 	}
 	if taken := l.Host.Ready(ctx, macs...); taken != nil {
 		return taken
+	}
+	if nic != "" {
+		if bad := l.Host.Present(ctx, nic); bad != nil {
+			return types.NewError(types.ErrPluginNotAvailable, bad.Error(), "")
+		}
 	}
 	if nic != "" && c.Conf.Mode != bridge.ModeTransparent {
 		_, bad := l.Host.BridgeName(ctx, bridge.Spec{MAC: nic, Name: c.Conf.Bridge, Primary: primary})

@@ -131,8 +131,14 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	return document, nil
 }
 
-// serve does what the verb says. ADD and DEL of one interface come one after the other.
+// serve does what the verb says. ADD and DEL of one interface come one after the other. STATUS
+// tries whether it may write where they do.
 func (c *Call) serve(ctx context.Context, plugin string, do func(context.Context, *Call) error) error {
+	if c.Verb == "STATUS" {
+		if err := tryState(plugin); err != nil {
+			return err
+		}
+	}
 	if c.Verb == "ADD" || c.Verb == "DEL" {
 		unlock, err := c.lockOwner(ctx, plugin)
 		if err != nil {

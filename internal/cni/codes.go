@@ -30,6 +30,7 @@ var codes = []struct {
 	{bridge.ErrAttached, CodeAttached},
 	{bridge.ErrTaken, types.ErrPluginNotAvailable},
 	{bridge.ErrNameTaken, types.ErrPluginNotAvailable},
+	{bridge.ErrNotPermitted, types.ErrPluginNotAvailable},
 	{pool.ErrInUse, CodeInUse},
 	{pool.ErrExhausted, types.ErrTryAgainLater},
 	{pool.ErrSource, types.ErrTryAgainLater},

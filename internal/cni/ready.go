@@ -6,11 +6,36 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/types"
 
 	"azurevnet/pool"
 )
+
+// tryState writes a file where every ADD writes, and removes it.
+func tryState(plugin string) error {
+	path := filepath.Join(callsDir, plugin+"-status")
+	err := os.MkdirAll(callsDir, 0o755)
+	if err == nil {
+		err = os.WriteFile(path, []byte("STATUS"), 0o600)
+		_ = os.Remove(path)
+	}
+	if err != nil {
+		return wrong(types.ErrPluginNotAvailable, "%v", unwritable(err))
+	}
+	return nil
+}
+
+// unwritable says what to do about an err with which a file in the state directory could not be written.
+func unwritable(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("the state in %s cannot be written: %w: that is for root of the host, which no plain user is, nor root of a user namespace, as in a rootless container engine: run the container runtime as root of the host", stateDir, err)
+	}
+	return fmt.Errorf("the state in %s cannot be written: %w: give it a file system that can be written to and has room", stateDir, err)
+}
 
 // Ready is an error for STATUS if no container can be given an address, and none can
 // be when others have ended. A full NIC is no error: a node with many pods, be they

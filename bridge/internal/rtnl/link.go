@@ -5,6 +5,7 @@ package rtnl
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"net"
 
 	"github.com/vishvananda/netlink/nl"
@@ -196,6 +197,16 @@ func ReadFar(nsID, index int) (name string, mac net.HardwareAddr, found bool, er
 		}
 	}
 	return name, mac, found, nil
+}
+
+// MayChange reports whether this process may change the network of its namespace. The kernel looks for the
+// right (CAP_NET_ADMIN in the user namespace that the network belongs to) before it looks at the message. This one
+// names no link, and so changes nothing.
+func MayChange() bool {
+	r := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	err := send(r)
+	return !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES)
 }
 
 // getLink asks for one link.
