@@ -230,7 +230,10 @@ func status(ctx context.Context, c *cni.Call) error {
 			return bad
 		}
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return checkChained(ctx, c)
 }
 
 // addressable is an error if no container can be given an address. nic is the MAC of

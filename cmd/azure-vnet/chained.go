@@ -1,0 +1,97 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"azurevnet/internal/cni"
+)
+
+const (
+	confDir       = "/etc/cni/net.d"                    // where runtimes find lists of plugins, unless they are configured otherwise
+	installedFile = "/var/lib/azure-vnet/cni.installed" // written by install-cni-plugin.sh: lines of a checksum and a path
+	versionTime   = 2 * time.Second                     // for a plugin to tell its versions
+)
+
+// checkChained is an error if another plugin of the list that the call is of is missing, or does
+// not speak the CNI version that the runtime chose. A runtime calls STATUS of each plugin in turn.
+// One that does not know STATUS answers "missing containerID" without its own name, and that is all
+// that the node's operator is told. A plugin that does not tell its versions is passed over.
+func checkChained(ctx context.Context, c *cni.Call) error {
+	list, path := findList(c)
+	if list == nil {
+		return nil
+	}
+	refuse := func(format string, args ...any) error {
+		return types.NewError(types.ErrPluginNotAvailable, path+": "+fmt.Sprintf(format, args...), "")
+	}
+	for _, p := range list.Plugins {
+		name := p.Network.Type
+		program, err := invoke.FindInPath(name, filepath.SplitList(os.Getenv("CNI_PATH")))
+		if err != nil {
+			return refuse("its plugin %s is missing: %v: install it there, or take it out of the list", name, err)
+		}
+		ask, cancel := context.WithTimeout(ctx, versionTime)
+		info, err := invoke.GetVersionInfo(ask, program, nil)
+		cancel()
+		if err != nil || slices.Contains(info.SupportedVersions(), c.Conf.CNIVersion) {
+			continue
+		}
+		return refuse("its plugin %s does not speak CNI %s, and so cannot tell its state: %s speaks %s: install a newer %s, or remove %s from the list's cniVersions",
+			name, c.Conf.CNIVersion, program, strings.Join(info.SupportedVersions(), ", "), name, c.Conf.CNIVersion)
+	}
+	return nil
+}
+
+// findList finds the list that the call is of, and its file. A call is told of its own plugin
+// alone. The list is the first that has the network's name and that plugin, word for word. There is
+// none where the runtime takes its lists from a directory that the installer did not find.
+func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
+	dirs := []string{confDir}
+	record, _ := os.ReadFile(installedFile) // without it, azure-vnet was installed by other means
+	for line := range strings.Lines(string(record)) {
+		_, path, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if filepath.Ext(path) == ".conflist" {
+			dirs = append(dirs, filepath.Dir(path))
+		}
+	}
+	mine := plain(c.Stdin)
+	for _, dir := range dirs {
+		paths, _ := libcni.ConfFiles(dir, []string{".conflist"})
+		for _, path := range paths {
+			if checkConflist(path) != nil {
+				continue
+			}
+			list, err := libcni.NetworkConfFromFile(path)
+			if err != nil || list.Name != c.Conf.Network {
+				continue
+			}
+			if slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return reflect.DeepEqual(plain(p.Bytes), mine) }) {
+				return list, path
+			}
+		}
+	}
+	return nil, ""
+}
+
+// plain is a plugin's configuration without what libcni adds to it for STATUS.
+func plain(conf []byte) map[string]any {
+	var keys map[string]any
+	_ = json.Unmarshal(conf, &keys) // libcni or this call has read it already
+	delete(keys, "name")
+	delete(keys, "cniVersion")
+	return keys
+}
