@@ -33,6 +33,7 @@ modules=/etc/modules-load.d/azure-vnet.conf # earlier releases needed br_netfilt
 tab=$(printf '\t')
 
 say() { echo "install-cni-plugin.sh: $*"; }
+warn() { echo "install-cni-plugin.sh: warning: $*" >&2; }
 die() { echo "install-cni-plugin.sh: $*" >&2; exit 1; }
 
 root=
@@ -255,6 +256,29 @@ others() {
 # speaks tells whether a plugin that is there knows what our conflist may ask of it.
 speaks() { [ -x "$1" ] && echo '{"cniVersion":"1.1.0"}' | CNI_COMMAND=VERSION "$1" 2>/dev/null | grep -q '"1\.1\.0"'; }
 
+# warn_of_chained names the plugins of the conflist, ours aside, that are missing or do not
+# speak a CNI version of it. Such a plugin cannot tell its state: the node is NotReady then, and
+# the runtime does not say which plugin it is.
+warn_of_chained() { # <bin> <conflist>
+	text=$(tr -d ' \t\n\r' <"$root$2")
+	versions=$(printf '%s\n' "$text" | grep -oE '"cniVersions?":("[^"]*"|\[[^]]*\])' | grep -oE '[0-9]+(\.[0-9]+)+' | sort -u) || versions=
+	printf '%s\n' "$text" | grep -oE '"type":"[^"/]*"' | cut -d '"' -f 4 | sort -u | while IFS= read -r type; do
+		case $type in
+		azure-vnet | azure-vnet-ipam) continue ;;
+		esac
+		if [ ! -x "$root$1/$type" ]; then
+			warn "$2 names the plugin $type, and there is no $1/$type: no container starts until it is there"
+			continue
+		fi
+		spoken=$(echo '{"cniVersion":"1.1.0"}' | CNI_COMMAND=VERSION "$root$1/$type" 2>/dev/null | tr -d ' \t\n\r' |
+			grep -oE '"supportedVersions":\[[^]]*\]' | grep -oE '[0-9]+(\.[0-9]+)+') || continue # of another architecture, as in an image
+		for version_asked in $versions; do
+			printf '%s\n' "$spoken" | grep -qxF "$version_asked" ||
+				warn "$2 asks the plugin $type for CNI $version_asked, which $1/$type does not speak: it speaks $(echo "$spoken" | tr '\n' ' '| sed 's/ $//'). A runtime that takes that version finds the node not ready, and does not name the plugin. Install a newer $type, or remove \"$version_asked\" from the file's cniVersions"
+		done
+	done
+}
+
 # put_package stages programs and conflist for one runtime.
 put_package() { # <bin> <net.d>
 	for file in $programs; do
@@ -413,6 +437,7 @@ install() { # <what>
 	start_timer
 	while IFS=$tab read -r bin conf; do
 		say "azure-vnet${version:+ $version} is in $bin and $conf"
+		warn_of_chained "$bin" "$conf/$conflist"
 	done <"$scratch/dirs"
 }
 

@@ -335,6 +335,39 @@ func TestInstallerKeepsAnEditedConflist(t *testing.T) {
 	}
 }
 
+// TestInstallerNamesAChainedPluginThatDoesNotSpeakTheListsVersion: the list is the administrator's, and is not refused.
+func TestInstallerNamesAChainedPluginThatDoesNotSpeakTheListsVersion(t *testing.T) {
+	const bin = "/opt/cni/bin/"
+	pkg := maps.Clone(standIns)
+	pkg["portmap"] = able
+	pkg["10-azure.conflist"] = `{"cniVersion": "1.0.0", "cniVersions" : ["1.0.0",
+  "1.1.0"], "name": "azure", "plugins": [{"type": "azure-vnet", "ipam": {"type":"azure-vnet-ipam"}}, {"type": "portmap"}, {"type": "aged"}, {"type" : "odd"}, {"type":"nobody"}]}`
+	dir := pkg.write(t, t.TempDir())
+	for _, shell := range []string{"dash", "busybox sh", "bash"} {
+		root := rootFS{
+			bin + "aged": "#!/bin/sh\necho '{ \"cniVersion\": \"1.1.0\",\n \"supportedVersions\": [ \"0.4.0\", \"1.0.0\" ] }'\n",
+			bin + "odd":  "#!/bin/sh\nexit 1\n", // such as one of another architecture
+		}.write(t, t.TempDir())
+		out, err := installer(t, shell, "--root", root, dir)
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		var warned []string
+		for line := range strings.Lines(out) {
+			if text, ok := strings.CutPrefix(strings.TrimSpace(line), "install-cni-plugin.sh: warning: "); ok {
+				warned = append(warned, text)
+			}
+		}
+		want := []string{
+			"/etc/cni/net.d/10-azure.conflist asks the plugin aged for CNI 1.1.0, which /opt/cni/bin/aged does not speak: it speaks 0.4.0 1.0.0. A runtime that takes that version finds the node not ready, and does not name the plugin. Install a newer aged, or remove \"1.1.0\" from the file's cniVersions",
+			"/etc/cni/net.d/10-azure.conflist names the plugin nobody, and there is no /opt/cni/bin/nobody: no container starts until it is there",
+		}
+		if diff := cmp.Diff(want, warned); diff != "" {
+			t.Errorf("%s:\n%s\n%s", shell, diff, out)
+		}
+	}
+}
+
 // another's plugins: one that may stay in the place of ours, and one that may not.
 const (
 	able = "#!/bin/sh\necho '{\"supportedVersions\":[\"1.0.0\",\"1.1.0\"]}'\n"
