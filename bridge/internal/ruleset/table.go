@@ -3,10 +3,6 @@
 package ruleset
 
 import (
-	"maps"
-	"reflect"
-	"slices"
-
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 )
@@ -70,36 +66,4 @@ func (s *set) addSpans(list []span) {
 			s.elems[key{bytes: numberKey(sp.last + 1), end: true}] = ""
 		}
 	}
-}
-
-// same reports whether both tables are alike, down to the elements.
-func (t *table) same(want *table) bool {
-	if !t.sameRules(want) {
-		return false
-	}
-	for name, s := range want.sets {
-		if !maps.Equal(s.elems, t.sets[name].elems) {
-			return false
-		}
-	}
-	return true
-}
-
-// sameRules reports whether both tables have the same chains, rules and sets.
-func (t *table) sameRules(want *table) bool {
-	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
-		return false
-	}
-	for _, w := range want.chains {
-		i := slices.IndexFunc(t.chains, func(c *chain) bool { return c.name == w.name })
-		if i < 0 || !reflect.DeepEqual(t.chains[i], w) {
-			return false
-		}
-	}
-	for name, w := range want.sets {
-		if s := t.sets[name]; s == nil || s.interval != w.interval {
-			return false
-		}
-	}
-	return true
 }

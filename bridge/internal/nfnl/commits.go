@@ -1,0 +1,53 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package nfnl
+
+import (
+	"encoding/binary"
+
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"azurevnet/bridge/internal/rtnl"
+)
+
+// Commits tells whether transactions were committed in this namespace, by whomever. Its zero value is ready for use.
+type Commits struct {
+	socket *nl.SocketHandle
+}
+
+// Count is a number that each commit changes. It is 0 where the kernel does not tell.
+func (c *Commits) Count() uint32 {
+	if c.socket == nil {
+		s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
+		if err != nil {
+			return 0
+		}
+		c.socket = &nl.SocketHandle{Socket: s}
+		_ = s.SetReceiveTimeout(&nl.SocketTimeoutTv)
+	}
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
+	r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: c.socket}
+	messages, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return 0
+	}
+	for _, m := range messages {
+		for kind, value := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+			if kind == unix.NFTA_GEN_ID && len(value) == 4 {
+				return binary.BigEndian.Uint32(value)
+			}
+		}
+	}
+	return 0
+}
+
+// Close gives the socket back.
+func (c *Commits) Close() {
+	if c.socket != nil {
+		c.socket.Close()
+		c.socket = nil
+	}
+}
