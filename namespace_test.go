@@ -15,6 +15,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+
+	"azurevnet/internal/dump"
 )
 
 const inside = "AZURE_VNET_TEST_NAMESPACE"
@@ -87,7 +89,7 @@ func newVM(t *testing.T, secondaries int) {
 
 // clearNamespace removes what a test left, for the next one.
 func clearNamespace(t *testing.T) {
-	links, err := netlink.LinkList()
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		t.Error(err)
 	}
@@ -104,7 +106,7 @@ func clearNamespace(t *testing.T) {
 // endpoints lists the links of containers, on this side.
 func endpoints(t *testing.T) []string {
 	t.Helper()
-	links, err := netlink.LinkList()
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		t.Fatal(err)
 	}

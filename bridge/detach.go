@@ -12,6 +12,7 @@ import (
 	"azurevnet/bridge/internal/conntrack"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
+	"azurevnet/internal/dump"
 )
 
 // Detach takes owner's interface away. None is success. The container sends nothing any more as soon as
@@ -148,7 +149,7 @@ func (d *detach) removeRoutes(state *hostState) error {
 	if d.a.bridge != "" || !state.needsOwnRules(d.a.nic) {
 		return nil
 	}
-	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
+	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
 	var errs []error
 	for _, r := range rules {
 		if r.Protocol == ourProtocol && r.IifName == d.link.Attrs().Name {

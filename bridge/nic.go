@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // ErrTaken is in the error for a host whose NIC is in a bridge: of somebody else, or of
@@ -106,7 +107,7 @@ func refuseNamesake(links rtnl.Links, l netlink.Link) error {
 	refuse := func(remedy string) error {
 		return fmt.Errorf("%w: %s is a bridge that is not ours. Nothing was changed. %s, or give the network's bridge another name", ErrNameTaken, name, remedy)
 	}
-	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
+	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
 	hasPort := slices.ContainsFunc(links, func(p netlink.Link) bool { return p.Attrs().MasterIndex == l.Attrs().Index })
 	if err != nil || len(addrs) > 0 || hasPort {
 		return refuse("It has ports or addresses: drain this VM and reboot it without whatever makes " + name)

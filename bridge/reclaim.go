@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // Reclaim takes addrs off the NIC with that MAC, and returns those that were there. What cloud-init put on
@@ -41,7 +42,7 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 	if err != nil {
 		return nil, err
 	}
-	has, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, netlink.FAMILY_V4) })
+	has, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list the addresses of %s: %w", nic.Attrs().Name, err)
 	}
@@ -83,7 +84,7 @@ func (h *Host) delAddr(nic netlink.Link, a netlink.Addr) (err error) {
 // sourceOf is the address that the host's packets leave with by the NIC's default route: the one that the
 // route names, else the first that shares a subnet with its gateway.
 func sourceOf(nic netlink.Link, has []netlink.Addr) (netip.Addr, error) {
-	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nic, netlink.FAMILY_V4) })
+	routes, err := dump.Whole(func() ([]netlink.Route, error) { return netlink.RouteList(nic, netlink.FAMILY_V4) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("list the routes of %s: %w", nic.Attrs().Name, err)
 	}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // Routing tables and rules of ours.
@@ -72,7 +73,7 @@ func putRoute(r netlink.Route) error {
 	if !errors.Is(err, unix.EEXIST) {
 		return wrapRoute(r, err)
 	}
-	same, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+	same, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: r.Table, Dst: r.Dst}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 	})
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // A container may have several interfaces of ours, on one NIC or on two. Its main table leads
@@ -27,7 +28,7 @@ const (
 // routeBySource has what is sent from each address of ours in the container leave by the
 // interface that has it, if there is more than one.
 func (at *attach) routeBySource(in *netlink.Handle) error {
-	addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return in.AddrList(nil, netlink.FAMILY_V4) })
+	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list the addresses: %w", err)
 	}
@@ -48,7 +49,7 @@ func (at *attach) routeBySource(in *netlink.Handle) error {
 	if len(indexes) == 1 {
 		return nil // the others are somebody else's
 	}
-	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return in.RuleList(netlink.FAMILY_V4) })
+	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return in.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list the routing rules: %w", err)
 	}
@@ -72,7 +73,7 @@ func (at *attach) routeBySource(in *netlink.Handle) error {
 // and its rule. It may be repeated.
 func leadOut(in *netlink.Handle, from netip.Addr, index int) error {
 	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
-	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
+	routes, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return err
 	}

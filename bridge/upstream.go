@@ -20,6 +20,7 @@ import (
 	"azurevnet/bridge/internal/ebtables"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
+	"azurevnet/internal/dump"
 )
 
 // upstreamRules names the rules of ebtables that name one of these NICs, or an address of its subnet. Azure's own
@@ -29,7 +30,7 @@ func upstreamRules(nics []netlink.Link) []string {
 	var subnets []netip.Prefix
 	for _, nic := range nics {
 		names = append(names, nic.Attrs().Name)
-		addrs, err := rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, netlink.FAMILY_V4) })
+		addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nic, netlink.FAMILY_V4) })
 		if err != nil {
 			return []string{err.Error()}
 		}
@@ -119,7 +120,7 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	if has, told := c.hasOtherEnd(l); !has && (told || !byID) {
 		return false, nil
 	}
-	routes, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+	routes, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: l.Attrs().Index}, netlink.RT_FILTER_OIF)
 	})
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
+	"azurevnet/internal/dump"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -59,7 +60,7 @@ func (h *Host) readEndpoints() (v *view, err error) {
 	if v.links, err = rtnl.ReadLinks(); err != nil {
 		return nil, err
 	}
-	if v.addrs, err = rtnl.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
+	if v.addrs, err = dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
 		return nil, fmt.Errorf("list the host's addresses: %w", err)
 	}
 	return v, v.adopt()
@@ -75,7 +76,7 @@ func (h *Host) read() (*view, error) {
 	if v.routes, err = rtnl.ReadRoutes(ourProtocol); err != nil {
 		return nil, err
 	}
-	rules, err := rtnl.RetryDump(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
+	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list the host's routing rules: %w", err)
 	}
@@ -175,7 +176,7 @@ func (v *view) knowsPrimary() bool {
 // defaultLink is the index of the link that the host's best default route leaves by; 0 if there is none. Azure's
 // is on the primary NIC.
 func defaultLink() (int, error) {
-	all, err := rtnl.RetryDump(func() ([]netlink.Route, error) {
+	all, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: ipNet(prefixOf(nil))}, netlink.RT_FILTER_DST)
 	})
 	if err != nil || len(all) == 0 {

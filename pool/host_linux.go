@@ -16,6 +16,8 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/dump"
 )
 
 // bootTime is CLOCK_BOOTTIME: it counts suspend and is never set.
@@ -48,7 +50,7 @@ func readOccupied() (occupied, error) {
 // hostAddrs lists the IPv4 addresses on interfaces of this network namespace,
 // and the interface of each.
 func hostAddrs() (map[netip.Addr]string, error) {
-	list, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	list, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("read the host's addresses: %w", err)
 	}
@@ -75,7 +77,7 @@ func hostRoutes() (map[netip.Addr]int, error) {
 	defer s.Close()
 	// Then the kernel lists the main table alone. One before 4.20 lists all tables.
 	_ = unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
-	routes, err := dump(func() (all []hostRoute, err error) {
+	routes, err := dump.Whole(func() (all []hostRoute, err error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETROUTE, unix.NLM_F_DUMP)
 		r.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET, Table: unix.RT_TABLE_MAIN}})
 		r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
@@ -159,15 +161,15 @@ func linkName(index int) string {
 // are taken together, whatever the kind.
 func readHost() (host, error) {
 	h := host{Addrs: map[string][]netip.Addr{}}
-	links, err := dump(netlink.LinkList)
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return h, fmt.Errorf("read the host's links: %w", err)
 	}
-	list, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
+	list, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return h, fmt.Errorf("read the host's addresses: %w", err)
 	}
-	routes, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
+	routes, err := dump.Whole(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return h, fmt.Errorf("read the host's routes: %w", err)
 	}
@@ -192,16 +194,4 @@ func readHost() (host, error) {
 		}
 	}
 	return h, nil
-}
-
-// dump repeats a dump that a change of the table broke off.
-func dump[T any](list func() ([]T, error)) ([]T, error) {
-	var got []T
-	var err error
-	for range 5 {
-		if got, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return got, err
-		}
-	}
-	return got, err
 }

@@ -27,19 +27,20 @@ var arrows = map[string][]string{
 	"azurevnet/driver":     {"bridge", "pool", "internal/statefile"},
 	"azurevnet/ipamdriver": {"pool"},
 	"azurevnet/bridge": {"bridge/internal/conntrack", "bridge/internal/ebtables", "bridge/internal/firewalld", "bridge/internal/forward",
-		"bridge/internal/listen", "bridge/internal/rtnl", "bridge/internal/ruleset", "internal/statefile"},
-	"azurevnet/bridge/internal/conntrack": {},
+		"bridge/internal/listen", "bridge/internal/rtnl", "bridge/internal/ruleset", "internal/dump", "internal/statefile"},
+	"azurevnet/bridge/internal/conntrack": {"internal/dump"},
 	"azurevnet/bridge/internal/ebtables":  {"bridge/internal/nfnl"},
 	"azurevnet/bridge/internal/firewalld": {"bridge/internal/nfnl"},
 	"azurevnet/bridge/internal/forward":   {"bridge/internal/nfnl"},
-	"azurevnet/bridge/internal/listen":    {"bridge/internal/rtnl"},
-	"azurevnet/bridge/internal/nfnl":      {"bridge/internal/rtnl"},
-	"azurevnet/bridge/internal/rtnl":      {},
+	"azurevnet/bridge/internal/listen":    {"bridge/internal/rtnl", "internal/dump"},
+	"azurevnet/bridge/internal/nfnl":      {"bridge/internal/rtnl", "internal/dump"},
+	"azurevnet/bridge/internal/rtnl":      {"internal/dump"},
 	"azurevnet/bridge/internal/ruleset":   {"bridge/internal/nfnl"},
-	"azurevnet/pool":                      {"internal/statefile"},
-	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/statefile", "pool"},
+	"azurevnet/pool":                      {"internal/dump", "internal/statefile"},
+	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/statefile", "pool"},
 	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "pool"},
 	"azurevnet/internal/cni":              {"bridge", "internal/statefile", "pool"},
+	"azurevnet/internal/dump":             {},
 	"azurevnet/internal/statefile":        {},
 	"azurevnet/internal/vnetsim":          {},
 	"azurevnet/internal/vnetsim/vnetsim":  {"internal/vnetsim"},
@@ -56,17 +57,18 @@ var foreign = map[string][]string{
 }
 
 type goPackage struct {
-	ImportPath string
-	Dir        string
-	Name       string
-	Doc        string
-	GoFiles    []string
-	Imports    []string
+	ImportPath                string
+	Dir                       string
+	Name                      string
+	Doc                       string
+	GoFiles                   []string
+	TestGoFiles, XTestGoFiles []string
+	Imports                   []string
 }
 
 func packages(t *testing.T) []goPackage {
 	t.Helper()
-	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Name,Doc,GoFiles,Imports", module+"/...").Output()
+	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Name,Doc,GoFiles,TestGoFiles,XTestGoFiles,Imports", module+"/...").Output()
 	if err != nil {
 		t.Fatalf("go list: %v", err)
 	}
@@ -103,19 +105,17 @@ func TestPackagesImportOnlyWhatTheDesignDraws(t *testing.T) {
 	}
 }
 
-// dump matches the functions of the netlink library that list kernel state, and the
+// lists matches the functions of the netlink library that list kernel state, and the
 // flag of a message that asks for a list.
-var dump = regexp.MustCompile(`^[A-Z].*List(Filtered|FilteredIter|Execute)?$|^LinkByAlias$|^SocketDiag|^NLM_F_DUMP$`)
+var lists = regexp.MustCompile(`^[A-Z].*List(Filtered|FilteredIter|Execute)?$|^LinkByAlias$|^ConntrackDelete|^SocketDiag|^NLM_F_DUMP$`)
 
 // TestListsOfTheKernelAreComplete: the kernel may interrupt a listing, which then lacks
-// entries. Every listing is in a function that is given to a helper that repeats it.
+// entries. Every listing is in a function that is given to dump.Whole, which repeats it. Tests too: what they make and
+// delete interrupts their own listings.
 func TestListsOfTheKernelAreComplete(t *testing.T) {
 	found := 0
 	for _, p := range packages(t) {
-		if strings.HasPrefix(p.ImportPath, module+"/internal/vnetsim") {
-			continue
-		}
-		for _, name := range p.GoFiles {
+		for _, name := range slices.Concat(p.GoFiles, p.TestGoFiles, p.XTestGoFiles) {
 			files := token.NewFileSet()
 			f, err := parser.ParseFile(files, filepath.Join(p.Dir, name), nil, parser.SkipObjectResolution)
 			if err != nil {
@@ -126,13 +126,13 @@ func TestListsOfTheKernelAreComplete(t *testing.T) {
 			}
 			repeated := map[ast.Node]bool{}
 			ast.Inspect(f, func(n ast.Node) bool {
-				if call, ok := n.(*ast.CallExpr); ok && slices.Contains([]string{"RetryDump", "retryDump", "dump"}, nameOf(call.Fun)) {
+				if call, ok := n.(*ast.CallExpr); ok && nameOf(call.Fun) == "Whole" {
 					ast.Inspect(call, func(n ast.Node) bool { repeated[n] = true; return true })
 				}
-				if s, ok := n.(*ast.SelectorExpr); ok && dump.MatchString(s.Sel.Name) {
+				if s, ok := n.(*ast.SelectorExpr); ok && lists.MatchString(s.Sel.Name) {
 					found++
 					if !repeated[n] {
-						t.Errorf("%s: %s is not given to a helper that repeats it, such as rtnl.RetryDump", files.Position(n.Pos()), s.Sel.Name)
+						t.Errorf("%s: %s is not given to dump.Whole, which repeats it", files.Position(n.Pos()), s.Sel.Name)
 					}
 				}
 				return true

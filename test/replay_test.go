@@ -25,6 +25,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"azurevnet/internal/dump"
 	"azurevnet/internal/vnetsim"
 )
 
@@ -253,10 +254,7 @@ func (h host) containerLinks() []string {
 	h.t.Helper()
 	names := []string{}
 	err := h.Do(func() error {
-		links, err := netlink.LinkList()
-		for errors.Is(err, netlink.ErrDumpInterrupted) { // a link came or went meanwhile
-			links, err = netlink.LinkList()
-		}
+		links, err := dump.Whole(netlink.LinkList)
 		for _, l := range links {
 			if veth.MatchString(l.Attrs().Name) {
 				names = append(names, l.Attrs().Name)

@@ -18,6 +18,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/internal/dump"
 )
 
 // check changes nothing and believes nothing: it looks at the host's side of the
@@ -85,7 +86,7 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if !slices.Equal(l.Attrs().HardwareAddr, at.MAC) { // whatever a chained plugin told the runtime
 		return changed("interface %s in %s has the MAC %s, and not %s: all that it sends is dropped", c.IfName, c.Netns, l.Attrs().HardwareAddr, at.MAC)
 	}
-	has, err := retryDump(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
+	has, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the addresses in %s: %w", c.Netns, err)
 	}
@@ -114,7 +115,7 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Att
 	if err != nil {
 		return changed("%s: %v", cmp.Or(at.Bridge, at.Link), err)
 	}
-	entries, err := retryDump(func() ([]netlink.Neigh, error) { return in.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
+	entries, err := dump.Whole(func() ([]netlink.Neigh, error) { return in.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the neighbour entries in %s: %w", c.Netns, err)
 	}
@@ -129,7 +130,7 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Att
 }
 
 func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {
-	has, err := retryDump(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
+	has, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("read the routes in %s: %w", c.Netns, err)
 	}
@@ -145,16 +146,6 @@ func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.
 		}
 	}
 	return nil
-}
-
-// retryDump repeats a listing that a change of the kernel's tables interrupted. Such a listing may lack entries.
-func retryDump[T any](list func() ([]T, error)) (all []T, err error) {
-	for range 20 {
-		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return all, err
 }
 
 // prefixOf reads a route's destination, of which none is everything.

@@ -15,6 +15,8 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/dump"
 )
 
 // Of linux/netfilter/nfnetlink_conntrack.h, which no library here names.
@@ -138,7 +140,10 @@ func deleteOneByOne(all []Flows) error {
 		}
 		filters = append(filters, filter)
 	}
-	_, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...)
+	_, err := dump.Whole(func() (none []Flows, err error) {
+		_, err = netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...)
+		return nil, err
+	})
 	if noConntrack(err) || errors.Is(err, unix.EINVAL) {
 		return nil
 	}

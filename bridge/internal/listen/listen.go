@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // Socket is a socket of the host that receives IPv4.
@@ -51,7 +52,7 @@ func Sockets() ([]Socket, error) {
 			body := make([]byte, requestSize)
 			body[0], body[1] = family, q.number
 			binary.NativeEndian.PutUint32(body[4:], q.states)
-			messages, err := rtnl.RetryDump(func() ([][]byte, error) {
+			messages, err := dump.Whole(func() ([][]byte, error) {
 				r := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 				r.AddRawData(body)
 				return r.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)

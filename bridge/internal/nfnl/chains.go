@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/rtnl"
+	"azurevnet/internal/dump"
 )
 
 // Chain is a chain on the forward hook.
@@ -56,7 +57,7 @@ var verdicts = map[int32]Verdict{nfDrop: Drop, 1: Accept, -3: Jump, -4: Goto, -5
 // costs about a microsecond for each, and no rules.
 func ForwardChains() (all []Chain, err error) {
 	for _, family := range []byte{unix.NFPROTO_IPV4, unix.NFPROTO_INET} {
-		messages, err := dump(unix.NFT_MSG_GETCHAIN, family)
+		messages, err := list(unix.NFT_MSG_GETCHAIN, family)
 		if err != nil {
 			return nil, fmt.Errorf("list the nft chains: %w", err)
 		}
@@ -88,7 +89,7 @@ func ForwardChains() (all []Chain, err error) {
 
 // Rules lists the rules of one chain.
 func Rules(family byte, table, chain string) (all []Rule, err error) {
-	messages, err := dump(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
+	messages, err := list(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
 	if err != nil {
 		return nil, fmt.Errorf("list the rules of the nft chain %s of %s: %w", chain, table, err)
 	}
@@ -159,9 +160,9 @@ func (r *Rule) verdict(data []byte) {
 	}
 }
 
-// dump lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
-func dump(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
-	all, err := rtnl.RetryDump(func() ([][]byte, error) {
+// list lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
+func list(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
+	all, err := dump.Whole(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|kind, unix.NLM_F_DUMP)
 		r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
 		for _, w := range which {

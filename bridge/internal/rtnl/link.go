@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/dump"
 )
 
 // Veth describes a pair of veth links. Both MACs are given, because udev rewrites
@@ -94,7 +96,7 @@ func SetPortFlags(index int, flags []PortFlag) error {
 // ReadPortFlags reads the flags of every port of every bridge, by link index and
 // then by kind.
 func ReadPortFlags() (map[int]map[uint16]uint16, error) {
-	messages, err := RetryDump(func() ([][]byte, error) {
+	messages, err := dump.Whole(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
 		r.AddData(nl.NewIfInfomsg(unix.AF_BRIDGE))
 		return r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)

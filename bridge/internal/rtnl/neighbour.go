@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/dump"
 )
 
 // Attributes of a neighbour that golang.org/x/sys/unix does not name.
@@ -148,7 +150,7 @@ func ReadForwarding() ([]ForwardingEntry, error) {
 }
 
 func dumpNeighbours(family byte) ([][]byte, error) {
-	messages, err := RetryDump(func() ([][]byte, error) {
+	messages, err := dump.Whole(func() ([][]byte, error) {
 		return request(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, ndmsg(family, 0, 0, 0)).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
 	})
 	for _, m := range messages {

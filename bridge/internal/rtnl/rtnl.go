@@ -17,29 +17,16 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/dump"
 )
-
-// dumpTries bounds how often an interrupted dump is repeated.
-const dumpTries = 20
-
-// RetryDump repeats a listing that a change of the kernel's tables interrupted
-// (NLM_F_DUMP_INTR). Such a listing may lack entries.
-func RetryDump[T any](list func() ([]T, error)) (all []T, err error) {
-	for range dumpTries {
-		all, err = list()
-		if !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, nl.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return all, err
-}
 
 // Links is one reading of the namespace's links.
 type Links []netlink.Link
 
 // ReadLinks lists all links.
 func ReadLinks() (Links, error) {
-	all, err := RetryDump(netlink.LinkList)
+	all, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list the host's links: %w", err)
 	}
@@ -128,7 +115,7 @@ func ReadRoutes(protocol netlink.RouteProtocol) ([]netlink.Route, error) {
 	}
 	defer h.Close()
 	_ = h.SetStrictCheck(true) // an older kernel lists all, and they are chosen here
-	all, err := RetryDump(func() ([]netlink.Route, error) {
+	all, err := dump.Whole(func() ([]netlink.Route, error) {
 		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 	})
 	if err != nil {
