@@ -5,6 +5,7 @@ package pool
 import (
 	"context"
 	"fmt"
+	"net/netip"
 )
 
 // Known returns the VM's NICs as they were last told, the primary first. No
@@ -19,4 +20,22 @@ func (p *Pool) Known(ctx context.Context) ([]NIC, error) {
 		return nil, fmt.Errorf("look up the known NICs: %w", p.silence(&s))
 	}
 	return a.NICs, nil
+}
+
+// Lendable says in an error why addr, of that NIC's subnet, cannot be lent; nil: it can be.
+// No source is asked.
+func (p *Pool) Lendable(ctx context.Context, mac string, subnet netip.Prefix, addr netip.Addr) error {
+	s, err := p.read(ctx, "look whether "+addr.String()+" can be lent")
+	if err != nil {
+		return err
+	}
+	has, err := p.occupied()
+	if err != nil {
+		return err
+	}
+	v, err := p.view(&s, has)
+	if err == nil {
+		_, err = p.pick(&v, Request{MAC: mac, Prefix: subnet, Addr: addr})
+	}
+	return err
 }

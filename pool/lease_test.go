@@ -101,6 +101,8 @@ func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 		{"outside the subnet", Request{Addr: addr("10.0.1.5")}, ErrNotOurs, []string{"10.0.1.5", "10.0.0.0/24"}},
 		{"the NIC's own", Request{Addr: addr("10.0.0.4")}, ErrNotOurs, []string{"own address", mac1}},
 		{"the gateway", Request{Addr: addr("10.0.0.1")}, ErrNotOurs, []string{"gateway"}},
+		{"one that Azure reserves", Request{Addr: addr("10.0.0.3")}, ErrNotOurs, []string{"Azure reserves it"}},
+		{"the broadcast address", Request{Addr: addr("10.0.0.255")}, ErrNotOurs, []string{"as the broadcast address of subnet 10.0.0.0/24"}},
 		{"not an ipconfig", Request{Addr: addr("10.0.0.77")}, ErrNotOurs, []string{"az network nic ip-config create", "--private-ip-address 10.0.0.77"}},
 		{"on the host", Request{Addr: addr("10.0.0.9")}, ErrNotOurs, []string{"eth0", "reclaim=on", "90-azure-vnet.cfg"}},
 		{"another subnet", Request{Prefix: prefix("10.9.0.0/16")}, ErrNotOurs, []string{"10.9.0.0/16", "10.0.0.0/24", "10.0.1.0/24"}},
@@ -113,6 +115,13 @@ func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 		test.r.Owner = "me"
 		_, err := p.Lease(t.Context(), test.r)
 		t.Run(test.name, func(t *testing.T) { wants(t, err, test.want, append(test.says, "lease for me")...) })
+		if test.r.Addr.IsValid() {
+			err := p.Lendable(t.Context(), mac1, prefix("10.0.0.0/24"), test.r.Addr)
+			t.Run(test.name+", by Lendable", func(t *testing.T) { wants(t, err, test.want, test.says...) })
+		}
+	}
+	if err := p.Lendable(t.Context(), mac1, prefix("10.0.0.0/24"), addr("10.0.0.6")); err != nil {
+		t.Errorf("a free one: %v", err)
 	}
 	if _, err := p.Lease(t.Context(), Request{}); err == nil {
 		t.Error("a lease for nobody")
@@ -153,6 +162,21 @@ func TestExhaustionSaysWhatHelps(t *testing.T) {
 				t.Errorf("error says %q: %v", test.not, err)
 			}
 		})
+	}
+}
+
+// A VM may have two NICs in one subnet, and who asks for an address does not know of which it is.
+func TestAnAddressOfTheVMsOtherNICIsToldAsSuch(t *testing.T) {
+	other := nic(mac2, "10.0.0.0/24", 2)
+	other.Primary = "false"
+	other.Subnets[0].Addrs[0].Address, other.Subnets[0].Addrs[1].Address = "10.0.0.20", "10.0.0.21"
+	p := newPool(t, azure(nic(mac1, "10.0.0.0/24", 2), other))
+	for a, says := range map[string]string{"10.0.0.20": "it is the own address of NIC " + mac2, "10.0.0.21": "it is an ipconfig of NIC " + mac2 + " and not of NIC " + mac1} {
+		_, err := p.Lease(t.Context(), Request{Owner: "o", MAC: mac1, Addr: addr(a)})
+		wants(t, err, ErrNotOurs, a, says)
+		if strings.Contains(err.Error(), "az network") {
+			t.Errorf("Azure would refuse what is advised: %v", err)
+		}
 	}
 }
 

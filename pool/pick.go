@@ -98,9 +98,11 @@ func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 	case !sub.Prefix.Contains(a):
 		return fmt.Errorf("address %s: %w: it does not lie in subnet %s", a, ErrNotOurs, sub.Prefix)
 	case a == sub.Primary:
-		return fmt.Errorf("address %s: %w: it is the own address of NIC %s", a, ErrNotOurs, nic.MAC)
+		return ownAddress(a, nic)
 	case a == sub.Prefix.Addr().Next():
 		return fmt.Errorf("address %s: %w: it is the gateway of subnet %s", a, ErrNotOurs, sub.Prefix)
+	case !sub.Prefix.Contains(a.Next()):
+		return fmt.Errorf("address %s: %w: Azure reserves it, as the broadcast address of subnet %s", a, ErrNotOurs, sub.Prefix)
 	case sub.reserves(a):
 		return fmt.Errorf("address %s: %w: Azure reserves it, as the first four and the last of subnet %s", a, ErrNotOurs, sub.Prefix)
 	}
@@ -113,8 +115,20 @@ func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 		}
 		return nil
 	}
+	for _, other := range v.answer.NICs {
+		if slices.ContainsFunc(other.Subnets, func(s Subnet) bool { return s.Primary == a }) {
+			return ownAddress(a, other)
+		}
+		if slices.Contains(other.Secondaries(), a) {
+			return fmt.Errorf("address %s: %w: it is an ipconfig of NIC %s and not of NIC %s", a, ErrNotOurs, other.MAC, nic.MAC)
+		}
+	}
 	return fmt.Errorf("address %s: %w: NIC %s has no ipconfig with it%s; add one: %s --private-ip-address %s",
 		a, ErrNotOurs, nic.MAC, p.lag(v), addCommand, a)
+}
+
+func ownAddress(a netip.Addr, nic NIC) error {
+	return fmt.Errorf("address %s: %w: it is the own address of NIC %s, which the host has", a, ErrNotOurs, nic.MAC)
 }
 
 const addCommand = "az network nic ip-config create -g GROUP --nic-name NIC -n NAME"
