@@ -14,17 +14,20 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/api/types/network"
 	"github.com/docker/docker/client"
 )
 
 const (
 	compareEvery = 30 * time.Second
-	compareTime  = 10 * time.Second // longest that one comparison may take: an engine that starts does not answer
+	nameTime     = 300 * time.Millisecond // longest that a call waits for a name
+	compareTime  = 10 * time.Second       // longest that one comparison may take: an engine that starts does not answer
 )
 
-// dockerd is the engine that runs this plugin. It is asked in the background only,
-// never in a call: it does not answer while it waits for ours.
+// dockerd is the engine that runs this plugin. It may not answer while it waits for a call of ours. So it is asked in
+// the background, and within a call for names alone, for no longer than nameTime.
 type dockerd struct {
 	socket string
 	plugin string // id of this plugin there
@@ -69,12 +72,64 @@ func (e dockerd) data() string {
 // errNoEngine says that nobody can be asked: the engine listens elsewhere.
 var errNoEngine = errors.New("the engine that runs this plugin does not listen there")
 
-// networks are the ids of all networks of the engine, of every driver.
-func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
+// dial returns a client of the engine, which the caller closes.
+func (e dockerd) dial() (*client.Client, error) {
 	if _, err := os.Stat(e.socket); errors.Is(err, fs.ErrNotExist) {
 		return nil, errNoEngine
 	}
-	docker, err := client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+	return client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
+}
+
+// Container looks the endpoint up among the running containers, whose list waits for no container that is being started.
+func (e dockerd) Container(ctx context.Context, endpoint string) (name, network string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, nameTime)
+	defer cancel()
+	docker, err := e.dial()
+	if err != nil {
+		return "", "", err
+	}
+	defer docker.Close()
+	all, err := docker.ContainerList(ctx, container.ListOptions{})
+	if err != nil {
+		return "", "", err
+	}
+	for _, c := range all {
+		if c.NetworkSettings == nil || len(c.Names) == 0 {
+			continue
+		}
+		for network, s := range c.NetworkSettings.Networks {
+			if s != nil && s.EndpointID == endpoint {
+				return strings.TrimPrefix(c.Names[0], "/"), network, nil
+			}
+		}
+	}
+	return "", "", fmt.Errorf("no running container has endpoint %.12s", endpoint)
+}
+
+// Network looks the name of a network up.
+func (e dockerd) Network(ctx context.Context, id string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, nameTime)
+	defer cancel()
+	docker, err := e.dial()
+	if err != nil {
+		return "", err
+	}
+	defer docker.Close()
+	all, err := docker.NetworkList(ctx, network.ListOptions{Filters: filters.NewArgs(filters.Arg("id", id))})
+	if err != nil {
+		return "", err
+	}
+	for _, n := range all {
+		if n.ID == id {
+			return n.Name, nil
+		}
+	}
+	return "", fmt.Errorf("the engine has no network %.12s", id)
+}
+
+// networks are the ids of all networks of the engine, of every driver.
+func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
+	docker, err := e.dial()
 	if err != nil {
 		return nil, err
 	}

@@ -5,18 +5,27 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/docker/go-plugins-helpers/ipam"
+	"github.com/docker/go-plugins-helpers/network"
 )
 
 // serveAPI answers as an engine's API does: paths without their version.
 func serveAPI(t *testing.T, answers map[string]string) dockerd {
 	t.Helper()
-	e := dockerd{socket: filepath.Join(t.TempDir(), "docker.sock"), plugin: strings.Repeat("a", 64)}
+	return serveAPIAt(t, filepath.Join(t.TempDir(), "docker.sock"), answers)
+}
+
+func serveAPIAt(t *testing.T, socket string, answers map[string]string) dockerd {
+	t.Helper()
+	e := dockerd{socket: socket, plugin: strings.Repeat("a", 64)}
 	l, err := net.Listen("unix", e.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -88,6 +97,82 @@ func TestTheEnginesListOfNetworks(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// listing is an engine's list of containers: web has endpoint 1 on azure.
+func listing() map[string]string {
+	return map[string]string{
+		"containers/json": `[{"Id":"c","Names":["/db"],"NetworkSettings":{"Networks":{"bridge":{"EndpointID":"x"}}}},{"Id":"d","Names":[]},{"Id":"e","Names":["/f"]},
+			{"Id":"w","Names":["/web"],"NetworkSettings":{"Networks":{"bridge":{"EndpointID":"y"},"azure":{"EndpointID":"` + endpointID(1) + `"}}}}]`,
+		"networks": `[{"Name":"azure","Id":"` + netID + `"}]`,
+	}
+}
+
+func TestNamesThatTheEngineTells(t *testing.T) {
+	e := serveAPI(t, listing())
+	name, in, err := e.Container(t.Context(), endpointID(1))
+	if name != "web" || in != "azure" || err != nil {
+		t.Errorf("container %q of network %q: %v", name, in, err)
+	}
+	if _, _, err := e.Container(t.Context(), endpointID(2)); err == nil {
+		t.Error("an endpoint that no container has: no error")
+	}
+	if name, err := e.Network(t.Context(), netID); name != "azure" || err != nil {
+		t.Errorf("network %q: %v", name, err)
+	}
+	if _, err := e.Network(t.Context(), otherID); err == nil {
+		t.Error("a network that the engine has not: no error")
+	}
+}
+
+// What holds an address or a port is told by name; and soon, where the engine does not answer while it waits
+// for this very call, by what docker network inspect shows.
+func TestAHolderIsNamedThoughTheEngineHangs(t *testing.T) {
+	for _, c := range []struct {
+		name           string
+		answers        map[string]string
+		container, aux string
+	}{
+		{"it answers", listing(), "container web of network azure", "auxiliary address router of network azure"},
+		{"it hangs", map[string]string{"_ping": "hang", "containers/json": "hang", "networks": "hang"},
+			"the container whose EndpointID in docker network inspect is e00000000000…", "auxiliary address router of network 6e6574000000"},
+		{"it knows neither", map[string]string{"containers/json": `[]`, "networks": `[]`},
+			"the container whose EndpointID in docker network inspect is e00000000000…", "auxiliary address router of network 6e6574000000"},
+		{"it is not there", nil,
+			"the container whose EndpointID in docker network inspect is e00000000000…", "auxiliary address router of network 6e6574000000"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			newVM(t, 3)
+			if c.answers != nil {
+				serveAPIAt(t, "/run/docker.sock", c.answers)
+			}
+			e := startPlugin(t, t.TempDir())
+			pool := e.auxNetwork("10.240.0.6")
+			publish := func(endpoint, addr string) error {
+				in := endpointRequest(endpoint, addr)
+				in.Options = map[string]any{"com.docker.network.portmap": []any{map[string]any{"Proto": 6, "Port": 80, "HostPort": 8080}}}
+				_, err := call[network.CreateEndpointResponse](e, "NetworkDriver.CreateEndpoint", in)
+				return err
+			}
+			lend := func(addr string) error {
+				_, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool, Address: addr})
+				return err
+			}
+			if err := errors.Join(lend("10.240.0.5"), publish(endpointID(1), "10.240.0.5/16"), lend("10.240.0.7")); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			expect(t, "the address", "address in use: 10.240.0.5 is held by "+c.container+"; ask for another", fmt.Sprint(lend("10.240.0.5")))
+			expect(t, "the auxiliary address", "address in use: 10.240.0.6 is "+c.aux+"; ask for another", fmt.Sprint(lend("10.240.0.6")))
+			expect(t, "the auxiliary address, for an endpoint", "10.240.0.6 is "+c.aux+": leave out --ip to get any free address", fmt.Sprint(publish(endpointID(2), "10.240.0.6/16")))
+			expect(t, "the address that nothing is attached with", "address in use: 10.240.0.7 is held by a container or a network of Docker that is being made or removed just now; ask for another", fmt.Sprint(lend("10.240.0.7")))
+			expect(t, "the port", "attach the endpoint: publish port 8080/tcp of the host: it is published to 10.240.0.5 already ("+c.container+"); publish another, or none: containers are reached at their own addresses",
+				fmt.Sprint(publish(endpointID(2), "10.240.0.7/16")))
+			if took := time.Since(start); took > 15*time.Second { // each that waits for the engine as long as it may takes 9 s
+				t.Errorf("five calls took %v", took)
+			}
+		})
+	}
 }
 
 func TestThePluginsIDInItsEngine(t *testing.T) {

@@ -142,12 +142,13 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		},
 		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
 		Reserve:  func(ctx context.Context) error { return networks.Reserve(ctx) },
+		Holder:   func(ctx context.Context, lease pool.Lease) string { return networks.Holder(ctx, lease) },
 		Warn:     warn,
 	})
 	e, managed := findDockerd(p)
 	networks = driver.New(driver.Config{
 		Dir: p.data, OnHost: e.data(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
-		Warn: warn,
+		Engine: e, Warn: warn,
 	})
 
 	gate := newGate("the networks of before the restart are being restored")

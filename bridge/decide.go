@@ -78,7 +78,7 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
-			return false, fmt.Errorf("%s has the address %s (link %s): detach it first", e.owner, addr, e.link.Name)
+			return false, &HeldError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): detach it first", e.owner, addr, e.link.Name)}
 		}
 	}
 	if err := refuseForeignRoute(addr); err != nil {
@@ -156,17 +156,17 @@ func (at *attach) macIsFree() error {
 	if err != nil || !found {
 		return err
 	}
-	holder := fmt.Sprintf("link %d", f.Port)
+	holder, owner := fmt.Sprintf("link %d", f.Port), ""
 	if l, err := netlink.LinkByIndex(f.Port); err == nil {
 		if halfMade(l) { // a detach is about to delete it, or died before it could
 			return delLink(l)
 		}
 		holder = l.Attrs().Name
 		if a, ok := endpointOf(l); ok {
-			holder = fmt.Sprintf("%s (%s)", a.owner, a.addr.Addr())
+			holder, owner = fmt.Sprintf("%s (%s)", a.owner, a.addr.Addr()), a.owner
 		}
 	}
-	return fmt.Errorf("the MAC %s is that of %s on %s already: ask for another, or for none", at.a.mac, holder, at.a.bridge)
+	return &HeldError{Owner: owner, text: fmt.Sprintf("the MAC %s is that of %s on %s already: ask for another, or for none", at.a.mac, holder, at.a.bridge)}
 }
 
 // addressIsFree asks the kernel's routes, which know of every address that the host or a container has.

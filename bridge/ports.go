@@ -167,7 +167,7 @@ func (v *view) published(p Port, taken map[string][]Port) error {
 		}
 		for _, e := range v.endpoints {
 			if e.link.Name == link {
-				return fmt.Errorf("it is published to %s already (%s)", e.addr.Addr(), e.owner)
+				return &HeldError{Owner: e.owner, text: fmt.Sprintf("it is published to %s already (%s)", e.addr.Addr(), e.owner)}
 			}
 		}
 	}

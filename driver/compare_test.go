@@ -115,7 +115,7 @@ func TestANetworkThatTheEngineLostIsForgotten(t *testing.T) {
 func TestAForgottenNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		addr := netip.MustParseAddr("10.240.0.5")
-		d := withNetworks(t, map[string]Network{"a": {Aux: []Aux{{addr, "docker/x"}}}})
+		d := withNetworks(t, map[string]Network{"a": {Aux: []Aux{{Addr: addr, Owner: "docker/x"}}}})
 		held := func() bool {
 			_, held, err := d.cfg.Pool.Held(t.Context(), addr)
 			if err != nil {
@@ -140,7 +140,7 @@ func TestAForgottenNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 }
 
 func TestARemovedNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
-	aux := Aux{netip.MustParseAddr("10.240.0.5"), "docker/x"}
+	aux := Aux{Addr: netip.MustParseAddr("10.240.0.5"), Owner: "docker/x", Name: "router"}
 	n := Network{MAC: "00:0d:3a:04:75:98", Prefix: netip.MustParsePrefix("10.240.0.0/16"), Aux: []Aux{aux, {Addr: netip.MustParseAddr("10.240.0.9")}}}
 	d := withNetworks(t, map[string]Network{"a": n})
 	held := func() bool {

@@ -44,6 +44,8 @@ type Config struct {
 	// is known to be of another NIC than that MAC's; may be nil.
 	Agrees func(subnet netip.Prefix, mac string) error
 
+	Engine Engine // asked for names in errors; may be nil
+
 	Warn func(text string) // told what is no failure, but worth knowing; may be nil
 }
 

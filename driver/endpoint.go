@@ -33,7 +33,7 @@ func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRe
 	defer cancel()
 	attached, err := d.attach(ctx, r)
 	if err != nil {
-		return nil, err
+		return nil, d.inDockersWords(ctx, r.EndpointID, err)
 	}
 	answer := &network.EndpointInterface{} // an address that is echoed is an error to the engine
 	if r.Interface.MacAddress == "" {
@@ -132,16 +132,28 @@ func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Le
 	case err != nil:
 		return lease, err
 	case !held:
-		// The IpamDriver answers --ip as it does --aux-address: what is not this VM's it only writes down.
-		return lease, fmt.Errorf("%s is not leased, for it is none of the addresses that this VM can lend: leave out --ip, or add it: az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address %s", addr, addr)
-	case !strings.HasPrefix(lease.Owner, OwnerPrefix):
-		return lease, fmt.Errorf("%s is held by %s", addr, lease.Owner)
-	case lease.Linkless:
-		return lease, fmt.Errorf("%s is an auxiliary address of a network", addr)
+		return lease, d.whyNotLeased(ctx, n, addr)
+	case !strings.HasPrefix(lease.Owner, OwnerPrefix), lease.Linkless:
+		return lease, fmt.Errorf("%s %s: %s", addr, d.Holder(ctx, lease), withoutIP)
 	case lease.MAC != n.MAC || lease.Prefix != n.Prefix:
 		return lease, fmt.Errorf("%s belongs to NIC %s (%s) and the network to NIC %s (%s): create the network with --ipam-opt master= and -o master= naming one NIC", addr, lease.MAC, lease.Prefix, n.MAC, n.Prefix)
 	}
 	return lease, nil
+}
+
+// withoutIP is what helps whoever asked for an address that is not to be had.
+const withoutIP = "leave out --ip to get any free address"
+
+// whyNotLeased says why the IpamDriver leased nothing when it was asked for addr. It answers --ip as it does
+// --aux-address: what this VM cannot lend is only written down.
+func (d *Driver) whyNotLeased(ctx context.Context, n Network, addr netip.Addr) error {
+	if aux := d.auxiliary(ctx, func(a Aux) bool { return a.Addr == addr }); aux != "" {
+		return fmt.Errorf("%s is %s: %s", addr, aux, withoutIP)
+	}
+	if err := d.cfg.Pool.Lendable(ctx, n.MAC, n.Prefix, addr); err != nil {
+		return fmt.Errorf("%w; %s", err, withoutIP)
+	}
+	return fmt.Errorf("%s is not leased, for its lease has ended: start the container again", addr)
 }
 
 // DeleteEndpoint removes the endpoint's link; one that is not there is success.
@@ -249,7 +261,7 @@ func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.Pro
 		err = d.publish(ctx, r.EndpointID, ports)
 	}
 	if err != nil {
-		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s: %v", portsText(ports), r.EndpointID, err))
+		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s: %v", portsText(ports), r.EndpointID, d.inDockersWords(ctx, r.EndpointID, err)))
 	}
 	return nil
 }

@@ -49,7 +49,14 @@ func (n Network) Transparent() bool { return n.Mode == bridge.ModeTransparent }
 type Aux struct {
 	Addr  netip.Addr `json:"addr"`
 	Owner string     `json:"owner,omitempty"` // of its lease; empty: it is not this VM's to lend, and only written down
+	Name  string     `json:"name,omitempty"`  // as --aux-address gave it; empty: an earlier release wrote it down
 }
+
+// unnamed is what makes the address that of a lease.
+func (a Aux) unnamed() Aux { a.Name = ""; return a }
+
+// same reports whether both are one address with one owner. A name may be missing.
+func (a Aux) same(o Aux) bool { return a.unnamed() == o.unnamed() }
 
 func (n Network) spec() bridge.Spec {
 	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, Mode: n.Mode, Subnet: n.Prefix, NICs: n.NICs}
@@ -62,7 +69,7 @@ func (n Network) policy() bridge.Policy {
 func (n Network) equal(o Network) bool {
 	return n.MAC == o.MAC && n.Transparent() == o.Transparent() && n.Bridge == o.Bridge && n.MTU == o.MTU && n.Prefix == o.Prefix &&
 		n.Gateway == o.Gateway && n.Internal == o.Internal && n.SNAT == o.SNAT && n.NoMetadata == o.NoMetadata &&
-		slices.Equal(n.Direct, o.Direct) && slices.Equal(n.Aux, o.Aux)
+		slices.Equal(n.Direct, o.Direct) && slices.EqualFunc(n.Aux, o.Aux, Aux.same)
 }
 
 // NetworksFile is the path of networks.json in dir.

@@ -74,7 +74,7 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known 
 	case err != nil:
 		return err
 	case held && lease.Owner != aux.Owner:
-		return fmt.Errorf("auxiliary address %s: %w by %s", aux.Addr, pool.ErrInUse, lease.Owner)
+		return fmt.Errorf("%s, %s: %w: it %s", aux.of(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.Holder(ctx, lease))
 	case held && lease.Linkless:
 		return nil
 	case held:
@@ -85,7 +85,7 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known 
 		return err
 	}
 	file, err := d.read()
-	if err == nil && !slices.Contains(file.Networks[id].Aux, aux) {
+	if err == nil && !slices.ContainsFunc(file.Networks[id].Aux, aux.same) {
 		_, err = d.cfg.Pool.Return(ctx, lease)
 	}
 	return err
@@ -106,18 +106,18 @@ func (d *Driver) Reserve(ctx context.Context) error {
 	}
 	kept := map[Aux]bool{}
 	for _, lease := range leases {
-		kept[Aux{lease.Addr, lease.Owner}] = lease.Linkless
+		kept[Aux{Addr: lease.Addr, Owner: lease.Owner}] = lease.Linkless
 	}
 	for id, n := range file.Networks {
 		for _, aux := range n.Aux {
-			if aux.Owner == "" || kept[aux] {
+			if aux.Owner == "" || kept[aux.unnamed()] {
 				continue
 			}
 			_, err := d.cfg.Pool.Known(ctx)
 			known := err == nil // else the source is asked, as the lease would
 			err = d.hold(ctx, id, n, aux, known)
 			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
-				return fmt.Errorf("hold the auxiliary address %s of network %.12s first: %w", aux.Addr, id, err)
+				return fmt.Errorf("hold %s, %s, first: %w", aux.of(d.networkName(ctx, id)), aux.Addr, err)
 			}
 		}
 	}
@@ -156,12 +156,12 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 	listed := map[Aux]bool{}
 	for _, n := range file.Networks {
 		for _, aux := range n.Aux {
-			listed[aux] = true
+			listed[aux.unnamed()] = true
 		}
 	}
 	var released []pool.Lease
 	for addr, lease := range status.Leases {
-		if !lease.Linkless || !strings.HasPrefix(lease.Owner, OwnerPrefix) || listed[Aux{addr, lease.Owner}] || status.Now-lease.Since < strayAge {
+		if !lease.Linkless || !strings.HasPrefix(lease.Owner, OwnerPrefix) || listed[Aux{Addr: addr, Owner: lease.Owner}] || status.Now-lease.Since < strayAge {
 			continue
 		}
 		ended, err := d.cfg.Pool.Return(ctx, lease)
@@ -192,16 +192,19 @@ func (d *Driver) keepAux(ctx context.Context, n Network, nic pool.NIC, asked map
 		}
 		ours := slices.ContainsFunc(nic.Subnets, func(s pool.Subnet) bool { return slices.Contains(s.Secondary, prefix.Addr()) })
 		if !held && !ours {
-			all = append(all, Aux{Addr: prefix.Addr()})
+			all = append(all, Aux{Addr: prefix.Addr(), Name: name})
 			continue
 		}
-		if !held || !strings.HasPrefix(lease.Owner, OwnerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
+		if !held {
 			return nil, fmt.Errorf("--aux-address %.40s: %s is not held for this network", name, prefix.Addr())
+		}
+		if !strings.HasPrefix(lease.Owner, OwnerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
+			return nil, fmt.Errorf("--aux-address %.40s: %s %s", name, prefix.Addr(), d.Holder(ctx, lease))
 		}
 		if err := d.cfg.Pool.Keep(ctx, lease); err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
 		}
-		all = append(all, Aux{Addr: prefix.Addr(), Owner: lease.Owner})
+		all = append(all, Aux{Addr: prefix.Addr(), Owner: lease.Owner, Name: name})
 	}
 	slices.SortFunc(all, func(a, b Aux) int { return a.Addr.Compare(b.Addr) })
 	return all, nil

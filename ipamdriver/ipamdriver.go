@@ -41,6 +41,7 @@ type Config struct {
 	NIC      func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
 	Attached func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
 	Reserve  func(ctx context.Context) error                                     // has all auxiliary addresses held, before any address is lent; may be nil
+	Holder   func(ctx context.Context, lease pool.Lease) string                  // says in Docker's words who has a leased address: "is held by …" or "is …"; nil: by the owner alone
 	Warn     func(text string)                                                   // told what is no failure, but worth knowing; may be nil
 }
 
@@ -67,6 +68,9 @@ const choiceAge = 10 * time.Second
 func New(cfg Config) *Driver {
 	if cfg.Reserve == nil {
 		cfg.Reserve = func(context.Context) error { return nil }
+	}
+	if cfg.Holder == nil {
+		cfg.Holder = func(_ context.Context, lease pool.Lease) string { return "is held by " + lease.Owner }
 	}
 	if cfg.Warn == nil {
 		cfg.Warn = func(string) {}
@@ -287,6 +291,9 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.foreign(ctx, id, want) {
 		return answer(id, want), nil
 	}
+	if errors.Is(err, pool.ErrInUse) {
+		return nil, d.inUse(ctx, want, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -294,6 +301,15 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 		d.cfg.Warn(fmt.Sprintf("%s was released a moment ago and is lent again: no other address is left; give the NIC more ipconfigs", lease.Addr))
 	}
 	return answer(id, lease.Addr), nil
+}
+
+// inUse is err, that addr is in use, in Docker's words.
+func (d *Driver) inUse(ctx context.Context, addr netip.Addr, err error) error {
+	lease, held, unread := d.cfg.Pool.Held(ctx, addr)
+	if unread != nil || !held {
+		return err // it has ended meanwhile, or a container has the address without a lease
+	}
+	return fmt.Errorf("%w: %s %s; ask for another", pool.ErrInUse, addr, d.cfg.Holder(ctx, lease))
 }
 
 // foreign tells an address that no ipconfig lends to this NIC's containers. One

@@ -1,0 +1,96 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// Engine tells what the engine calls that which this driver knows by an id. It is asked within a call, for an error's
+// words alone: so it must give up soon, as an engine may answer nobody while it waits for that call.
+type Engine interface {
+	// Container returns the name of the container that has the endpoint, and that of the endpoint's network.
+	Container(ctx context.Context, endpoint string) (container, network string, err error)
+	// Network returns the name of a network.
+	Network(ctx context.Context, id string) (string, error)
+}
+
+// Holder says of a leased address in Docker's words who has it: "is held by …" or "is …".
+func (d *Driver) Holder(ctx context.Context, l pool.Lease) string {
+	if !strings.HasPrefix(l.Owner, OwnerPrefix) {
+		return "is held by " + d.holder(ctx, l.Owner)
+	}
+	if aux := d.auxiliary(ctx, Aux{Addr: l.Addr, Owner: l.Owner}.same); aux != "" {
+		return "is " + aux
+	}
+	all, _ := d.cfg.Host.Attachments(ctx) // unreadable: the link is not known
+	for _, at := range all {
+		if at.Addr.Addr() == l.Addr {
+			return "is held by " + d.holder(ctx, at.Owner)
+		}
+	}
+	return "is held by a container or a network of Docker that is being made or removed just now"
+}
+
+// holder names the container that owner stands for: an endpoint of Docker's, or what a CNI runtime calls it.
+func (d *Driver) holder(ctx context.Context, owner string) string {
+	if endpoint, ok := strings.CutPrefix(owner, OwnerPrefix); ok {
+		if d.cfg.Engine != nil {
+			if container, network, err := d.cfg.Engine.Container(ctx, endpoint); err == nil {
+				return fmt.Sprintf("container %s of network %s", container, network)
+			}
+		}
+		return fmt.Sprintf("the container whose EndpointID in docker network inspect is %.12s…", endpoint)
+	}
+	if part := strings.Split(owner, "/"); len(part) == 4 { // <kind>/<network>/<containerID>/<ifname>
+		return fmt.Sprintf("CNI container %s (interface %s, network %s)", part[2], part[3], part[1])
+	}
+	return owner
+}
+
+// auxiliary names the auxiliary address that is meant: "auxiliary address NAME of network NET". It is "" if no network
+// has it.
+func (d *Driver) auxiliary(ctx context.Context, meant func(Aux) bool) string {
+	file, _ := d.read() // unreadable: none is known
+	for id, n := range file.Networks {
+		if i := slices.IndexFunc(n.Aux, meant); i >= 0 {
+			return n.Aux[i].of(d.networkName(ctx, id))
+		}
+	}
+	return ""
+}
+
+// of names the auxiliary address of the network of that name.
+func (a Aux) of(network string) string {
+	if a.Name == "" { // written down by a release that did not keep the name
+		return "an auxiliary address of network " + network
+	}
+	return fmt.Sprintf("auxiliary address %.40s of network %s", a.Name, network)
+}
+
+// networkName is the engine's, or the beginning of the id where the engine does not answer.
+func (d *Driver) networkName(ctx context.Context, id string) string {
+	if d.cfg.Engine != nil {
+		if name, err := d.cfg.Engine.Network(ctx, id); err == nil {
+			return name
+		}
+	}
+	return fmt.Sprintf("%.12s", id)
+}
+
+// inDockersWords is err, of what was done for the endpoint, with the name of who has what the endpoint was to get.
+func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error) error {
+	var held *bridge.HeldError
+	if !errors.As(err, &held) || held.Owner == "" {
+		return err
+	}
+	text := strings.ReplaceAll(err.Error(), held.Owner, d.holder(ctx, held.Owner))
+	return errors.New(strings.ReplaceAll(text, " "+OwnerPrefix+endpoint, " the endpoint"))
+}

@@ -1,0 +1,109 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package driver
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"azurevnet/bridge"
+	"azurevnet/pool"
+)
+
+// names are an engine's: containers by endpoint, networks by id.
+type names map[string]string
+
+func (n names) Container(_ context.Context, endpoint string) (string, string, error) {
+	if name, ok := n[endpoint]; ok {
+		return name, "azure", nil
+	}
+	return "", "", errors.New("no such endpoint")
+}
+
+func (n names) Network(_ context.Context, id string) (string, error) {
+	if name, ok := n[id]; ok {
+		return name, nil
+	}
+	return "", errors.New("no such network")
+}
+
+func TestHoldersInDockersWords(t *testing.T) {
+	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	for name, c := range map[string]struct {
+		engine      Engine
+		owner, want string
+	}{
+		"a container":                             {names{id: "web"}, "docker/" + id, "container web of network azure"},
+		"a container that the engine knows not":   {names{}, "docker/" + id, "the container whose EndpointID in docker network inspect is 0123456789ab…"},
+		"a container, and no engine is asked":     {nil, "docker/" + id, "the container whose EndpointID in docker network inspect is 0123456789ab…"},
+		"a runtime's container":                   {names{}, "cni/pods/c0ffee/eth0", "CNI container c0ffee (interface eth0, network pods)"},
+		"a container of the word attach":          {names{}, "attach/pods/c0ffee/eth0", "CNI container c0ffee (interface eth0, network pods)"},
+		"an owner whose alias has only its hash":  {names{}, "#0123", "#0123"},
+		"an owner that nobody of ours would have": {names{}, "", ""},
+	} {
+		if got := New(Config{Engine: c.engine}).holder(t.Context(), c.owner); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+// An error that tells of no holder is left as it is, and so is what a caller may look for in it.
+func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
+	for _, err := range []error{bridge.ErrAttached, &bridge.HeldError{}, nil} {
+		if got := New(Config{}).inDockersWords(t.Context(), "e", err); got != err {
+			t.Errorf("%v became %v", err, got)
+		}
+	}
+}
+
+// Where another holds an auxiliary address, the log names both in Docker's words; a release that kept no names wrote
+// some of them down.
+func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
+	addr := netip.MustParseAddr("10.240.0.5")
+	network := func(owner, name string) Network {
+		return Network{MAC: "00:0d:3a:04:75:98", Prefix: netip.MustParsePrefix("10.240.0.0/16"), Aux: []Aux{{Addr: addr, Owner: owner, Name: name}}}
+	}
+	d := withNetworks(t, map[string]Network{"a": network("docker/x", "printer"), "b": network("docker/y", "")})
+	d.cfg.Engine = names{"a": "azure"}
+	if err := d.hold(t.Context(), "a", d.must(t, "a"), d.must(t, "a").Aux[0], false); err != nil {
+		t.Fatal(err)
+	}
+	err := d.hold(t.Context(), "b", d.must(t, "b"), d.must(t, "b").Aux[0], false)
+	const want = "an auxiliary address of network b, 10.240.0.5: address in use: it is auxiliary address printer of network azure"
+	if !errors.Is(err, pool.ErrInUse) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if err := d.Reserve(t.Context()); err != nil {
+		t.Errorf("it delays others: %v", err)
+	}
+}
+
+func (d *Driver) must(t *testing.T, id string) Network {
+	t.Helper()
+	n, err := d.network(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// A network that an earlier release wrote down has no names of its auxiliary addresses: a repeat of its creation is
+// success all the same, and its leases are its own.
+func TestAuxiliaryAddressesWithoutAName(t *testing.T) {
+	before := Aux{Addr: netip.MustParseAddr("10.240.0.5"), Owner: "docker/x"}
+	now := before
+	now.Name = "printer"
+	n := Network{Aux: []Aux{before}}
+	if !n.equal(Network{Aux: []Aux{now}}) || !before.same(now) || before.same(Aux{Addr: before.Addr, Owner: "docker/y"}) {
+		t.Error("a name makes the difference")
+	}
+	if got := before.of("azure") + ", " + now.of("azure"); got != "an auxiliary address of network azure, auxiliary address printer of network azure" {
+		t.Error(got)
+	}
+	if long := (Aux{Name: strings.Repeat("x", 1000)}).of("azure"); len(long) > 100 {
+		t.Error("a name of any length is told")
+	}
+}

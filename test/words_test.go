@@ -1,0 +1,103 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// inWords runs a docker command that fails with an error that says all of want and none of not.
+func (h host) inWords(arg, want []string, not ...string) {
+	h.t.Helper()
+	_, err := h.try(client, arg...)
+	if err == nil {
+		h.t.Errorf("docker %s: it succeeded", strings.Join(arg, " "))
+		return
+	}
+	for _, w := range want {
+		if !strings.Contains(err.Error(), w) {
+			h.t.Errorf("docker %s: the error does not say %q: %v", strings.Join(arg, " "), w, err)
+		}
+	}
+	for _, n := range not {
+		if strings.Contains(err.Error(), n) {
+			h.t.Errorf("docker %s: the error says %q: %v", strings.Join(arg, " "), n, err)
+		}
+	}
+}
+
+// TestWhoHoldsIsNamedInDockersWords: by whom an address, a port or a MAC is held is told as docker ps and docker network
+// ls name it.
+func TestWhoHoldsIsNamedInDockersWords(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin("COOL_DOWN=0s")
+	ours, subnet := h.Secondaries(), h.Prefix.String()
+	aux, pod := ours[5], ours[4]
+	h.network("azure")
+	h.create("second", "--subnet", subnet, "--aux-address", "printer="+aux.String(), "--aux-address", "other="+plain.addr.String())
+	web := h.container("azure", "web", server, "-p", "8080:80")
+	run := func(network string, arg ...string) []string {
+		return append(append([]string{"run", "--rm", "--network", network}, arg...), "busybox", "true")
+	}
+	create := func(arg ...string) []string {
+		return append(append([]string{"network", "create", "-d", plugin, "--ipam-driver", plugin, "--subnet", subnet}, arg...), "third")
+	}
+	// The PoolID, and the owners that leases and links have, are words of ours alone.
+	h.must("sh", "-euc", "echo '"+`{"cniVersion":"1.0.0","name":"pods","type":"bridge","ipam":{"type":"azure-vnet-ipam"}}`+"' | CNI_COMMAND=ADD CNI_CONTAINERID=c0ffee CNI_NETNS=/proc/self/ns/net CNI_IFNAME=eth7 CNI_PATH=/ CNI_ARGS=IP="+pod.String()+" "+top+"/build/cni/azure-vnet-ipam")
+	for _, c := range []struct {
+		name string
+		arg  []string
+		want string
+	}{
+		{"an address of a container", run("azure", "--ip", web.String()), "is held by container web of network azure"},
+		{"an address of a container of another network", run("second", "--ip", web.String()), "is held by container web of network azure"},
+		{"an address of a container for a network", create("--aux-address", "x="+web.String()), "is held by container web of network azure"},
+		{"a port", run("second", "-p", "8080:90"), "(container web of network azure)"},
+		{"a range of ports", run("second", "-p", "8080:90", "-p", "8080-8080:91"), "container web of network azure"},
+		{"a MAC", run("second", "--mac-address", "02:42:0a:f0:00:05"), "container web of network azure"},
+		{"an auxiliary address", run("azure", "--ip", aux.String()), "is auxiliary address printer of network second"},
+		{"an auxiliary address of its own network", run("second", "--ip", aux.String()), "is auxiliary address printer of network second"},
+		{"an auxiliary address for another network", create("--aux-address", "x="+aux.String()), "is auxiliary address printer of network second"},
+		{"an auxiliary address that is another VM's", run("azure", "--ip", plain.addr.String()), "is auxiliary address other of network second"},
+		{"an address of a CNI runtime's container", run("azure", "--ip", pod.String()), "is held by CNI container c0ffee (interface eth7, network pods)"},
+		{"an address of a CNI runtime's container, reserved", create("--aux-address", "x="+pod.String()), "is held by CNI container c0ffee (interface eth7, network pods)"},
+	} {
+		t.Run(c.name, func(t *testing.T) { h.in(t).inWords(c.arg, []string{c.want}, "docker/", "_16-", "cni/") })
+	}
+	h.docker("rm", "-f", "web")
+	clean(t, vnet)
+}
+
+// TestAnAddressThatCannotBeLentSaysWhy: az network nic ip-config create is advised for an address that Azure would give.
+func TestAnAddressThatCannotBeLentSaysWhy(t *testing.T) {
+	subnet := netip.MustParsePrefix("10.240.0.0/16")
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 1}}})
+	h := vms[0]
+	h.withPlugin("COOL_DOWN=0s")
+	h.network("azure")
+	other := h.NICs()[1]
+	for _, c := range []struct{ name, addr, want string }{
+		{"the host's own", h.Primary.String(), "it is the own address of NIC " + h.NICs()[0].MAC},
+		{"the host's own, on another NIC", other.Primary.String(), "it is the own address of NIC " + other.MAC},
+		{"another NIC's", other.Secondaries[0].String(), "it is an ipconfig of NIC " + other.MAC},
+		{"the gateway", "10.240.0.1", "it is the subnet's gateway"},
+		{"a reserved one", "10.240.0.2", "Azure reserves it"},
+		{"the last reserved one", "10.240.0.3", "Azure reserves it"},
+		{"the broadcast address", "10.240.255.255", "as the broadcast address"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h.in(t).inWords([]string{"run", "--rm", "--network", "azure", "--ip", c.addr, "busybox", "true"}, []string{c.addr, c.want}, "az network")
+		})
+	}
+	t.Run("one that Azure would give", func(t *testing.T) {
+		h.in(t).inWords([]string{"run", "--rm", "--network", "azure", "--ip", "10.240.77.77", "busybox", "true"},
+			[]string{"az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address 10.240.77.77", "leave out --ip"})
+	})
+	h.empty()
+	clean(t, vnet)
+}
