@@ -200,7 +200,7 @@ func runningLock(p places) string { return filepath.Join(p.run, "azure-vnet", "p
 
 func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
 	return pool.New(pool.Config{
-		Dir: filepath.Join(p.run, "azure-vnet"), Source: s.source, QueryURL: s.queryURL, CoolDown: s.coolDown, Reclaim: s.reclaim,
+		Dir: filepath.Join(p.run, "azure-vnet"), Source: s.source, QueryURL: s.queryURL, CoolDown: s.coolDown, Reclaim: s.reclaim, Remedy: reclaimRemedy(s.reclaim),
 		Links: func(ctx context.Context) ([]pool.Lease, error) { return provenLeases(ctx, host) },
 	})
 }

@@ -171,6 +171,14 @@ func (r *reconciler) collectAux(ctx context.Context) error {
 	return err
 }
 
+// reclaimRemedy words for Docker's users what helps while the host holds secondary addresses.
+func reclaimRemedy(on bool) string {
+	if on {
+		return "RECLAIM=on takes them back within 30 s"
+	}
+	return "docker plugin disable -f azure-vnet:latest && docker plugin set azure-vnet:latest RECLAIM=on && docker plugin enable azure-vnet:latest"
+}
+
 // reclaimAll takes secondary addresses off the host's NICs, where they would be
 // answered by the host.
 func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {

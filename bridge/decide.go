@@ -85,7 +85,7 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 		return false, err
 	}
 	if dev := v.holds(addr); dev != "" {
-		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or set reclaim", dev, addr)
+		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or have it reclaimed: RECLAIM=on of the Docker plugin, reclaim of the CNI configuration", dev, addr)
 	}
 	if len(at.e.Ports) > 0 {
 		if at.ports, err = v.choosePorts(at.e.Owner, at.e.NIC, at.link, at.e.Ports); err != nil {

@@ -78,7 +78,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 		}
 	}
 	if dev := v.holds(addr); dev != "" && !v.isOurs(dev) {
-		add(true, fmt.Sprintf("%s holds its address too, so the host answers in its place: ip addr del %s dev %s, or set reclaim", dev, addr, dev), nil)
+		add(true, fmt.Sprintf("%s holds its address too, so the host answers in its place: ip addr del %s dev %s, or have it reclaimed: RECLAIM=on of the Docker plugin, reclaim of the CNI configuration", dev, addr, dev), nil)
 	}
 	if nic := v.nics[e.nic]; nic != nil && e.link.MTU > nic.Attrs().MTU {
 		add(true, fmt.Sprintf("its MTU of %d bytes is more than the %d of %s, so larger packets to it vanish: restart its container", e.link.MTU, nic.Attrs().MTU, nic.Attrs().Name), nil)

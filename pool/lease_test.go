@@ -139,17 +139,19 @@ func TestExhaustionSaysWhatHelps(t *testing.T) {
 		configs int
 		onHost  map[netip.Addr]string
 		reclaim bool
+		remedy  string
 		says    []string
 		not     string
 	}{
-		{"no secondary addresses", 1, nil, false, []string{"1 ipconfig and no secondary", "az network nic ip-config create"}, "cloud-init"},
-		{"all in use", 6, nil, false, []string{"6 ipconfigs", "0 free", "5 held", "0 cooling", "remove containers", "az network nic ip-config create"}, "cloud-init"},
-		{"all on the host", 6, host, false, []string{"6 ipconfigs", "5 on the host", "10.0.0.5", "and 2 more", "eth0", "cloud-init", "set reclaim=on"}, "az network"},
-		{"all on the host, and reclaimed", 6, host, true, []string{"5 on the host", "reclaim=on takes them back"}, "set reclaim"},
+		{"no secondary addresses", 1, nil, false, "", []string{"1 ipconfig and no secondary", "az network nic ip-config create"}, "cloud-init"},
+		{"all in use", 6, nil, false, "", []string{"6 ipconfigs", "0 free", "5 held", "0 cooling", "remove containers", "az network nic ip-config create"}, "cloud-init"},
+		{"all on the host", 6, host, false, "", []string{"6 ipconfigs", "5 on the host", "10.0.0.5", "and 2 more", "eth0", "cloud-init", "set reclaim=on"}, "az network"},
+		{"all on the host, and reclaimed", 6, host, true, "", []string{"5 on the host", "reclaim=on takes them back"}, "set reclaim"},
+		{"all on the host, in another reader's words", 6, host, false, "press the button", []string{"press the button, and for the next boot", "90-azure-vnet.cfg"}, "reclaim"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := azure(nic(mac1, "10.0.0.0/24", test.configs))
-			f.occupied.onHost, f.reclaim = test.onHost, test.reclaim
+			f.occupied.onHost, f.reclaim, f.remedy = test.onHost, test.reclaim, test.remedy
 			p := newPool(t, f)
 			var err error
 			for range 6 {

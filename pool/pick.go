@@ -3,6 +3,7 @@
 package pool
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -176,10 +177,11 @@ func (p *Pool) hostHas(addrs []string, dev string) string {
 		text += fmt.Sprintf(" and %d more", more)
 	}
 	text = fmt.Sprintf("the host itself holds %s (interface %s), as cloud-init has it", text, dev)
+	remedy := p.cfg.Remedy
 	if p.cfg.Reclaim {
-		return text + ": reclaim=on takes them back: the plugin within 30 s, CNI at the next ADD that finds no other"
+		return text + ": " + cmp.Or(remedy, "reclaim=on takes them back: the plugin within 30 s, CNI at the next ADD that finds no other")
 	}
-	return text + `: set reclaim=on, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
+	return text + ": " + cmp.Or(remedy, "set reclaim=on") + `, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
 }
 
 // lag warns, within an error, that the list may be old.

@@ -48,6 +48,7 @@ type fabric struct {
 	macs     []string // of the VM's interfaces; none: not known
 	url      string
 	reclaim  bool
+	remedy   string
 }
 
 // azure is a fabric whose host agent lists these NICs. Its clock begins at this
@@ -112,7 +113,7 @@ func poolIn(t testing.TB, f *fabric, dir string) *Pool {
 		t.Cleanup(srv.Close)
 		f.url = srv.URL
 	}
-	p, err := New(Config{Dir: dir, Source: "wireserver", QueryURL: f.url + "/", Reclaim: f.reclaim})
+	p, err := New(Config{Dir: dir, Source: "wireserver", QueryURL: f.url + "/", Reclaim: f.reclaim, Remedy: f.remedy})
 	if err != nil {
 		t.Fatal(err)
 	}

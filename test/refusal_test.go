@@ -110,7 +110,7 @@ func TestAddressesThatTheHostHolds(t *testing.T) {
 	h := vms[0]
 	h.withPlugin()
 	h.network("azure")
-	h.refused([]string{"run", "--rm", "--network", "azure", "busybox", "true"}, "cloud-init", "reclaim")
+	h.refused([]string{"run", "--rm", "--network", "azure", "busybox", "true"}, "cloud-init", "docker plugin set azure-vnet:latest RECLAIM=on &&")
 	h.docker("plugin", "disable", "-f", plugin)
 	h.docker("plugin", "set", plugin, "RECLAIM=on")
 	h.docker("plugin", "enable", plugin)
