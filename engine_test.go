@@ -186,7 +186,7 @@ func TestTheEnginesOwnClientsRepeatThemselves(t *testing.T) {
 		NetworkAllocate(string, map[string]string, []driverapi.IPAMData, []driverapi.IPAMData) (map[string]string, error)
 		NetworkFree(string) error
 	})
-	if _, err := swarm.NetworkAllocate(netID, nil, nil, nil); err == nil || !strings.Contains(err.Error(), "swarm") {
+	if _, err := swarm.NetworkAllocate(netID, nil, nil, nil); err == nil || !strings.Contains(err.Error(), "--scope swarm -d azure-vnet:latest --config-from CONFIG") {
 		t.Errorf("NetworkAllocate: %v", err)
 	}
 	node := discoverapi.NodeDiscoveryData{Address: "10.240.0.4", Self: true}

@@ -438,6 +438,9 @@ func TestANetworkIsRefusedRatherThanHalfServed(t *testing.T) {
 	}{
 		{"an unknown option", networkRequest(netID, map[string]any{"color": "red"}), `unknown option "color"`},
 		{"another IPAM", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].AddressSpace = "LocalDefault" }), "create it with --ipam-driver azure-vnet:latest"},
+		{"a swarm network without --config-from", change(func(r *network.CreateNetworkRequest) {
+			r.NetworkID, r.IPv4Data[0].AddressSpace, r.IPv4Data[0].Pool = "q0w1e2r3t4y5u6i7o8p9a0s1d", "LocalDefault", "172.18.0.0/16"
+		}), "--scope swarm -d azure-vnet:latest --config-from CONFIG"},
 		{"a subnet of no NIC", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].Pool = "172.18.0.0/16" }), "10.240.0.0/16"},
 		{"another gateway", change(func(r *network.CreateNetworkRequest) { r.IPv4Data[0].Gateway = "10.240.0.9/16" }), "leave out --gateway"},
 		{"two subnets", change(func(r *network.CreateNetworkRequest) { r.IPv4Data = append(r.IPv4Data, r.IPv4Data[0]) }), "exactly one subnet"},

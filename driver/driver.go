@@ -176,6 +176,9 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 		return Network{}, fmt.Errorf("a network has exactly one subnet, and %d were given", len(r.IPv4Data))
 	}
 	data := r.IPv4Data[0]
+	if data.AddressSpace != d.cfg.AddressSpace && swarmIDShape.MatchString(r.NetworkID) {
+		return Network{}, errors.New("the swarm network was created without --config-from, or from a configuration without --ipam-driver: " + swarmWay)
+	}
 	if data.AddressSpace != d.cfg.AddressSpace {
 		return Network{}, fmt.Errorf("its addresses come from %.40q and not from Azure: create it with --ipam-driver azure-vnet:latest (the tag that -d has)", data.AddressSpace)
 	}
@@ -247,9 +250,16 @@ func (d *Driver) forget(ctx context.Context, id string) error {
 	return d.releaseAux(ctx, n)
 }
 
-// AllocateNetwork and FreeNetwork belong to swarm networks.
+// swarmIDShape is what ids of swarm networks look like; those of other networks have 64 hex digits.
+var swarmIDShape = regexp.MustCompile(`^[0-9a-z]{25}$`)
+
+// swarmWay is how a swarm network is made, as docs/docker.md says it.
+const swarmWay = "create a configuration on each node, docker network create --config-only --subnet SUBNET --ipam-driver azure-vnet:latest CONFIG, and the network on a manager, docker network create --scope swarm -d azure-vnet:latest --config-from CONFIG NAME"
+
+// AllocateNetwork would have a swarm's manager choose the addresses of all nodes. It comes only to drivers whose scope
+// is global.
 func (d *Driver) AllocateNetwork(context.Context, *network.AllocateNetworkRequest) (*network.AllocateNetworkResponse, error) {
-	return nil, errors.New("swarm networks are not served: its addresses belong to one VM; create the network on each node with --scope local")
+	return nil, errors.New("a swarm's manager cannot choose the addresses of a network, for each address belongs to one VM: " + swarmWay)
 }
 
 // FreeNetwork has nothing to free.

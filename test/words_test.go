@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"azurevnet/internal/vnetsim"
 )
@@ -98,6 +99,37 @@ func TestAnAddressThatCannotBeLentSaysWhy(t *testing.T) {
 		h.in(t).inWords([]string{"run", "--rm", "--network", "azure", "--ip", "10.240.77.77", "busybox", "true"},
 			[]string{"az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address 10.240.77.77", "leave out --ip"})
 	})
+	h.empty()
+	clean(t, vnet)
+}
+
+// TestASwarmNetworkWithoutAConfigurationIsRefused: what a swarm's manager makes names no subnet and no IpamDriver to the
+// nodes, which ask for it when the first task comes.
+func TestASwarmNetworkWithoutAConfigurationIsRefused(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
+	h := vms[0]
+	h.withPlugin()
+	h.docker("swarm", "init", "--advertise-addr", h.Primary.String())
+	h.docker("network", "create", "--config-only", "--subnet", h.Prefix.String(), "half-config")
+	for network, option := range map[string][]string{
+		"bare": nil, "driver": {"--ipam-driver", plugin, "--subnet", h.Prefix.String()}, "half": {"--config-from", "half-config"},
+	} {
+		h.docker(append(append([]string{"network", "create", "--scope", "swarm", "-d", plugin}, option...), network)...)
+		h.docker("service", "create", "--detach", "--name", network, "--network", network, "--endpoint-mode", "dnsrr", "--no-resolve-image", "--restart-condition", "none", "busybox", "true")
+	}
+	for _, service := range []string{"bare", "driver", "half"} {
+		why := ""
+		eventually(t, "the error of the task of "+service+" is known", 30*time.Second, func() bool {
+			why = h.docker("service", "ps", "--no-trunc", "--format", "{{.Error}}", service)
+			return why != ""
+		})
+		for _, want := range []string{"swarm network", "--config-from CONFIG", "--ipam-driver " + plugin} {
+			if !strings.Contains(why, want) {
+				t.Errorf("the task of %s does not say %q: %s", service, want, why)
+			}
+		}
+	}
+	h.docker("service", "rm", "bare", "driver", "half")
 	h.empty()
 	clean(t, vnet)
 }
