@@ -210,8 +210,25 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 			return Network{}, fmt.Errorf("the gateway of %s is %s, which Azure fixes, and not %.80s: leave out --gateway", prefix, n.Gateway, data.Gateway)
 		}
 	}
-	n.Aux, err = d.keepAux(ctx, n, nic, data.AuxAddresses)
-	return n, err
+	if n.Aux, err = d.keepAux(ctx, n, nic, data.AuxAddresses); err != nil {
+		return Network{}, err
+	}
+	for _, aux := range n.Aux {
+		if mac := nicWith(known.NICs, aux.Addr); mac != "" {
+			d.cfg.Warn(fmt.Sprintf("network %.12s: --aux-address %s=%s is the own address of NIC %s: no container gets it in any case, so leave it out", r.NetworkID, aux.Name, aux.Addr, mac))
+		}
+	}
+	return n, nil
+}
+
+// nicWith is the MAC of the NIC whose own address addr is, "" if it is none's.
+func nicWith(nics []pool.NICStatus, addr netip.Addr) string {
+	for _, nic := range nics {
+		if slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Primary == addr }) {
+			return nic.MAC
+		}
+	}
+	return ""
 }
 
 // nic is the NIC that has the subnet, and must be master if that is given.

@@ -130,6 +130,9 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 			return nil, err
 		}
 	}
+	if within.IsValid() && !slices.ContainsFunc(subnet.Secondary, within.Contains) {
+		d.cfg.Warn(fmt.Sprintf("--ip-range %s: NIC %s has no ipconfig in it, so the network lends no address until one is added: az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address ADDRESS", within, nic.MAC))
+	}
 	d.requested(id)
 	return &ipam.RequestPoolResponse{
 		PoolID: id.String(),

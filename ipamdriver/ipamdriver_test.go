@@ -222,6 +222,18 @@ func TestAnAddressRangeBoundsTheChoice(t *testing.T) {
 	}
 }
 
+func TestARangeWithoutAnIpconfigIsWarnedOf(t *testing.T) {
+	w := newWorld(t)
+	w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16", SubPool: "10.240.1.0/24"})
+	if len(w.warnings) > 0 {
+		t.Errorf("a range with an ipconfig: %v", w.warnings)
+	}
+	w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16", SubPool: "10.240.2.0/24"})
+	if len(w.warnings) != 1 || !strings.Contains(w.warnings[0], "--ip-range 10.240.2.0/24: NIC 00:0d:3a:04:75:98 has no ipconfig in it") {
+		t.Errorf("a range without: %v", w.warnings)
+	}
+}
+
 func TestTheGatewayIsAzuresAndHeldByNobody(t *testing.T) {
 	w := newWorld(t)
 	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})

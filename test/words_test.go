@@ -103,6 +103,26 @@ func TestAnAddressThatCannotBeLentSaysWhy(t *testing.T) {
 	clean(t, vnet)
 }
 
+// TestCreateWarnsOfWhatHelpsNobody: a range without an ipconfig, and an auxiliary address that the host has. Both may be
+// meant for later, so the network is made.
+func TestCreateWarnsOfWhatHelpsNobody(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
+	h := vms[0]
+	h.withPlugin()
+	subnet := h.Prefix.String()
+	h.create("well", "--subnet", subnet, "--ip-range", h.Secondaries()[0].String()+"/32", "--aux-address", "other=10.240.9.9")
+	if log := h.DockerLog(); strings.Contains(log, "--ip-range") || strings.Contains(log, "--aux-address") {
+		t.Errorf("a network that is as it should be is warned of:\n%s", log)
+	}
+	h.create("odd", "--subnet", subnet, "--ip-range", "10.240.9.0/24", "--aux-address", "vm="+h.Primary.String())
+	for _, want := range []string{"level=warning msg=\\\"--ip-range 10.240.9.0/24: NIC ", "--aux-address vm=" + h.Primary.String() + " is the own address of NIC "} {
+		eventually(t, "the log says "+want, 5*time.Second, func() bool { return strings.Contains(h.DockerLog(), want) })
+	}
+	h.docker("network", "rm", "well", "odd")
+	h.empty()
+	clean(t, vnet)
+}
+
 // TestASwarmNetworkWithoutAConfigurationIsRefused: what a swarm's manager makes names no subnet and no IpamDriver to the
 // nodes, which ask for it when the first task comes.
 func TestASwarmNetworkWithoutAConfigurationIsRefused(t *testing.T) {
