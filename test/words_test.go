@@ -123,6 +123,31 @@ func TestCreateWarnsOfWhatHelpsNobody(t *testing.T) {
 	clean(t, vnet)
 }
 
+// TestAContainerOnTwoNetworksOfOneNIC: the engine refuses the second interface, and the container goes on as it was.
+func TestAContainerOnTwoNetworksOfOneNIC(t *testing.T) {
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
+	h, plain := vms[0], onHost(vms[1])
+	h.withPlugin("COOL_DOWN=0s")
+	h.network("azure")
+	h.network("second", "mode=transparent")
+	addr := h.container("azure", "web", server)
+	h.refused([]string{"network", "connect", "second", "web"}, "conflicts with existing route")
+	seen(t, plain, addr, plain.addr)
+	h.holds(1)
+
+	// A stopped container takes the second network, and does not start then.
+	h.docker("create", "--init", "--network", "azure", "--name", "later", "busybox", "sleep", "1000")
+	h.docker("network", "connect", "second", "later")
+	h.refused([]string{"start", "later"}, "conflicts with existing route")
+	h.holds(1)
+	h.docker("network", "disconnect", "second", "later")
+	h.docker("start", "later")
+	h.holds(2)
+	h.docker("rm", "-f", "web", "later")
+	h.empty()
+	clean(t, vnet, addr)
+}
+
 // TestASwarmNetworkWithoutAConfigurationIsRefused: what a swarm's manager makes names no subnet and no IpamDriver to the
 // nodes, which ask for it when the first task comes.
 func TestASwarmNetworkWithoutAConfigurationIsRefused(t *testing.T) {
