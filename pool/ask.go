@@ -50,8 +50,8 @@ func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list NICs: %w", err)
 	}
-	if p.due(&s, p.cfg.QueryInterval) {
-		if err := p.ask(ctx, p.refreshed()); err != nil {
+	if q := p.refreshed(); p.due(&s, q) {
+		if err := p.ask(ctx, q); err != nil {
 			return nil, fmt.Errorf("list NICs: %w", err)
 		}
 		if s, err = p.read(ctx, "list NICs"); err != nil {
@@ -87,7 +87,7 @@ func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, 
 	} else if err != nil {
 		return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
 	}
-	if p.due(&s, q.age) {
+	if p.due(&s, q) {
 		if err := p.ask(ctx, q); err != nil {
 			return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
 		}
@@ -139,16 +139,17 @@ func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 	return newest, from, ok
 }
 
-// due says that no try of this boot, good or bad, is younger than age. A try that lies
-// ahead is none: it would keep the source from being asked until then.
-func (p *Pool) due(s *state, age time.Duration) bool {
+// due says that no try of this boot, good or bad, is younger than q.age. A try that lies
+// ahead is none: it would keep the source from being asked until then. Nor is a try
+// that waited shorter than q would: a slow source may answer q.
+func (p *Pool) due(s *state, q question) bool {
 	now := p.clock()
+	young := func(tried time.Duration) bool { return tried != 0 && tried <= now && now-tried < q.age }
 	for _, src := range p.sources {
 		a := s.Answers[src.name]
-		for _, tried := range []time.Duration{a.At, a.FailedAt} {
-			if tried != 0 && tried <= now && now-tried < age {
-				return false
-			}
+		hasty := a.Waited != 0 && a.Waited < q.wait
+		if young(a.At) || young(a.FailedAt) && !hasty {
+			return false
 		}
 	}
 	return true
@@ -199,14 +200,14 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 	}
 	defer unlock()
 
-	if s, err := p.read(ctx, what); err != nil || !p.due(&s, q.age) {
+	if s, err := p.read(ctx, what); err != nil || !p.due(&s, q) {
 		return err
 	}
 	asking, cancel := context.WithTimeout(bounded, q.wait)
 	defer cancel()
 	answers := map[string]answer{}
 	for i, src := range p.sources {
-		a := p.answer(asking, src, len(p.sources)-i)
+		a := p.answer(asking, src, len(p.sources)-i, q)
 		if ctx.Err() != nil {
 			return ctx.Err() // that says nothing of the source
 		}
@@ -227,14 +228,18 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 	})
 }
 
-// answer asks one source of the left many, which share what is left of the time.
-func (p *Pool) answer(ctx context.Context, src source, left int) answer {
+// answer asks one source of the left many, which share what is left of q's time.
+func (p *Pool) answer(ctx context.Context, src source, left int, q question) answer {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(left))
 	defer cancel()
 	nics, notes, err := p.listen(ctx, src)
 	if err != nil {
-		return answer{Failure: err.Error(), FailedAt: p.clock()}
+		failed := answer{Failure: err.Error(), FailedAt: p.clock()}
+		if ctx.Err() != nil {
+			failed.Waited = q.wait
+		}
+		return failed
 	}
 	return answer{NICs: nics, Notes: notes, At: p.clock()}
 }

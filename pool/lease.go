@@ -95,7 +95,7 @@ func (p *Pool) ponder(s *state, l Lease, err error) (question, bool) {
 	case l.Early:
 		q = p.scarce()
 	}
-	return q, p.due(s, q.age)
+	return q, p.due(s, q)
 }
 
 func (p *Pool) view(s *state, has occupied) (view, error) {

@@ -75,6 +75,17 @@ func (f *fabric) fail(h http.HandlerFunc) {
 	f.answer = h
 }
 
+// slow answers rightly, late.
+func (f *fabric) slow(late time.Duration) {
+	f.mu.Lock()
+	body := f.body
+	f.mu.Unlock()
+	f.fail(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(late)
+		fmt.Fprint(w, body)
+	})
+}
+
 func (f *fabric) pass(d time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -192,6 +192,25 @@ func TestABlackHole(t *testing.T) {
 	}
 }
 
+// A source that is slower than a question waits for that can do without an answer has
+// all the time of one that cannot, though both are asked one after the other.
+func TestASlowSourceIsAskedAgainByThoseWhoNeedIt(t *testing.T) {
+	t.Parallel()
+	f := azure(nic(mac1, "10.0.0.0/24", 2))
+	f.slow(2 * shortWait)
+	p := newPool(t, f)
+	if s, err := p.Status(t.Context()); err != nil || !strings.Contains(s.Sources[0].Failure, "no answer") {
+		t.Fatalf("status of a slow source: %+v, %v", s.Sources, err)
+	}
+	if _, _, err := p.Subnet(t.Context(), "", netip.Prefix{}); err != nil {
+		t.Error(err)
+	}
+	p.must(t, Request{Owner: "o"})
+	if f.questions() != 2 {
+		t.Errorf("%d questions", f.questions())
+	}
+}
+
 func TestTheSourceIsAskedOncePerIntervalOrWhenNothingIsFree(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 3))
 	p := newPool(t, f)

@@ -44,6 +44,7 @@ type answer struct {
 	Notes    []string      `json:"notes,omitempty"`    // what was odd about it
 	Failure  string        `json:"failure,omitempty"`  // since then
 	FailedAt time.Duration `json:"failedAt,omitempty"` // last time; 0: not in this boot
+	Waited   time.Duration `json:"waited,omitempty"`   // then, for all sources, if no answer came in time; 0: it failed by itself
 }
 
 // newerThan says that a came later than b. An answer of an earlier boot is older

@@ -28,7 +28,7 @@ func everything() state {
 			NICs: []NIC{{MAC: mac1, Primary: true, Subnets: []Subnet{
 				{Prefix: prefix("10.0.0.0/24"), Primary: addr("10.0.0.4"), Secondary: []netip.Addr{addr("10.0.0.5"), addr("10.0.0.6")}},
 				{Prefix: prefix("10.0.1.0/24")}}}},
-			At: 1, Notes: []string{"ünicode", `a "quote"`}, Failure: "<html>\n\\\"", FailedAt: 2,
+			At: 1, Notes: []string{"ünicode", `a "quote"`}, Failure: "<html>\n\\\"", FailedAt: 2, Waited: 3,
 		}, "imds": {}},
 		Leases: map[netip.Addr]record{
 			addr("10.0.0.5"):   {Lease{Owner: "docker/a", MAC: mac1, Prefix: prefix("10.0.0.0/24"), Since: 3, Linkless: true, Early: true}, 4},

@@ -62,8 +62,8 @@ func (p *Pool) Status(ctx context.Context) (Status, error) {
 
 func (p *Pool) status(ctx context.Context) (Status, error) {
 	s, err := p.read(ctx, "status")
-	if err == nil && p.due(&s, p.cfg.QueryInterval) {
-		if err = p.ask(ctx, p.aside()); err == nil {
+	if q := p.aside(); err == nil && p.due(&s, q) {
+		if err = p.ask(ctx, q); err == nil {
 			s, err = p.read(ctx, "status")
 		}
 	}

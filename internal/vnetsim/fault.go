@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"time"
 )
 
 // Source is a server that tells a VM its addresses.
@@ -39,11 +40,12 @@ const (
 	Huge      Fault = "huge"      // the right document, 10 MB of it white space
 	Empty     Fault = "empty"     // 200 with a document without interfaces
 	Chunked   Fault = "chunked"   // the right document without a Content-Length: not a failure
+	Slow      Fault = "slow"      // the right document, 1.5 s late: not a failure
 	Stale     Fault = "stale"     // the last secondary address of each NIC is missing: the sources disagree
 )
 
 // Faults are all but Healthy.
-var Faults = []Fault{BlackHole, Refused, Status500, Status401, Throttled, HTML, Truncated, Huge, Empty, Chunked, Stale}
+var Faults = []Fault{BlackHole, Refused, Status500, Status401, Throttled, HTML, Truncated, Huge, Empty, Chunked, Slow, Stale}
 
 // SetFault makes a source fail for every VM, also those added later, until it
 // is set to Healthy.
@@ -110,6 +112,8 @@ func answer(w http.ResponseWriter, f Fault, contentType, document, empty string)
 		document = document[:first] + strings.Repeat(" ", 10<<20) + document[first:]
 	case Empty:
 		document = empty
+	case Slow:
+		time.Sleep(1500 * time.Millisecond)
 	case Chunked:
 		half := len(document) / 2
 		fmt.Fprint(w, document[:half])

@@ -161,6 +161,7 @@ func TestFaults(t *testing.T) {
 			Huge:      with(func(r *response) { r.Body = fmt.Sprint(len(r.Body) + 10<<20) }),
 			Empty:     with(func(r *response) { r.Body = empty }),
 			Chunked:   with(func(r *response) { r.Chunked = true }),
+			Slow:      healthy,
 			Stale:     {},
 		}
 		for _, f := range Faults {
