@@ -84,6 +84,9 @@ func TestConfigJSON(t *testing.T) {
 	if _, err := readSettings(func(key string) string { return env[key] }, "/host/run"); err != nil {
 		t.Errorf("the defaults: %v", err)
 	}
+	for _, d := range defaultSettings {
+		expect(t, "the default of "+d.key, d.value, env[d.key])
+	}
 }
 
 func TestReadmeNamesEverySetting(t *testing.T) {
@@ -91,9 +94,9 @@ func TestReadmeNamesEverySetting(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, key := range settingKeys {
-		if !strings.Contains(string(readme), "`"+key+"`") {
-			t.Errorf("README.md does not tell of %s", key)
+	for _, d := range defaultSettings {
+		if !strings.Contains(string(readme), "`"+d.key+"`") {
+			t.Errorf("README.md does not tell of %s", d.key)
 		}
 	}
 }

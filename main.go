@@ -110,16 +110,13 @@ func run(args []string, out io.Writer) error {
 func serve(ctx context.Context, p places, out io.Writer) error {
 	log := logrus.New()
 	log.SetOutput(out) // the engine logs stderr as errors
-	s, err := readSettings(os.Getenv, p.run)
-	if err != nil {
-		return err
-	}
+	s, wrong := readSettings(os.Getenv, p.run)
 	log.SetLevel(s.level)
 	if p.data == "" {
 		p.data = dataDir
 	}
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
-	addresses, err := openPool(p, s, host) // no I/O: settings that do not go together end here
+	addresses, err := openPool(p, s, host)
 	if err != nil {
 		return err
 	}
@@ -128,6 +125,9 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		return err
 	}
 	log.WithFields(logrus.Fields{"version": version, "source": s.source, "socket": p.socket}).Info("azure-vnet listens")
+	if wrong != nil {
+		log.Error(wrong)
+	}
 
 	if err := leaveSettings(os.Getenv, p.run); err != nil {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
@@ -175,7 +175,11 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		mend.loop(background)
 	}()
 	srv := &server{log: log, gate: gate, serving: serving, takeAway: takeAway}
-	if err := srv.serve(l, methods(networks, ipam), ctx.Done(), stopPatience); err != nil {
+	calls := methods(networks, ipam)
+	if wrong != nil {
+		refuseMaking(calls, wrong)
+	}
+	if err := srv.serve(l, calls, ctx.Done(), stopPatience); err != nil {
 		return err
 	}
 	log.Info("stopped")

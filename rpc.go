@@ -102,6 +102,17 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	}
 }
 
+// refuseMaking has every call that is to make something answered with why. An engine
+// takes a driver only if its capabilities are told, and without a driver it asks nothing
+// and tells its user nothing. Calls that only take away go on.
+func refuseMaking(all map[string]method, why error) {
+	for name, m := range all {
+		if !m.bodiless && !m.ends {
+			all[name] = method{bodiless: true, call: func(context.Context, []byte) (any, error) { return nil, why }}
+		}
+	}
+}
+
 // limits are how long a call may take.
 type limits struct {
 	deadline time.Duration // told to it

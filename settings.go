@@ -23,81 +23,92 @@ type settings struct {
 	reclaim  bool
 }
 
-var settingKeys = []string{"LOG_LEVEL", "SOURCE", "QUERY_URL", "COOL_DOWN", "RECLAIM"}
+// defaultSettings are those of config.json, in the order in which they are told.
+var defaultSettings = []struct{ key, value string }{
+	{"LOG_LEVEL", "info"}, {"SOURCE", "auto"}, {"QUERY_URL", ""}, {"COOL_DOWN", "30s"}, {"RECLAIM", "off"},
+}
 
 // hostRun is where the host's files that the plugin may read lie, on the host.
 const hostRun = "/run"
 
 // readSettings reads the environment. run is the host's /run as this process sees it.
+// The error names all settings that are wrong. These have their defaults.
 func readSettings(getenv func(string) string, run string) (settings, error) {
 	s := settings{level: logrus.InfoLevel, source: "auto", coolDown: 30 * time.Second}
-	for _, key := range settingKeys {
-		value := strings.TrimSpace(getenv(key))
+	var wrong, mended []string
+	for _, d := range defaultSettings {
+		value := strings.TrimSpace(getenv(d.key))
 		if value == "" {
 			continue
 		}
-		if err := s.set(key, value, run); err != nil {
-			return s, fmt.Errorf("%s=%.200s: %w", key, value, err)
+		if allowed := s.set(d.key, value, run); allowed != "" {
+			wrong = append(wrong, fmt.Sprintf("%s=%.200s (allowed: %s)", d.key, value, allowed))
+			mended = append(mended, d.key+"="+d.value)
 		}
 	}
-	return s, nil
+	if wrong == nil {
+		return s, nil
+	}
+	return s, fmt.Errorf("wrong settings of the plugin: %s. Until they are right, no network is made and no container starts: "+
+		"docker plugin disable -f azure-vnet:latest && docker plugin set azure-vnet:latest %s && docker plugin enable azure-vnet:latest",
+		strings.Join(wrong, ", "), strings.Join(mended, " "))
 }
 
-func (s *settings) set(key, value, run string) (err error) {
+// set changes one setting, or says what is allowed in the place of a wrong value.
+func (s *settings) set(key, value, run string) (allowed string) {
 	switch key {
 	case "LOG_LEVEL":
-		switch lower := strings.ToLower(value); lower {
-		case "error", "warning", "info", "debug":
-			s.level, err = logrus.ParseLevel(lower)
-		default:
-			err = fmt.Errorf("error, warning, info or debug")
+		level, known := map[string]logrus.Level{
+			"error": logrus.ErrorLevel, "warning": logrus.WarnLevel, "info": logrus.InfoLevel, "debug": logrus.DebugLevel,
+		}[strings.ToLower(value)]
+		if !known {
+			return "error, warning, info or debug"
 		}
+		s.level = level
 	case "SOURCE":
-		s.source, err = source(value, run)
+		source, allowed := source(value, run)
+		if allowed != "" {
+			return allowed
+		}
+		s.source = source
 	case "QUERY_URL":
-		if u, bad := url.Parse(value); bad != nil || u.Scheme != "http" || u.Host == "" {
-			return fmt.Errorf("a URL that begins with http://")
+		if filepath.IsAbs(s.source) {
+			return "nothing beside a SOURCE that is a file, which has no query URL"
+		}
+		if u, err := url.Parse(value); err != nil || u.Scheme != "http" || u.Host == "" {
+			return "a URL that begins with http://"
 		}
 		s.queryURL = value
 	case "COOL_DOWN":
-		if s.coolDown, err = time.ParseDuration(value); err != nil || s.coolDown < 0 || s.coolDown > time.Hour {
-			return fmt.Errorf("a time such as 30s, from 0s to 1h")
+		rest, err := time.ParseDuration(value)
+		if err != nil || rest < 0 || rest > time.Hour {
+			return "a time such as 30s, from 0s to 1h"
 		}
-		if s.coolDown == 0 {
+		if s.coolDown = rest; rest == 0 {
 			s.coolDown = -1
 		}
 	case "RECLAIM":
-		switch strings.ToLower(value) {
-		case "on":
-			s.reclaim = true
-		case "off":
-			s.reclaim = false
-		default:
-			err = fmt.Errorf("on or off")
+		on, known := map[string]bool{"on": true, "off": false}[strings.ToLower(value)]
+		if !known {
+			return "on or off"
 		}
+		s.reclaim = on
 	}
-	return err
+	return ""
 }
 
-// source takes a name, or the host's path of a file under /run: that is what the
-// plugin sees of the host.
-func source(value, run string) (string, error) {
+// source takes a name, or the host's path of a file under /run, which is all that the
+// plugin sees of the host. Of another value it says what is allowed.
+func source(value, run string) (name, allowed string) {
 	switch lower := strings.ToLower(value); lower {
 	case "auto", "wireserver", "imds":
-		return lower, nil
+		return lower, ""
 	}
-	if !filepath.IsAbs(value) {
-		return "", fmt.Errorf("auto, wireserver, imds, or a file under %s", hostRun)
-	}
-	clean := filepath.Clean(value)
-	if run == hostRun {
-		return clean, nil // not in a container: any file is seen
-	}
-	below, ok := strings.CutPrefix(clean, hostRun+"/")
+	below, ok := strings.CutPrefix(filepath.Clean(value), hostRun+"/")
 	if !ok {
-		return "", fmt.Errorf("a source file must lie under %s, which is all that the plugin sees of the host", hostRun)
+		return "", "auto, wireserver, imds, or a file under " + hostRun + ", which is all that the plugin sees of the host"
 	}
-	return filepath.Join(run, below), nil
+	return filepath.Join(run, below), ""
 }
 
 // settingsFile is where a running plugin leaves its settings for status, which
@@ -107,8 +118,8 @@ func settingsFile(run string) string { return filepath.Join(run, "azure-vnet", "
 // leaveSettings writes the settings as they came.
 func leaveSettings(getenv func(string) string, run string) error {
 	env := map[string]string{}
-	for _, key := range settingKeys {
-		env[key] = getenv(key)
+	for _, d := range defaultSettings {
+		env[d.key] = getenv(d.key)
 	}
 	text, err := json.Marshal(env)
 	if err == nil {

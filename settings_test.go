@@ -3,10 +3,7 @@
 package main
 
 import (
-	"io"
 	"maps"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -37,22 +34,28 @@ func TestSettings(t *testing.T) {
 			with(func(s *settings) { s.source = "/host/run/interfaces.json" }), ""},
 		{"no cool-down", map[string]string{"COOL_DOWN": "0"}, with(func(s *settings) { s.coolDown = -1 }), ""},
 
-		{"an unknown level", map[string]string{"LOG_LEVEL": "loud"}, plain, "LOG_LEVEL=loud: error, warning, info or debug"},
-		{"an unknown source", map[string]string{"SOURCE": "azure"}, plain, "SOURCE=azure: auto, wireserver, imds, or a file under /run"},
-		{"a file that is not seen", map[string]string{"SOURCE": "/run/../etc/shadow"}, plain,
-			"SOURCE=/run/../etc/shadow: a source file must lie under /run, which is all that the plugin sees of the host"},
-		{"no URL", map[string]string{"QUERY_URL": "168.63.129.16"}, plain, "QUERY_URL=168.63.129.16: a URL that begins with http://"},
-		{"no time", map[string]string{"COOL_DOWN": "30"}, plain, "COOL_DOWN=30: a time such as 30s, from 0s to 1h"},
-		{"a negative time", map[string]string{"COOL_DOWN": "-1s"}, plain, "COOL_DOWN=-1s: a time such as 30s, from 0s to 1h"},
-		{"neither on nor off", map[string]string{"RECLAIM": "yes"}, plain, "RECLAIM=yes: on or off"},
+		{"an unknown level", map[string]string{"LOG_LEVEL": "loud"}, plain, "LOG_LEVEL=loud (allowed: error, warning, info or debug)"},
+		{"an unknown source", map[string]string{"SOURCE": "azure"}, plain, "SOURCE=azure (allowed: auto, wireserver, imds, or a file under /run, which is all that the plugin sees of the host)"},
+		{"a file that is not seen", map[string]string{"SOURCE": "/run/../etc/shadow"}, plain, "SOURCE=/run/../etc/shadow (allowed: auto, wireserver, imds, or a file under /run"},
+		{"a path that is none", map[string]string{"SOURCE": "run/interfaces.json"}, plain, "SOURCE=run/interfaces.json (allowed: auto"},
+		{"no URL", map[string]string{"QUERY_URL": "168.63.129.16"}, plain, "QUERY_URL=168.63.129.16 (allowed: a URL that begins with http://)"},
+		{"a URL beside a file", map[string]string{"SOURCE": "/run/x.json", "QUERY_URL": "http://10.0.0.1/"},
+			with(func(s *settings) { s.source = "/host/run/x.json" }), "QUERY_URL=http://10.0.0.1/ (allowed: nothing beside a SOURCE that is a file, which has no query URL)"},
+		{"no time", map[string]string{"COOL_DOWN": "30"}, plain, "COOL_DOWN=30 (allowed: a time such as 30s, from 0s to 1h)"},
+		{"a negative time", map[string]string{"COOL_DOWN": "-1s"}, plain, "COOL_DOWN=-1s (allowed: a time such as 30s, from 0s to 1h)"},
+		{"neither on nor off", map[string]string{"RECLAIM": "yes"}, plain, "RECLAIM=yes (allowed: on or off)"},
+		{"several, and one that is right", map[string]string{"LOG_LEVEL": "loud", "SOURCE": "imds", "QUERY_URL": "x", "RECLAIM": "yes"},
+			with(func(s *settings) { s.source = "imds" }), "LOG_LEVEL=loud (allowed: error, warning, info or debug), QUERY_URL=x (allowed: a URL that begins with http://), RECLAIM=yes (allowed: on or off). " +
+				"Until they are right, no network is made and no container starts: docker plugin disable -f azure-vnet:latest && " +
+				"docker plugin set azure-vnet:latest LOG_LEVEL=info QUERY_URL= RECLAIM=off && docker plugin enable azure-vnet:latest"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			env := maps.Clone(c.env)
 			got, err := readSettings(func(key string) string { return env[key] }, "/host/run")
-			if text := errorText(err); text != c.err {
+			if text := errorText(err); !strings.Contains(text, c.err) || (text == "") != (c.err == "") {
 				t.Errorf("error %q, want %q", text, c.err)
 			}
-			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(settings{})); c.err == "" && diff != "" {
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(settings{})); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -66,16 +69,39 @@ func errorText(err error) string {
 	return err.Error()
 }
 
-// Settings that are right one by one and not together end the plugin before it listens.
-func TestSettingsThatDoNotGoTogether(t *testing.T) {
-	dir := t.TempDir()
-	t.Setenv("SOURCE", filepath.Join(dir, "interfaces.json"))
-	t.Setenv("QUERY_URL", "http://10.0.0.1/")
-	p := places{run: "/run", data: dir, socket: filepath.Join(dir, "azure-vnet.sock")}
-	if err := serve(t.Context(), p, io.Discard); err == nil || !strings.Contains(err.Error(), "is a file, which has no query URL") {
-		t.Errorf("it ends with: %v", err)
+// Under a wrong setting the plugin listens, every call that is to make something is
+// refused with the reason, and what was made before can be taken away.
+func TestAWrongSettingIsTheAnswerToEveryCall(t *testing.T) {
+	newVM(t, 2)
+	data := t.TempDir()
+	e := startPlugin(t, data)
+	pool := e.createNetwork(netID, nil)
+	addr, _, err := e.run(pool, endpointID(1))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := os.Stat(p.socket); err == nil {
-		t.Error("it listened")
+	e.end()
+	t.Setenv("COOL_DOWN", "soon")
+	e = startPlugin(t, data)
+	newClients(t) // an engine takes the drivers
+	const why = "wrong settings of the plugin: COOL_DOWN=soon (allowed: a time such as 30s"
+	for name, m := range methods(nil, nil) {
+		if _, answer := e.post(name, ""); !m.bodiless && !m.ends && !strings.Contains(answer, why) {
+			t.Errorf("%s: %s", name, answer)
+		}
+	}
+	if _, _, err := e.run(pool, endpointID(2)); err == nil || !strings.Contains(err.Error(), why) {
+		t.Errorf("a container starts: %v", err)
+	}
+	if !strings.Contains(e.log.String(), why) {
+		t.Error("the log does not say it")
+	}
+	if r := readReport(t.Context(), e.places); len(r.Pool.Leases) != 1 || !strings.Contains(strings.Join(r.Errors, " "), why) {
+		t.Errorf("status: %+v, %v", r.Pool.Leases, r.Errors)
+	}
+	e.remove(pool, endpointID(1), addr)
+	expect(t, "links", []string{}, endpoints(t))
+	if r := readReport(t.Context(), e.places); len(r.Pool.Leases) != 0 {
+		t.Errorf("leases: %+v", r.Pool.Leases)
 	}
 }

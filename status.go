@@ -97,17 +97,16 @@ func (r report) usedNICs() (macs []string) {
 	return slices.Compact(macs)
 }
 
-// readPool reads the pool with the settings of the plugin that ran last.
+// readPool reads the pool with the settings of the plugin that ran last, as far as they
+// are right.
 func readPool(ctx context.Context, p places, host *bridge.Host) (pool.Status, error) {
-	s, err := leftSettings(p.run)
-	if err != nil {
-		return pool.Status{}, err
-	}
+	s, wrong := leftSettings(p.run)
 	addresses, err := openPool(p, s, host)
 	if err != nil {
 		return pool.Status{}, err
 	}
-	return addresses.Status(ctx)
+	status, err := addresses.Status(ctx)
+	return status, errors.Join(wrong, err)
 }
 
 func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) error {
