@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -39,14 +38,9 @@ var propagated = regexp.MustCompile(`/plugins/([0-9a-f]{64})/propagated-mount$`)
 // pluginID reads off a process's mounts under which id an engine runs it with
 // the propagated mount data; "" if none does.
 func pluginID(mountinfo, data string) string {
-	for line := range strings.Lines(mountinfo) {
-		// id, parent, device, root, mount point: proc_pid_mountinfo(5)
-		field := strings.Fields(line)
-		if len(field) < 5 || field[4] != data {
-			continue
-		}
-		if m := propagated.FindStringSubmatch(field[3]); m != nil {
-			return m[1]
+	for _, m := range parseMounts(mountinfo) {
+		if found := propagated.FindStringSubmatch(m.root); found != nil && m.point == data {
+			return found[1]
 		}
 	}
 	return ""

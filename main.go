@@ -129,7 +129,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		log.Error(wrong)
 	}
 
-	if err := leaveSettings(os.Getenv, p.run); err != nil {
+	if err := errors.Join(leaveSettings(os.Getenv, p.run), leavePlace(p)); err != nil {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
 	warn := func(text string) { log.Warn(text) }

@@ -123,13 +123,7 @@ func leaveSettings(getenv func(string) string, run string) error {
 	}
 	text, err := json.Marshal(env)
 	if err == nil {
-		err = os.MkdirAll(filepath.Dir(settingsFile(run)), 0o755)
-	}
-	if err == nil {
-		err = os.WriteFile(settingsFile(run)+".tmp", text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(settingsFile(run)+".tmp", settingsFile(run))
+		err = leave(settingsFile(run), text)
 	}
 	if err != nil {
 		return fmt.Errorf("leave the settings for status: %w", err)

@@ -24,12 +24,6 @@ import (
 	"azurevnet/pool"
 )
 
-// dataDir is where networks.json lies when this is no managed plugin.
-const dataDir = "/var/lib/azure-vnet"
-
-// pluginData is where an engine keeps the propagated mounts of its plugins.
-const pluginData = "/var/lib/docker/plugins/*/propagated-mount"
-
 // report is what status prints: read from files and the kernel alone. What
 // cannot be read is named in Errors, and the rest stands.
 type report struct {
@@ -40,18 +34,6 @@ type report struct {
 	Networks    map[string]driver.Network `json:"networks"`         // by Docker's id
 	Broken      []string                  `json:"broken,omitempty"` // what is not as it should be
 	Errors      []string                  `json:"errors,omitempty"`
-}
-
-// findData is the directory of networks.json.
-func findData(p places) string {
-	if p.data != "" {
-		return p.data
-	}
-	found, _ := filepath.Glob(driver.NetworksFile(pluginData)) // the pattern is right
-	if len(found) > 0 {
-		return filepath.Dir(found[0])
-	}
-	return dataDir
 }
 
 func readReport(ctx context.Context, p places) report {
@@ -71,15 +53,23 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Broken, err = host.Broken(ctx)
 	note(err)
-	file, err := driver.ReadNetworks(findData(p))
+	r.Networks, err = readNetworks(p)
 	note(err)
-	r.Networks = file.Networks
 	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
 		if err := host.Ready(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
 			r.Broken = []string{err.Error()}
 		}
 	}
 	return r
+}
+
+func readNetworks(p places) (map[string]driver.Network, error) {
+	dir, err := findData(p)
+	if err != nil {
+		return nil, err
+	}
+	file, err := driver.ReadNetworks(dir)
+	return file.Networks, err
 }
 
 // usedNICs are the MACs of the networks' NICs. Without a network, the primary NIC is
@@ -132,7 +122,8 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 // uninstall removes all bridges, rules and files. A link that no container took, or
 // that came back from one, is removed too. A container that is attached is an error and
 // keeps everything. So does a plugin that runs, which would make all of it again, and a
-// bridge of an earlier build, whose containers' leases would be forgotten.
+// bridge of an earlier build, whose containers' leases would be forgotten. That
+// networks.json is not found keeps nothing else from being removed.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
 	unlock, ok, err := statefile.TryLock(runningLock(p), "uninstall")
 	if err != nil {
@@ -161,16 +152,16 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	if err := heldByCNI(ctx, p, host); err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
-	data := findData(p)
+	data, missing := findData(p)
 	removed, err := host.RemoveAll(ctx, func() error {
 		err := heldByCNI(ctx, p, host) // an ADD may have come before the lock
 		if err != nil {
 			return err
 		}
-		for _, path := range []string{driver.NetworksFile(data), driver.NetworksFile(data) + ".lock", filepath.Join(p.run, "azure-vnet")} {
-			err = errors.Join(err, os.RemoveAll(path))
+		if missing == nil {
+			err = errors.Join(os.RemoveAll(driver.NetworksFile(data)), os.RemoveAll(driver.NetworksFile(data)+".lock"))
 		}
-		return err
+		return errors.Join(err, os.RemoveAll(filepath.Join(p.run, "azure-vnet")))
 	})
 	for _, name := range removed {
 		fmt.Fprintf(out, "%s is removed\n", name)
@@ -180,6 +171,9 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	}
 	if data == dataDir {
 		_ = os.Remove(data) // only if it is empty now
+	}
+	if missing != nil {
+		return fmt.Errorf("uninstall: all else is removed, but %w", missing)
 	}
 	return nil
 }

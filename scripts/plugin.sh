@@ -127,7 +127,9 @@ uninstall() { # <binary> <prefix>
 	if [ -e "$cni_installed" ]; then
 		echo "the CNI package stays, and with it the network that it uses: install-cni-plugin.sh --uninstall"
 	else
-		[ ! -x "$tool" ] || "$tool" uninstall || {
+		kept=/var/lib/azure-vnet # without the plugin there is no networks.json to be sought
+		! now=$(id) || kept=$(data "$now")
+		[ ! -x "$tool" ] || "$tool" uninstall -data "$kept" || {
 			[ "$was" != true ] || docker plugin enable $name >/dev/null
 			die "nothing was removed"
 		}

@@ -155,8 +155,8 @@ func (h host) footprint() footprint {
 }
 
 // mayChange are files of tests, locks, leases.json, which also has what the sources said, and
-// plugin.json, which has the settings of the plugin that started last.
-var mayChange = regexp.MustCompile(` /run/(alone/|tmp/|azure-vnet/(leases\.json(\.ask)?|plugin\.json|.*\.lock)$)`)
+// those with the settings and the directory of the plugin that started last.
+var mayChange = regexp.MustCompile(` /run/(alone/|tmp/|azure-vnet/(leases\.json(\.ask)?|(plugin|data)\.json|.*\.lock)$)`)
 
 // unchanged says that the present build changed nothing of a host that is a former build's.
 func (h host) unchanged(before footprint) {
