@@ -153,7 +153,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 
 	gate := newGate("the networks of before the restart are being restored")
 	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
-	mend.tell(checkNIC, host.Ready(ctx)) // and listen on: calls that need the NIC say the same
+	mend.tell(ctx, checkNIC, host.Ready(ctx)) // and listen on: calls that need the NIC say the same
 	background, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	defer func() {
@@ -166,7 +166,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	go func() {
 		defer close(done)
 		defer beSeen(background, log, p)()
-		mend.tell("restore networks", networks.Restore(background))
+		mend.tell(background, "restore networks", networks.Restore(background))
 		gate.open()
 		log.Info("ready")
 		if managed {
@@ -192,7 +192,9 @@ func beSeen(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	unlock, err := statefile.Lock(ctx, runningLock(p), "the plugin")
-	if err != nil {
+	if errors.Is(ctx.Err(), context.Canceled) && err != nil {
+		return func() {} // the plugin stops
+	} else if err != nil {
 		log.Warnf("uninstall cannot see that the plugin runs: %v", err)
 		return func() {}
 	}

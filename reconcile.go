@@ -70,7 +70,7 @@ func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
 			}
 		})
 		if ctx.Err() == nil {
-			r.tell("watch the kernel", err)
+			r.tell(ctx, "watch the kernel", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -92,17 +92,17 @@ func (r *reconciler) mend(ctx context.Context) {
 	for _, what := range mended {
 		r.log.WithField("what", what).Warn("mended")
 	}
-	r.tell("reconcile the host", err)
-	r.tell("collect leaked leases", r.collect(ctx))
-	r.tell("hold published ports", r.networks.HoldPorts(ctx)) // after links that nobody took are gone
-	r.tell("collect auxiliary addresses", r.collectAux(ctx))
+	r.tell(ctx, "reconcile the host", err)
+	r.tell(ctx, "collect leaked leases", r.collect(ctx))
+	r.tell(ctx, "hold published ports", r.networks.HoldPorts(ctx)) // after links that nobody took are gone
+	r.tell(ctx, "collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
 	nics, err := r.pool.NICs(ctx)
-	r.tell(checkNIC, r.host.Ready(ctx, primaryOf(nics)...))
-	if r.tell("ask for addresses", err); err == nil && r.reclaim {
-		r.tell("reclaim addresses", r.reclaimAll(ctx, nics))
+	r.tell(ctx, checkNIC, r.host.Ready(ctx, primaryOf(nics)...))
+	if r.tell(ctx, "ask for addresses", err); err == nil && r.reclaim {
+		r.tell(ctx, "reclaim addresses", r.reclaimAll(ctx, nics))
 	}
-	r.tell("restore networks", r.networks.Restore(ctx))
+	r.tell(ctx, "restore networks", r.networks.Restore(ctx))
 }
 
 // primaryOf is the MAC of the primary NIC; none: it is not known. Restore looks at the
@@ -194,8 +194,13 @@ func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	return nil
 }
 
-// tell logs an error when it comes, changes and goes, and not at every round.
-func (r *reconciler) tell(what string, err error) {
+// tell logs an error when it comes, changes and goes, and not at every round. What the
+// plugin's stop broke off has not failed.
+func (r *reconciler) tell(ctx context.Context, what string, err error) {
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		r.log.WithField("what", what).WithError(err).Debug("broken off: the plugin stops")
+		return
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.said == nil {

@@ -1,0 +1,36 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// TestAPluginThatStopsLogsNoError: what a stop of the plugin breaks off, such as a
+// question to a source, has not failed.
+func TestAPluginThatStopsLogsNoError(t *testing.T) {
+	t.Parallel() // it mostly waits
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 1})
+	h := vms[0]
+	for _, source := range []vnetsim.Source{vnetsim.HostAgent, vnetsim.IMDS} {
+		if err := vnet.SetFault(source, vnetsim.BlackHole); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.withPlugin()
+	time.Sleep(2 * time.Second) // it asks for 8 s
+	h.docker("plugin", "disable", "-f", plugin)
+	log := h.DockerLog()
+	if !strings.Contains(log, "msg=stopped") {
+		t.Fatal("it did not stop by itself")
+	}
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, "plugin=") && (strings.Contains(line, "level=error") || strings.Contains(line, "level=warn")) {
+			t.Errorf("the log says %s", line)
+		}
+	}
+}
