@@ -40,13 +40,13 @@ func TestEnsureChoosesTheBridge(t *testing.T) {
 		want Bridge
 		err  string
 	}{
-		{"bad name", Spec{MAC: h.MAC, Name: "a/b"}, Bridge{}, "cannot be the name"},
-		{"long name", Spec{MAC: h.MAC, Name: "azure0123456789x"}, Bridge{}, "cannot be the name"},
-		{"dots", Spec{MAC: h.MAC, Name: ".."}, Bridge{}, "cannot be the name"},
-		{"space", Spec{MAC: h.MAC, Name: "az ure"}, Bridge{}, "cannot be the name"},
-		{"quote", Spec{MAC: h.MAC, Name: `az"ure`}, Bridge{}, "cannot be the name"},
-		{"wildcard", Spec{MAC: h.MAC, Name: "azure+"}, Bridge{}, "cannot be the name"},
-		{"an endpoint's name", Spec{MAC: h.MAC, Name: "azvx"}, Bridge{}, "cannot be the name"},
+		{"bad name", Spec{MAC: h.MAC, Name: "a/b"}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"long name", Spec{MAC: h.MAC, Name: "azure0123456789x"}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"dots", Spec{MAC: h.MAC, Name: ".."}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"space", Spec{MAC: h.MAC, Name: "az ure"}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"quote", Spec{MAC: h.MAC, Name: `az"ure`}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"wildcard", Spec{MAC: h.MAC, Name: "azure+"}, Bridge{}, "an interface name is 1 to 15 letters, digits, dots, dashes or underscores"},
+		{"an endpoint's name", Spec{MAC: h.MAC, Name: "azvx"}, Bridge{}, "those of containers' links"},
 		{"name of another link", Spec{MAC: h.MAC, Name: "eth1"}, Bridge{}, "eth1 exists already as a link of type veth"},
 		{"no such NIC", Spec{MAC: "02:00:00:00:00:01"}, Bridge{}, "no network interface of this host has the MAC"},
 		{"no MAC", Spec{}, Bridge{}, "invalid MAC"},
