@@ -255,5 +255,5 @@ func provenLeases(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) 
 
 // leaseOf is the lease that a link proves.
 func leaseOf(at bridge.Attachment) pool.Lease {
-	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr}
+	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, Pod: at.Pod, MAC: at.NIC, Prefix: at.Addr}
 }

@@ -123,7 +123,7 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 func (r *reconciler) collect(ctx context.Context) error {
 	released, err := r.pool.Collect(ctx, r.host.Away)
 	for _, lease := range released {
-		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released a lease that no container had any more")
+		r.log.WithFields(fieldsOf(lease)).Warn("released a lease that no container had any more")
 		err = errors.Join(err, r.host.Forget(lease.Addr))
 	}
 	if err != nil {
@@ -140,7 +140,7 @@ func (r *reconciler) collect(ctx context.Context) error {
 		return leases, err
 	})
 	for _, lease := range lost {
-		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("leased again an address that a running container has")
+		r.log.WithFields(fieldsOf(lease)).Warn("leased again an address that a running container has")
 	}
 	if err != nil {
 		return err
@@ -157,16 +157,25 @@ func (r *reconciler) collect(ctx context.Context) error {
 		if err := r.host.Detach(ctx, at.Owner); err != nil {
 			return err
 		}
-		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "link": at.Link}).Warn("removed a link that no container had any more")
+		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "owner": at.Owner, "link": at.Link}).Warn("removed a link that no container had any more")
 	}
 	return nil
+}
+
+// fieldsOf are what a line of the log says of a lease.
+func fieldsOf(lease pool.Lease) logrus.Fields {
+	fields := logrus.Fields{"address": lease.Addr, "owner": lease.Owner}
+	if lease.Pod != "" {
+		fields["pod"] = lease.Pod
+	}
+	return fields
 }
 
 // collectAux releases the auxiliary addresses of networks that are no more.
 func (r *reconciler) collectAux(ctx context.Context) error {
 	released, err := r.networks.CollectAux(ctx)
 	for _, lease := range released {
-		r.log.WithFields(logrus.Fields{"address": lease.Addr, "owner": lease.Owner}).Warn("released an auxiliary address that no network has")
+		r.log.WithFields(fieldsOf(lease)).Warn("released an auxiliary address that no network has")
 	}
 	return err
 }

@@ -192,7 +192,7 @@ func heldByCNI(ctx context.Context, p places, host *bridge.Host) error {
 	var held []string
 	for _, lease := range leases {
 		if lease.Linkless && !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) {
-			held = append(held, fmt.Sprintf("%s (%s)", lease.Owner, lease.Addr))
+			held = append(held, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
 		}
 	}
 	if len(held) > 0 {
@@ -251,7 +251,7 @@ func (r report) printAddresses(w io.Writer) {
 		addr := at.Addr.Addr()
 		links[addr] = at
 		if _, lent := rows[addr]; !lent {
-			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody"}
+			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody", Pod: at.Pod}
 		}
 	}
 	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tBRIDGE\tMAC\tSTATE\tPUBLISHED\n")

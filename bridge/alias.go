@@ -49,6 +49,7 @@ type alias struct {
 	owner  string // itself, or hashed
 	lease  string // itself, or hashed
 	ports  int    // how many are published; host.json says which
+	pod    string // empty: none
 }
 
 // hashed stands for an owner that does not fit an alias.
@@ -61,7 +62,8 @@ func hashed(owner string) string {
 func (a alias) is(owner string) bool { return a.owner == owner || a.owner == hashed(owner) }
 
 // String is the alias as the link carries it, at most 255 bytes. What can be derived
-// is left out. The owner gives way before the lease, for it also names the link.
+// is left out. The pod gives way first, for it is there for people only. The owner gives
+// way before the lease, for it also names the link.
 func (a alias) String() string {
 	write := func(owner, lease string) string {
 		s := aliasVersion + " addr=" + a.addr.String()
@@ -82,6 +84,9 @@ func (a alias) String() string {
 		return s
 	}
 	s := write(a.owner, a.lease)
+	if with := s + " pod=" + a.pod; a.pod != "" && len(with) <= aliasMax {
+		return with
+	}
 	if len(s) > aliasMax {
 		s = write(hashed(a.owner), a.lease)
 	}
@@ -118,6 +123,8 @@ func parseAlias(s string) (a alias, ok bool) {
 			a.lease = value
 		case "ports":
 			a.ports, err = strconv.Atoi(value)
+		case "pod":
+			a.pod = value
 		}
 		if err != nil {
 			return alias{}, false
@@ -133,6 +140,23 @@ func parseAlias(s string) (a alias, ok bool) {
 		a.lease = a.owner
 	}
 	return a, len(a.mac) == 6
+}
+
+// label says in brackets, behind the name of a link or of an owner, which endpoint that is:
+// "10.240.0.7", or "10.240.0.7, pod default/web".
+func (a alias) label() string {
+	if a.pod == "" {
+		return a.addr.Addr().String()
+	}
+	return a.addr.Addr().String() + ", pod " + a.pod
+}
+
+// holder names the owner in a sentence, with the pod if it is known.
+func (a alias) holder() string {
+	if a.pod == "" {
+		return a.owner
+	}
+	return a.owner + " (pod " + a.pod + ")"
 }
 
 // group is the link group of an endpoint's host end.

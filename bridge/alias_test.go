@@ -46,6 +46,23 @@ func TestAliasIsReadBack(t *testing.T) {
 	}
 }
 
+// A pod's name stands in the alias where there is room. It never costs the owner its place.
+func TestAliasNamesThePodWhereThereIsRoom(t *testing.T) {
+	owner := "cni/azure/" + strings.Repeat("5", 64) + "/eth0"
+	for _, test := range []struct{ pod, want string }{
+		{"", ""},
+		{"shop/web-7d4b9c6f5d-x2x8k", "shop/web-7d4b9c6f5d-x2x8k"},
+		{strings.Repeat("n", 63) + "/" + strings.Repeat("p", 253), ""},
+	} {
+		a := alias{addr: netip.MustParsePrefix("10.240.0.7/16"), mac: MACFor(netip.MustParseAddr("10.240.0.7")), nic: "00:0d:3a:04:00:01", bridge: "azure0",
+			policy: "0badcafe", owner: owner, lease: owner, pod: test.pod}
+		got, ok := parseAlias(a.String())
+		if !ok || len(a.String()) > aliasMax || got.owner != owner || got.pod != test.want {
+			t.Errorf("%s is read as %+v", a, got)
+		}
+	}
+}
+
 var foreignAliases = []string{
 	"", " ", "azv2", "azv1 addr=10.0.0.1/8 mac=02:00:00:00:00:01 br=b net=n owner=o", "azv2 bridge 00:0d:3a:00:00:01",
 	"azv2 addr= mac= nic= br= net= owner=", "azv2 addr=10.0.0.1 nic=n net=n owner=o", "azv2 addr=10.0.0.1/8 net=n owner=o",
@@ -68,6 +85,7 @@ func FuzzParseAlias(f *testing.F) {
 		f.Add(s)
 	}
 	f.Add("azv2 addr=10.240.0.7/16 mac=02:00:0a:f0:00:07 nic=00:0d:3a:04:00:01 br=azure0 net=0badcafe owner=docker/e lease=docker/p ports=2 later=thing")
+	f.Add("azv2 addr=10.240.0.7/16 nic=00:0d:3a:04:00:01 net=0badcafe owner=cni/n/c/e pod=shop/web")
 	f.Fuzz(func(t *testing.T, s string) {
 		a, ok := parseAlias(s)
 		if !ok || len(s) > aliasMax {

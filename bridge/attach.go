@@ -71,7 +71,8 @@ func (e Endpoint) normal() (alias, error) {
 		e.MAC = MACFor(e.Addr.Addr())
 	}
 	nic, macErr := parseMAC(e.NIC)
-	switch bad := func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }; {
+	bad := func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }
+	switch {
 	case e.Owner == "" || len(e.Owner) > 255 || strings.ContainsFunc(e.Owner, bad):
 		return alias{}, errors.New("the owner must have 1 to 255 bytes and no space")
 	case len(e.Lease) > 255 || strings.ContainsFunc(e.Lease, bad):
@@ -87,8 +88,11 @@ func (e Endpoint) normal() (alias, error) {
 	case e.Netns != "" && !e.Policy.Internal && !e.Gateway.Is4():
 		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway")
 	}
+	if strings.ContainsFunc(e.Pod, bad) {
+		e.Pod = "" // no pod has such a name, and the alias cannot keep it
+	}
 	ports, err := normalPorts(e.Ports)
-	return alias{addr: e.Addr, mac: e.MAC, nic: nic.String(), bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(ports)}, err
+	return alias{addr: e.Addr, mac: e.MAC, nic: nic.String(), bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(ports), pod: e.Pod}, err
 }
 
 // attach is one Attach on its way.
@@ -146,7 +150,7 @@ func (at *attach) run(ctx context.Context) (Attachment, error) {
 	if err := at.act(secondNIC); err != nil {
 		return Attachment{}, errors.Join(err, at.undoAll())
 	}
-	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
+	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Pod: at.a.pod, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
 		MAC: at.a.mac, MTU: at.mtu, Ports: at.ports, Away: at.ns.IsOpen()}
 	if out.Away {
 		out.Peer = ""

@@ -43,7 +43,7 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 }
 
 func attachmentOf(l netlink.Link, a alias) Attachment {
-	return Attachment{Owner: a.owner, Lease: a.lease, Link: l.Attrs().Name, Bridge: a.bridge, NIC: a.nic, Addr: a.addr, MAC: a.mac,
+	return Attachment{Owner: a.owner, Lease: a.lease, Pod: a.pod, Link: l.Attrs().Name, Bridge: a.bridge, NIC: a.nic, Addr: a.addr, MAC: a.mac,
 		MTU: l.Attrs().MTU, Away: l.Attrs().NetNsID >= 0}
 }
 

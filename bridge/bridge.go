@@ -72,6 +72,7 @@ type Policy struct {
 type Endpoint struct {
 	Owner   string           // id of the endpoint: names the host end and stands in its alias. No spaces, at most 255 bytes
 	Lease   string           // owner of the address's lease, kept in the alias; empty: Owner
+	Pod     string           // namespace/name of the pod that the container is of, kept in the alias as far as there is room; empty: none, or not known
 	NIC     string           // MAC of the NIC that has the address, lower case with colons; required
 	Bridge  string           // the NIC's bridge, which Ensure has made; empty: transparent
 	Addr    netip.Prefix     // the container's address with its subnet's mask
@@ -88,6 +89,7 @@ type Endpoint struct {
 type Attachment struct {
 	Owner  string // as given; sha256:<hex> where it did not fit the alias
 	Lease  string // owner of its address's lease
+	Pod    string // namespace/name; empty: none, not known, or it did not fit the alias
 	Link   string // host end
 	Peer   string // container end while it lies in the host's namespace, else empty
 	Bridge string // as asked for, also while the link is not in it; empty: transparent

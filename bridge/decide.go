@@ -78,7 +78,7 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
-			return false, &HeldError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): detach it first", e.owner, addr, e.link.Name)}
+			return false, &HeldError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): detach it first", e.holder(), addr, e.link.Name)}
 		}
 	}
 	if err := refuseForeignRoute(addr); err != nil {
@@ -163,7 +163,7 @@ func (at *attach) macIsFree() error {
 		}
 		holder = l.Attrs().Name
 		if a, ok := endpointOf(l); ok {
-			holder, owner = fmt.Sprintf("%s (%s)", a.owner, a.addr.Addr()), a.owner
+			holder, owner = fmt.Sprintf("%s (%s)", a.owner, a.label()), a.owner
 		}
 	}
 	return &HeldError{Owner: owner, text: fmt.Sprintf("the MAC %s is that of %s on %s already: ask for another, or for none", at.a.mac, holder, at.a.bridge)}

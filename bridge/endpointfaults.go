@@ -65,7 +65,7 @@ func (e endpoint) containerFaults() []fault {
 		return nil // the container may be on its way out
 	}
 	return []fault{{what: fmt.Sprintf("%s (%s): %s in its container has the MAC %s and not %s, so all that it sends is dropped: where a plugin such as tuning gave it that MAC, ask azure-vnet for it, by the capability mac or by CNI_ARGS",
-		e.link.Name, e.addr.Addr(), name, mac, e.mac)}}
+		e.link.Name, e.label(), name, mac, e.mac)}}
 }
 
 // endpointFaults are those of one container's interface, as far as the host has it.
@@ -74,7 +74,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	l := &netlink.Device{LinkAttrs: *e.link}
 	add := func(wrong bool, what string, mend func() error) {
 		if wrong {
-			all = append(all, fault{what: name + " (" + addr.String() + "): " + what, mend: mend})
+			all = append(all, fault{what: name + " (" + e.label() + "): " + what, mend: mend})
 		}
 	}
 	if dev := v.holds(addr); dev != "" && !v.isOurs(dev) {

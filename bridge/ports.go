@@ -167,7 +167,7 @@ func (v *view) published(p Port, taken map[string][]Port) error {
 		}
 		for _, e := range v.endpoints {
 			if e.link.Name == link {
-				return &HeldError{Owner: e.owner, text: fmt.Sprintf("it is published to %s already (%s)", e.addr.Addr(), e.owner)}
+				return &HeldError{Owner: e.owner, text: fmt.Sprintf("it is published to %s already (%s)", e.addr.Addr(), e.holder())}
 			}
 		}
 	}
@@ -244,7 +244,7 @@ func (h *Host) portFaults(v *view) (all []fault) {
 	}
 	for _, e := range v.endpoints {
 		if e.ports > 0 && len(ports[e.link.Name]) == 0 {
-			all = append(all, fault{what: fmt.Sprintf("the published ports of %s (%s) are not known any more: restart its container", e.owner, e.addr.Addr())})
+			all = append(all, fault{what: fmt.Sprintf("the published ports of %s (%s) are not known any more: restart its container", e.owner, e.label())})
 		}
 	}
 	return all

@@ -46,7 +46,7 @@ func (h *Host) Remove(ctx context.Context, name string) error {
 func (v *view) attached(want func(endpoint) bool) (out []string) {
 	for _, e := range v.endpoints {
 		if want(e) {
-			out = append(out, fmt.Sprintf("%s (%s)", e.owner, e.addr.Addr()))
+			out = append(out, fmt.Sprintf("%s (%s)", e.owner, e.label()))
 		}
 	}
 	slices.Sort(out)

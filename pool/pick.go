@@ -66,7 +66,7 @@ func (p *Pool) pick(v *view, r Request) (Lease, error) {
 	if err != nil {
 		return Lease{}, err
 	}
-	l := Lease{Addr: r.Addr, Owner: r.Owner, MAC: nic.MAC, Prefix: sub.Prefix, Since: v.now, Linkless: r.Linkless}
+	l := Lease{Addr: r.Addr, Owner: r.Owner, MAC: nic.MAC, Prefix: sub.Prefix, Since: v.now, Pod: r.Pod, Linkless: r.Linkless}
 	if r.Addr.IsValid() {
 		return l, p.lendable(v, nic, sub, r.Addr)
 	}
@@ -93,7 +93,7 @@ func (p *Pool) pick(v *view, r Request) (Lease, error) {
 // cools is no reason: who asks by name had it before, or knows.
 func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 	if l, ok := v.Leases[a]; ok {
-		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Owner)
+		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Holder())
 	}
 	switch {
 	case !sub.Prefix.Contains(a):

@@ -89,6 +89,7 @@ type Request struct {
 	Range    netip.Prefix // bounds the choice within Prefix; zero: none
 	Addr     netip.Addr   // this address and no other, in Range or not; zero: one never used, else the one freed longest ago
 	Known    bool         // as is known now: no source is asked
+	Pod      string       // as Lease has it
 	Linkless bool         // no host link will prove this lease: it ends by Release alone (an auxiliary address, a foreign main plugin)
 }
 
@@ -99,8 +100,17 @@ type Lease struct {
 	MAC      string        `json:"mac"`                // of the NIC the address belongs to
 	Prefix   netip.Prefix  `json:"prefix"`             // subnet of the address
 	Since    time.Duration `json:"since"`              // CLOCK_BOOTTIME, ns; with Owner and Addr the lease's identity
+	Pod      string        `json:"pod,omitempty"`      // namespace/name of the pod that it is for, for people to read; empty: not known, or no pod
 	Linkless bool          `json:"linkless,omitempty"` // as in Request
 	Early    bool          `json:"early,omitempty"`    // given while it cooled, since nothing else was left: worth a warning
+}
+
+// Holder names the owner in a sentence, with the pod if it is known.
+func (l Lease) Holder() string {
+	if l.Pod == "" {
+		return l.Owner
+	}
+	return l.Owner + " (pod " + l.Pod + ")"
 }
 
 // Pool lends addresses. Its methods may be called from many goroutines and

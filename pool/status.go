@@ -172,10 +172,10 @@ func (p *Pool) warnings(v *view, st Status) []string {
 	for _, addr := range slices.SortedFunc(maps.Keys(v.Leases), netip.Addr.Compare) {
 		l := v.Leases[addr]
 		if !listed[addr] && len(v.answer.NICs) > 0 {
-			w = append(w, fmt.Sprintf("%s is held by %s though Azure lists it no more: nothing reaches it", addr, l.Owner))
+			w = append(w, fmt.Sprintf("%s is held by %s though Azure lists it no more: nothing reaches it", addr, l.Holder()))
 		}
 		if l.Early {
-			w = append(w, fmt.Sprintf("%s was lent to %s while it cooled: nothing else was free", addr, l.Owner))
+			w = append(w, fmt.Sprintf("%s was lent to %s while it cooled: nothing else was free", addr, l.Holder()))
 		}
 	}
 	for _, bad := range statefile.Aside(p.path) {

@@ -88,7 +88,7 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (res
 		return nil, false, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish", c.Conf.MTU, br.NIC, br.MTU), "")
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
-		Owner: c.Owner(), NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
+		Owner: c.Owner(), Pod: c.Pod, NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
 		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,
 	})
 	if err != nil {

@@ -69,7 +69,7 @@ func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
 // endUpstreams takes away what Azure's own azure-vnet attached the container to, if it
 // did: the container is older than this plugin's installation.
 func endUpstreams(ctx context.Context, c *cni.Call, l *cni.Lender) error {
-	namespace, name, _ := strings.Cut(c.Conf.Pod, "/")
+	namespace, name, _ := strings.Cut(c.Pod, "/")
 	link, err := l.Host.RemoveUpstreamLink(ctx, bridge.UpstreamContainer{
 		Network: c.Conf.Network, ContainerID: c.ContainerID, IfName: c.IfName, PodNamespace: namespace, PodName: name, Netns: c.Netns,
 	})

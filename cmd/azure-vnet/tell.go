@@ -37,26 +37,26 @@ func tell(ctx context.Context, out io.Writer) error {
 	err = errors.Join(err, bad)
 	unleased, bad := p.Unleased(ctx)
 	err = errors.Join(err, bad)
-	rows := map[netip.Addr][]string{} // owner, link, bridge, published ports
+	rows := map[netip.Addr][]string{} // owner, pod, link, bridge, published ports
 	for addr, link := range unleased {
-		rows[addr] = []string{"nobody: another plugin's container has it", link, "", ""}
+		rows[addr] = []string{"nobody: another plugin's container has it", "", link, "", ""}
 	}
 	for _, lease := range leases {
-		rows[lease.Addr] = []string{lease.Owner, "", "", ""}
+		rows[lease.Addr] = []string{lease.Owner, lease.Pod, "", "", ""}
 	}
 	for _, at := range attached {
 		var ports []string
 		for _, p := range at.Ports {
 			ports = append(ports, p.String())
 		}
-		owner := at.Owner
+		owner, pod := at.Owner, at.Pod
 		if row, lent := rows[at.Addr.Addr()]; lent {
-			owner = row[0]
+			owner, pod = row[0], cmp.Or(row[1], pod)
 		}
-		rows[at.Addr.Addr()] = []string{owner, at.Link, cmp.Or(at.Bridge, string(bridge.ModeTransparent)), strings.Join(ports, ", ")}
+		rows[at.Addr.Addr()] = []string{owner, pod, at.Link, cmp.Or(at.Bridge, string(bridge.ModeTransparent)), strings.Join(ports, ", ")}
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "ADDRESS\tLENT TO\tLINK\tBRIDGE\tPUBLISHED")
+	fmt.Fprintln(w, "ADDRESS\tLENT TO\tPOD\tLINK\tBRIDGE\tPUBLISHED")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		fmt.Fprintf(w, "%s\t%s\n", addr, strings.Join(rows[addr], "\t"))
 	}

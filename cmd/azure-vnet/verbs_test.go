@@ -42,13 +42,24 @@ func enslave(nic netlink.Link, alias string) error {
 
 // serveVerbs serves the verbs on the host of this process, and prints a document for
 // each: what the plugin answered, or {} where it answered nothing. What ADD answers is
-// the prevResult of all that follow.
+// the prevResult of all that follow. A word in small letters is one of wordsOfTests, or an
+// argument of the plugin; what it prints is the document's text.
 func serveVerbs(words []string) int {
 	conf, err := io.ReadAll(os.Stdin)
 	if err != nil {
 		return 2
 	}
 	for _, word := range words {
+		if word == strings.ToLower(word) {
+			text, err := saidTo(word)
+			doc, _ := json.Marshal(answered{Text: text})
+			fmt.Println(string(doc))
+			if err != nil {
+				fmt.Fprintln(os.Stderr, word, err, text)
+				return 2
+			}
+			continue
+		}
 		cmd := exec.Command("/proc/self/exe")
 		cmd.Env = append(os.Environ(), onHost, "CNI_COMMAND="+word)
 		cmd.Stdin, cmd.Stderr = bytes.NewReader(conf), os.Stderr
@@ -64,8 +75,31 @@ func serveVerbs(words []string) int {
 	return 0
 }
 
+// wordsOfTests do something to the host that no argument of the plugin does.
+var wordsOfTests = map[string]func() ([]byte, error){
+	"log":          func() ([]byte, error) { return os.ReadFile("/var/log/azure-vnet.log") },
+	"lose-leases":  func() ([]byte, error) { return nil, os.Remove(filepath.Join(stateDir, "leases.json")) },
+	"break-routes": func() ([]byte, error) { return exec.Command("ip", "route", "flush", "table", "16863").CombinedOutput() },
+}
+
+// saidTo is what the word prints.
+func saidTo(word string) (string, error) {
+	if do := wordsOfTests[word]; do != nil {
+		out, err := do()
+		return string(out), err
+	}
+	cmd := exec.Command("/proc/self/exe", word)
+	cmd.Env = append(os.Environ(), onHost)
+	out, err := cmd.CombinedOutput()
+	if word == "status" { // which fails where something is broken
+		err = nil
+	}
+	return string(out), err
+}
+
 // answered is a document of the plugin's.
 type answered struct {
+	Text       string `json:",omitempty"`
 	Interfaces []*current.Interface
 	IPs        []*current.IPConfig
 	Code       uint
@@ -75,10 +109,16 @@ type answered struct {
 // onOneHost has the plugin serve the verbs, and returns its answers.
 func onOneHost(t *testing.T, odd, conf, path string, words ...string) []answered {
 	t.Helper()
+	return onOneHostWith(t, "", odd, conf, path, words...)
+}
+
+// onOneHostWith has CNI_ARGS in the environment too.
+func onOneHostWith(t *testing.T, args, odd, conf, path string, words ...string) []answered {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make namespaces: sudo make test")
 	}
-	env := []string{verbs + strings.Join(words, " "), oddity + odd, "CNI_PATH=" + path, "CNI_CONTAINERID=c1", "CNI_NETNS=/run/netns/c1", "CNI_IFNAME=eth0"}
+	env := []string{verbs + strings.Join(words, " "), oddity + odd, "CNI_PATH=" + path, "CNI_CONTAINERID=c1", "CNI_NETNS=/run/netns/c1", "CNI_IFNAME=eth0", "CNI_ARGS=" + args}
 	code, out, stderr := call(t, env, []byte(conf))
 	var all []answered
 	for dec := json.NewDecoder(bytes.NewReader(out)); ; {

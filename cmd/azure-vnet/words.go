@@ -96,7 +96,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	released, bad := p.Collect(ctx, host.Away)
 	err = errors.Join(err, bad)
 	for _, lease := range released {
-		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Owner)
+		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Holder())
 		err = errors.Join(err, host.Forget(lease.Addr))
 	}
 	lost, bad := p.AdoptLost(ctx, func(ctx context.Context) (leases []pool.Lease, err error) {
@@ -109,7 +109,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 		return leases, err
 	})
 	for _, lease := range lost {
-		fmt.Fprintf(out, "leased again: %s, which %s has\n", lease.Addr, lease.Owner)
+		fmt.Fprintf(out, "leased again: %s, which %s has\n", lease.Addr, lease.Holder())
 	}
 	return errors.Join(err, bad, hear(ctx, p))
 }
@@ -174,7 +174,7 @@ func unheld(ctx context.Context) error {
 	var held []string
 	for _, lease := range all {
 		if lease.Linkless {
-			held = append(held, fmt.Sprintf("%s (%s)", lease.Owner, lease.Addr))
+			held = append(held, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
 		}
 	}
 	if len(held) > 0 {

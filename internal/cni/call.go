@@ -47,6 +47,7 @@ type Call struct {
 	ContainerID string
 	Netns       string // path of the container's network namespace; may be empty with DEL
 	IfName      string // in that namespace
+	Pod         string // namespace/name, where the runtime tells
 	Stdin       []byte // the configuration as it came: what a delegated plugin is given
 	Conf        Conf
 
@@ -67,7 +68,11 @@ func Main(p Plugin) {
 // serve writes at most one document, at its very end, and returns the exit code.
 func (p Plugin) serve(out io.Writer) int {
 	start := time.Now()
-	call := &Call{Verb: os.Getenv("CNI_COMMAND")}
+	// skel reads the same, but tells nothing of a call that it refuses, which has a line in the log too.
+	said, _ := parseArgs(os.Getenv("CNI_ARGS")) // as far as it can be read
+	call := &Call{
+		Verb: os.Getenv("CNI_COMMAND"), ContainerID: os.Getenv("CNI_CONTAINERID"), Netns: os.Getenv("CNI_NETNS"), IfName: os.Getenv("CNI_IFNAME"), Pod: podOf(said),
+	}
 	answer, err := p.answer(call)
 	code := 0
 	if err != nil {
@@ -215,8 +220,6 @@ func (c *Call) read(args *skel.CmdArgs, main bool) (err error) {
 		// A name is enough to take away what there is: a configuration that
 		// became wrong since must not keep a pod from ending.
 		c.Conf = readName(c.Stdin)
-		said, _ := parseArgs(args.Args) // as far as it can be read
-		c.Conf.Pod = podOf(said)
 		return nil
 	}
 	c.Conf, err = readConf(c.Stdin, args.Args, main)

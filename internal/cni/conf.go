@@ -48,7 +48,6 @@ type Conf struct {
 	Reclaim   bool       // addresses that the host holds are taken from it when no other is left
 	Addr      netip.Addr // asked for; zero: any
 	AddrBy    string     // the key that asks for Addr, as an error names it
-	Pod       string     // namespace/name, where the runtime tells
 	prev      json.RawMessage
 	valid     []types.GCAttachment
 	validSaid bool

@@ -51,7 +51,7 @@ func TestConfigurations(t *testing.T) {
 		{"another's IPAM is not ours to read", `{"name":"azure","ipam":{"type":"host-local","subnet":7,"ranges":[[{}]]}}`, "",
 			asLeast(func(c *Conf) { c.IPAM = IPAM{Type: "host-local"} })},
 		{"a pod of Kubernetes", least + `}`, "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_UID=1",
-			asLeast(func(c *Conf) { c.Pod = "default/web" })},
+			asLeast(func(*Conf) {})},
 		{"an address and a MAC as podman has them", least + `}`, "IP=10.240.0.9;MAC=02:00:00:00:00:09", asLeast(func(c *Conf) {
 			c.Addr, c.AddrBy, c.MAC = netip.MustParseAddr("10.240.0.9"), "CNI_ARGS: IP", net.HardwareAddr{2, 0, 0, 0, 0, 9}
 		})},

@@ -77,7 +77,7 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	if err != nil {
 		return pool.Lease{}, err
 	}
-	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Linkless: linkless}
+	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Pod: c.Pod, Linkless: linkless}
 	lease, err := l.Pool.Lease(ctx, r)
 	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {
 		freed, bad := l.free(ctx)
@@ -106,7 +106,7 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	leaked, err := l.Collect(ctx, l.Host.Away)
 	for _, lost := range leaked {
-		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Owner))
+		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Holder()))
 		err = errors.Join(err, l.Host.Forget(lost.Addr))
 	}
 	// An address to which a route is left is not lent: of these leases, or of one that was given back while nobody
@@ -170,5 +170,5 @@ func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
 
 // LeaseOf is the lease that a link proves.
 func LeaseOf(at bridge.Attachment) pool.Lease {
-	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, MAC: at.NIC, Prefix: at.Addr}
+	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, Pod: at.Pod, MAC: at.NIC, Prefix: at.Addr}
 }

@@ -51,7 +51,7 @@ func (c *Call) log(p Plugin, start time.Time, err error) {
 	say("container", c.ContainerID)
 	say("ifname", c.IfName)
 	say("netns", c.Netns)
-	say("pod", c.Conf.Pod)
+	say("pod", c.Pod)
 	attrs = append(attrs, c.notes...)
 	attrs = append(attrs, "took", time.Since(start).Round(10*time.Microsecond).String())
 	switch {

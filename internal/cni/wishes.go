@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -49,7 +50,6 @@ func (c *Conf) readWishes(args string, f *file) error {
 	if err != nil {
 		return wrong(types.ErrInvalidEnvironmentVariables, inArgs+"%v", err)
 	}
-	c.Pod = podOf(said)
 	addrs := []wish{{by: "runtimeConfig.ips"}, {by: "args.cni.ips"}, {inArgs + "IP", words(said["IP"])}, {"ipam.ipAddress", words(f.IPAM.IPAddress)}}
 	for i, raw := range []json.RawMessage{f.RuntimeConfig.IPs, f.Args.CNI.IPs} {
 		if raw == nil {
@@ -109,12 +109,16 @@ func parseArgs(args string) (said map[string]string, err error) {
 	return said, err
 }
 
-// podOf is namespace/name of the pod that CNI_ARGS names; empty: none.
+// podOf is namespace/name of the pod that CNI_ARGS names; empty: none, or a name that no
+// pod can have, which would not fit into a line.
 func podOf(said map[string]string) string {
-	if said["K8S_POD_NAME"] == "" {
+	const most = 63 + 1 + 253 // bytes: the longest names that Kubernetes allows
+	pod := said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
+	odd := func(r rune) bool { return !unicode.IsPrint(r) || unicode.IsSpace(r) }
+	if said["K8S_POD_NAME"] == "" || len(pod) > most || strings.ContainsFunc(pod, odd) {
 		return ""
 	}
-	return said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
+	return pod
 }
 
 func words(s string) []string {
