@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -31,8 +32,8 @@ type reconciler struct {
 	networks *driver.Driver
 	reclaim  bool
 
-	mu   sync.Mutex        // guards said
-	said map[string]string // by what failed: the error told last, so that a lasting one is told once
+	mu   sync.Mutex     // guards said
+	said map[string]row // by what failed, so that a lasting failure is told once
 }
 
 // loop mends until ctx is done.
@@ -203,8 +204,23 @@ func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	return nil
 }
 
-// tell logs an error when it comes, changes and goes, and not at every round. What the
-// plugin's stop broke off has not failed.
+// row is a failure that came again and again.
+type row struct {
+	text  string // as it was told
+	since time.Time
+	times int
+}
+
+// varying matches what differs between two errors of one reason: ports of this side, ages and counts have digits.
+var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
+
+// is reports whether the error is the row's, but for what varies.
+func (w row) is(text string) bool {
+	return varying.ReplaceAllString(w.text, "#") == varying.ReplaceAllString(text, "#")
+}
+
+// tell logs an error when it comes, changes and goes, and not at every round. When it goes or
+// changes, the log has how often it came. What the plugin's stop broke off has not failed.
 func (r *reconciler) tell(ctx context.Context, what string, err error) {
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		r.log.WithField("what", what).WithError(err).Debug("broken off: the plugin stops")
@@ -213,18 +229,25 @@ func (r *reconciler) tell(ctx context.Context, what string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.said == nil {
-		r.said = map[string]string{}
+		r.said = map[string]row{}
 	}
+	before, failed := r.said[what]
 	text := ""
 	if err != nil {
 		text = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
-	switch before := r.said[what]; {
-	case text == before:
-	case text == "":
-		r.log.WithField("what", what).Info("works again")
-	default:
-		r.log.WithField("what", what).Error(text)
+	if failed && err != nil && before.is(text) {
+		before.times++
+		r.said[what] = before
+		return
 	}
-	r.said[what] = text
+	if failed {
+		now := map[bool]string{true: "works again", false: "fails in another way now"}[err == nil]
+		r.log.WithFields(logrus.Fields{"what": what, "times": before.times, "since": before.since.Format(time.RFC3339)}).Info(now)
+		delete(r.said, what)
+	}
+	if err != nil {
+		r.log.WithField("what", what).Error(text)
+		r.said[what] = row{text: text, since: time.Now(), times: 1}
+	}
 }

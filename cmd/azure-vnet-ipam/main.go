@@ -85,10 +85,14 @@ func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) er
 		if _, err := l.Release(ctx, lease.Owner, lease.Addr); err != nil {
 			return err
 		}
-		freed = append(freed, lease.Addr.String())
+		text := lease.Addr.String()
+		if lease.Owner != c.Owner() { // of GC, whose line names no container
+			text += " of " + lease.Holder()
+		}
+		freed = append(freed, text)
 	}
 	if freed != nil {
-		c.Note("released", strings.Join(freed, ","))
+		c.Note("released", strings.Join(freed, ", "))
 	}
 	return nil
 }

@@ -3,9 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -25,9 +27,12 @@ func del(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	_, linked, err := l.Host.Attachment(ctx, c.Owner())
+	at, linked, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
+	}
+	if linked {
+		c.Note("link", at.Link)
 	}
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
 	if err := takeAway(ctx, c, l, c.Owners()...); err != nil {
@@ -138,12 +143,12 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if err := claimEarlier(); err != nil {
 		c.Warn("look for what an earlier build attached: " + err.Error())
 	}
-	owners, attached, err := listOwners(ctx, l, stale, c.Attached)
+	all, err := listOwners(ctx, l, stale, c.Attached)
 	if err != nil {
 		return err
 	}
 	var mine []string
-	for _, owner := range owners {
+	for _, owner := range all.gone {
 		unlock, ok, err := cni.TryLockOwner("azure-vnet", owner)
 		if err != nil {
 			return err
@@ -157,9 +162,10 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if len(mine) > 0 {
 		errs = append(errs, takeAway(ctx, c, l, mine...))
 		c.Note("collected", len(mine))
+		c.Note("of", all.name(mine))
 	}
 	if !own(c) {
-		if err := c.Keep(attached); err != nil {
+		if err := c.Keep(all.kept); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
 		errs = append(errs, delegated(ctx, c, invoke.DelegateGC))
@@ -167,37 +173,55 @@ func gc(ctx context.Context, c *cni.Call) error {
 	return errors.Join(errs...)
 }
 
-// listOwners lists owners of leases and of links: those that are stale, and those that the word
-// attach attached, which no runtime knows and may collect. An owner that did not fit its link
-// stands there as a hash, and in the lease as it is.
-func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string) bool) (gone, keep []string, err error) {
+// owners are those of leases and of links, as a GC finds them.
+type owners struct {
+	gone []string          // stale
+	kept []string          // of the word attach, which no runtime knows and may collect
+	pods map[string]string // by owner, as far as they are known; of the others ""
+}
+
+// listOwners lists them. An owner that did not fit its link stands there as a hash, and in
+// the lease as it is.
+func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string) bool) (owners, error) {
 	leases, err := l.Held(ctx, func(string) bool { return true })
 	if err != nil {
-		return nil, nil, err
+		return owners{}, err
 	}
 	links, err := l.Host.Attachments(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("list what is attached: %w", err)
+		return owners{}, fmt.Errorf("list what is attached: %w", err)
 	}
-	var all []string
-	for _, lease := range leases {
-		all = append(all, lease.Owner)
-	}
+	all := owners{pods: map[string]string{}}
 	for _, at := range links {
 		if !strings.HasPrefix(at.Owner, "sha256:") {
-			all = append(all, at.Owner)
+			all.pods[at.Owner] = at.Pod
 		}
 	}
-	slices.Sort(all)
-	for _, owner := range slices.Compact(all) {
+	for _, lease := range leases {
+		all.pods[lease.Owner] = cmp.Or(lease.Pod, all.pods[lease.Owner])
+	}
+	for _, owner := range slices.Sorted(maps.Keys(all.pods)) {
 		switch {
 		case attached(owner) || stale(owner) && claimed(owner):
-			keep = append(keep, owner)
+			all.kept = append(all.kept, owner)
 		case stale(owner):
-			gone = append(gone, owner)
+			all.gone = append(all.gone, owner)
 		}
 	}
-	return gone, keep, nil
+	return all, nil
+}
+
+// name names some owners in the log, with their pods: not more than a line has room for.
+func (all owners) name(some []string) string {
+	const most = 20
+	var names []string
+	for _, owner := range some[:min(len(some), most)] {
+		names = append(names, pool.Lease{Owner: owner, Pod: all.pods[owner]}.Holder())
+	}
+	if more := len(some) - most; more > 0 {
+		names = append(names, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(names, ", ")
 }
 
 // status tells whether an ADD could succeed. A process that may not change the network goes

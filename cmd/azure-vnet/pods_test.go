@@ -51,3 +51,33 @@ func TestStatusNamesPods(t *testing.T) {
 		})
 	}
 }
+
+// TestEveryLineOfTheLogNamesThePod beside the container's id: also of a call that is refused before its
+// configuration is read, and of a GC, which is no container's.
+func TestEveryLineOfTheLogNamesThePod(t *testing.T) {
+	const named = "container=c1 ifname=eth0 netns=/run/netns/c1 pod=shop/web-0"
+	gc := with(`"cni.dev/valid-attachments":[],`)
+	for _, tt := range []struct {
+		name, conf string
+		words      []string
+		want       string // in the log's last line
+	}{
+		{"ADD", host, []string{"ADD"}, "level=INFO msg=azure-vnet verb=ADD network=azure " + named + " address=10.240.0.5"},
+		{"CHECK", host, []string{"ADD", "CHECK"}, "verb=CHECK network=azure " + named},
+		{"DEL", host, []string{"ADD", "DEL"}, "verb=DEL network=azure " + named + " link=" + link + " released=[10.240.0.5]"},
+		{"an ADD that fails", with(`"mtu":9000,`), []string{"ADD"}, "level=ERROR msg=azure-vnet verb=ADD network=azure " + named},
+		{"a wrong configuration", with(`"mtu":1,`), []string{"ADD"}, "level=ERROR msg=azure-vnet verb=ADD network=azure " + named},
+		{"a version that is none", strings.Replace(host, "1.1.0", "9.9.9", 1), []string{"ADD"}, "level=ERROR msg=azure-vnet verb=ADD network=azure " + named},
+		{"GC", gc, []string{"ADD", "GC"}, `collected=1 of="cni/azure/c1/eth0 (pod shop/web-0)"`},
+		{"GC, with leases.json lost", gc, []string{"ADD", "lose-leases", "GC"}, `collected=1 of="cni/azure/c1/eth0 (pod shop/web-0)"`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			all := onOneHostWith(t, argsOfPod, "", tt.conf, "/nowhere", append(tt.words, "log")...)
+			lines := strings.Split(strings.TrimSpace(all[len(all)-1].Text), "\n")
+			if last := lines[len(lines)-1]; !strings.Contains(last, tt.want) {
+				t.Errorf("%q is not in\n%s", tt.want, last)
+			}
+		})
+	}
+}

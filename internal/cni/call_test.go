@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -123,14 +124,14 @@ func TestAnErrorSaysItsVersion(t *testing.T) {
 }
 
 func TestTheLogIsBoundedAndWhole(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "azure-vnet.log")
-	line := []byte(strings.Repeat("x", 1023) + "\n")
-	most := logMost + 64*len(line) // 8 writers, each a few lines late
+	log := boundedLog{filepath.Join(t.TempDir(), "azure-vnet.log"), logFile.most}
+	path, line := log.path, []byte(strings.Repeat("x", 1023)+"\n")
+	most := int(log.most) + 64*len(line) // 8 writers, each a few lines late
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {
-			for range logMost / len(line) {
-				appendLog(path, line)
+			for range int(log.most) / len(line) {
+				log.add(string(line), time.Now(), false)
 			}
 		})
 	}

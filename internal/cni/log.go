@@ -16,9 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	logFile = "/var/log/azure-vnet.log"
-	logMost = 4 << 20 // bytes; then it becomes logFile.1, in the place of the one before
+// boundedLog is a file that many processes add lines to.
+type boundedLog struct {
+	path string
+	most int64 // bytes; then it becomes path.1, in the place of the one before
+}
+
+var (
+	logFile = boundedLog{"/var/log/azure-vnet.log", 4 << 20}
+	toldLog = boundedLog{stateDir + "/told.log", 256 << 10} // failures that syslog was told, to count the repeats: syslog cannot
 )
 
 var levels = map[string]slog.Level{
@@ -75,16 +81,33 @@ func (c *Call) log(p Plugin, start time.Time, err error) {
 	}
 	var line bytes.Buffer
 	slog.New(slog.NewTextHandler(&line, &slog.HandlerOptions{Level: slog.LevelDebug})).Log(context.Background(), level, p.Name, attrs...)
-	switch f.LogTarget {
+	// A DEL that found nothing is as frequent as the failed ADD before it.
+	repeats := err != nil || c.Verb == "DEL" && len(c.notes) == 0
+	c.write(f.LogTarget, level, p.Name, line.String(), repeats)
+}
+
+// write writes the line. One that repeats is counted: see countRepeat. Syslog gets the first of
+// a row, the second, the fourth, the eighth and so on, with the count. What a call writes to
+// stderr is its runtime's, and no other call sees it: there is nothing to count by.
+func (c *Call) write(target string, level slog.Level, name, line string, repeats bool) {
+	switch target {
 	case "stderr":
-		_, _ = os.Stderr.Write(line.Bytes())
+		_, _ = os.Stderr.WriteString(line)
 	case "syslog":
-		if w, err := syslog.New(syslog.LOG_DAEMON|severity(level), p.Name); err == nil {
-			_, _ = w.Write(line.Bytes())
+		if repeats {
+			now := time.Now()
+			times := max(toldLog.add(line, now, true), 1)
+			if times&(times-1) != 0 {
+				return
+			}
+			line = strings.TrimSuffix(line, "\n") + countEnd(now, times)
+		}
+		if w, err := syslog.New(syslog.LOG_DAEMON|severity(level), name); err == nil {
+			_, _ = w.Write([]byte(line))
 			_ = w.Close()
 		}
 	default:
-		appendLog(logFile, line.Bytes())
+		logFile.add(line, time.Now(), repeats)
 	}
 }
 
@@ -110,34 +133,58 @@ func severity(l slog.Level) syslog.Priority {
 	return syslog.LOG_INFO
 }
 
-// appendLog adds a line to a file that many processes write: one write each, which
-// the kernel puts at the end. Who finds the file full has it moved aside.
-func appendLog(path string, line []byte) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
+// add adds a line: one write, which the kernel puts at the end. A line that repeats an earlier one is
+// counted there instead. Who finds the file full has it moved aside. It returns how often the
+// failure came in a row; 0: it is no failure, or is not counted.
+func (l boundedLog) add(line string, now time.Time, repeats bool) (times int) {
+	mode := os.O_WRONLY
+	if repeats {
+		mode = os.O_RDWR
+	}
+	f, err := os.OpenFile(l.path, mode|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 	if err != nil {
-		return
+		return 0
 	}
 	defer f.Close()
-	if _, err := f.Write(line); err != nil {
-		return
+	if repeats {
+		if lockLog(f) { // else two processes may begin one row
+			if times := countRepeat(f, line, now); times > 0 {
+				return times
+			}
+		}
+		line, times = strings.TrimSuffix(line, "\n")+countEnd(now, 1), 1
 	}
-	if mine, err := f.Stat(); err == nil && mine.Size() >= logMost {
-		moveAside(path, f, mine)
+	if _, err := f.WriteString(line); err != nil {
+		return 0
 	}
+	if mine, err := f.Stat(); err == nil && mine.Size() >= l.most {
+		l.moveAside(f, mine)
+	}
+	return times
+}
+
+// lockLog waits for the lock on the file 100 ms at most, since a log holds no call up.
+func lockLog(f *os.File) bool {
+	for range 100 {
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			return true
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return false
 }
 
 // moveAside renames the full log once, whoever else tries: the lock is on the file
 // itself, and who comes after finds another file in its place. The rest wait until
-// it is moved, else they would fill it further meanwhile; 100 ms at most, since a
-// log holds no call up.
-func moveAside(path string, f *os.File, mine os.FileInfo) {
+// it is moved, else they would fill it further meanwhile; 100 ms at most.
+func (l boundedLog) moveAside(f *os.File, mine os.FileInfo) {
 	for range 100 {
 		locked := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
-		if there, err := os.Stat(path); err != nil || !os.SameFile(mine, there) {
+		if there, err := os.Stat(l.path); err != nil || !os.SameFile(mine, there) {
 			return
 		}
 		if locked {
-			_ = os.Rename(path, path+".1")
+			_ = os.Rename(l.path, l.path+".1")
 			return
 		}
 		time.Sleep(time.Millisecond)

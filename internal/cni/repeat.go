@@ -1,0 +1,124 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package cni
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A runtime repeats what fails: kubelet an ADD every 12 s, each time with a new container
+// id and a DEL after it, and a STATUS up to ten times a second. Each call is a process of its
+// own, so the log itself has the count. The line of the first failure ends in "last=" and
+// "times=", of constant length, and a repeat writes these over. A process that dies at any
+// moment leaves whole lines, and a program that follows the log keeps its place in it.
+
+const (
+	rowGap   = 10 * time.Minute      // a failure that comes later begins a new row: it is news again
+	lookBack = 256 << 10             // bytes at the end of the log, where the row's line must be: some 400 pods that fail at once
+	lastTime = "2006-01-02T15:04:05" // local, as the line's time is
+)
+
+// countEnd ends the line of a failure that may be repeated.
+func countEnd(last time.Time, times int) string {
+	return fmt.Sprintf(" last=%s times=%-7d\n", last.Format(lastTime), min(times, 9999999))
+}
+
+// countRepeat finds the line of the failure that line repeats, and counts it there. It returns
+// how often the failure came in this row: 0 if line repeats none. The log's lock is held.
+func countRepeat(f *os.File, line string, now time.Time) int {
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return 0
+	}
+	end := make([]byte, min(info.Size(), lookBack))
+	begin := info.Size() - int64(len(end))
+	if _, err := f.ReadAt(end, begin); err != nil {
+		return 0
+	}
+	mine := outcomeOf(line)
+	for rest := end; len(rest) > 0; {
+		at := bytes.LastIndexByte(rest[:len(rest)-1], '\n') + 1
+		before := string(rest[at:])
+		rest = rest[:at]
+		if !strings.Contains(before, mine.of) { // which costs less than to read all of it
+			continue
+		}
+		if earlier := outcomeOf(before); earlier.call != mine.call || earlier.of != mine.of {
+			continue
+		} else if earlier != mine {
+			return 0 // something else became of the same call since
+		}
+		said := fieldsOf(before)
+		last, err := time.ParseInLocation(lastTime, said["last"], time.Local)
+		times, bad := strconv.Atoi(said["times"])
+		written := countEnd(last, times)
+		if err != nil || bad != nil || now.Sub(last) > rowGap || !strings.HasSuffix(before, written) {
+			return 0
+		}
+		times++
+		if !writeOver(f, countEnd(now, times), begin+int64(at+len(before)-len(written))) {
+			return 0
+		}
+		return times
+	}
+	return 0
+}
+
+// writeOver writes in the middle of a file that is open for appending. The kernel takes the
+// offset of no such write, so the file is not for appending meanwhile.
+func writeOver(f *os.File, text string, offset int64) bool {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, 0); err != nil {
+		return false
+	}
+	n, err := unix.Pwrite(int(f.Fd()), []byte(text), offset)
+	_, back := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_APPEND)
+	return err == nil && back == nil && n == len(text)
+}
+
+// varying matches what differs between two calls that fail alike: ids, ages and counts have digits.
+var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
+
+// outcome is what a line of the log has in common with those of the call's repeats.
+type outcome struct {
+	call string // plugin, verb, network and interface
+	of   string // pod, whose container has a new id each time; else container
+	what string // level, code and error, without what varies
+}
+
+func outcomeOf(line string) outcome {
+	said := fieldsOf(line)
+	failure := said["error"]
+	if id := said["container"]; id != "" {
+		failure = strings.ReplaceAll(failure, id, "#")
+	}
+	return outcome{
+		call: strings.Join([]string{said["msg"], said["verb"], said["network"], said["ifname"]}, " "),
+		of:   cmp.Or(said["pod"], said["container"]),
+		what: strings.Join([]string{said["level"], said["code"], varying.ReplaceAllString(failure, "#")}, " "),
+	}
+}
+
+// fieldsOf reads a line as slog writes it.
+func fieldsOf(line string) map[string]string {
+	said := map[string]string{}
+	for rest := strings.TrimSpace(line); rest != ""; rest = strings.TrimLeft(rest, " ") {
+		key, value, _ := strings.Cut(rest, "=")
+		if quoted, err := strconv.QuotedPrefix(value); err == nil {
+			rest = value[len(quoted):]
+			value, _ = strconv.Unquote(quoted) // which QuotedPrefix has looked at
+		} else {
+			value, rest, _ = strings.Cut(value, " ")
+		}
+		said[key] = value
+	}
+	return said
+}
