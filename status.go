@@ -214,10 +214,10 @@ func (r report) print(out io.Writer) error {
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, asked, s.Failure)
 	}
-	fmt.Fprintf(w, "\nNIC\tSUBNET\tIPCONFIGS\tFREE\tHELD\tCOOLING\tON THE HOST\tOTHERS'\n")
+	fmt.Fprintf(w, "\nNIC\tSUBNET\tIPCONFIGS\n")
 	for _, nic := range r.Pool.NICs {
 		for _, s := range nic.Subnets {
-			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\n", nic.MAC, s.Prefix, s.Configs, s.Free, s.Held, s.Cooling, s.OnHost, s.Led)
+			fmt.Fprintf(w, "%s\t%s\t%s\n", nic.MAC, s.Prefix, s.Census)
 		}
 	}
 	fmt.Fprintf(w, "\nBRIDGE\tNIC\tMAC\tMTU\n")

@@ -144,7 +144,7 @@ func TestExhaustionSaysWhatHelps(t *testing.T) {
 		not     string
 	}{
 		{"no secondary addresses", 1, nil, false, "", []string{"1 ipconfig and no secondary", "az network nic ip-config create"}, "cloud-init"},
-		{"all in use", 6, nil, false, "", []string{"6 ipconfigs", "0 free", "5 held", "0 cooling", "remove containers", "az network nic ip-config create"}, "cloud-init"},
+		{"all in use", 6, nil, false, "", []string{"6 ipconfigs: 1 the NIC's own, 5 held; remove containers", "az network nic ip-config create"}, "cloud-init"},
 		{"all on the host", 6, host, false, "", []string{"6 ipconfigs", "5 on the host", "10.0.0.5", "and 2 more", "eth0", "cloud-init", "set reclaim=on"}, "az network"},
 		{"all on the host, and reclaimed", 6, host, true, "", []string{"5 on the host", "reclaim=on takes them back"}, "set reclaim"},
 		{"all on the host, in another reader's words", 6, host, false, "press the button", []string{"press the button, and for the next boot", "90-azure-vnet.cfg"}, "reclaim"},
@@ -244,7 +244,7 @@ func TestAnAddressWithdrawnWhileInUse(t *testing.T) {
 		t.Errorf("withdrawn and held: %v", err)
 	}
 	st, err := p.Status(t.Context())
-	if c := st.NICs[0].Subnets[0].Census; err != nil || c != (Census{Configs: 1, Held: 1, Withdrawn: 1}) {
+	if c := st.NICs[0].Subnets[0].Census; err != nil || c != (Census{Configs: 1, Own: 1, Withdrawn: 1}) {
 		t.Errorf("census is %+v, %v", c, err)
 	}
 	p.Release(t.Context(), "o", l.Addr)
@@ -409,7 +409,7 @@ func TestStatus(t *testing.T) {
 		NICs: []NICStatus{{MAC: mac1, Primary: true, Subnets: []SubnetStatus{{
 			Prefix: prefix("10.0.0.0/24"), Primary: addr("10.0.0.4"),
 			Hosted: map[netip.Addr]string{addr("10.0.0.9"): "eth0"}, LedTo: map[netip.Addr]string{},
-			Census: Census{Configs: 6, Free: 2, Held: 1, Cooling: 1, OnHost: 1},
+			Census: Census{Configs: 6, Own: 1, Free: 2, Held: 1, Cooling: 1, OnHost: 1},
 		}}}},
 		Leases:  map[netip.Addr]Lease{a.Addr: a},
 		Cooling: map[netip.Addr]time.Duration{b.Addr: 10 * time.Second},

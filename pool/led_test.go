@@ -29,7 +29,7 @@ func TestAnAddressThatARouteLeadsToIsNotLent(t *testing.T) {
 		}
 	}
 	_, err = p.Lease(t.Context(), Request{Owner: "me"})
-	wants(t, err, ErrExhausted, "0 free, 2 held, 0 cooling, 0 on the host, 1 of other containers", whose)
+	wants(t, err, ErrExhausted, "4 ipconfigs: 1 the NIC's own, 2 held, 1 of other containers", whose)
 
 	f.occupied.led[addr("10.0.0.6")] = 5 // the route to a container of ours, which has a lease
 	st, err := p.Status(t.Context())
@@ -37,7 +37,7 @@ func TestAnAddressThatARouteLeadsToIsNotLent(t *testing.T) {
 		t.Fatal(err)
 	}
 	sub := st.NICs[0].Subnets[0]
-	if want := (Census{Configs: 4, Held: 2, Led: 1}); sub.Census != want {
+	if want := (Census{Configs: 4, Own: 1, Held: 2, Led: 1}); sub.Census != want {
 		t.Errorf("census is %+v, want %+v", sub.Census, want)
 	}
 	if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.5"): "azv17"}, sub.LedTo, compareAddr); diff != "" {

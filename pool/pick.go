@@ -143,10 +143,9 @@ func (p *Pool) exhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) erro
 		return fmt.Errorf("%w: %s has %s and no secondary one%s; add some: %s",
 			ErrExhausted, where, plural(c.Configs, "ipconfig"), p.lag(v), addCommand)
 	}
-	counts := fmt.Sprintf("%s has %s: %d free, %d held, %d cooling, %d on the host",
-		where, plural(c.Configs, "ipconfig"), c.Free, c.Held, c.Cooling, c.OnHost)
+	counts := fmt.Sprintf("%s has %s", where, c)
 	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.standing(a) == led }); i >= 0 {
-		counts += fmt.Sprintf(", %d of other containers (%s)", c.Led, v.isLed(sub.Secondary[i]))
+		counts += " (" + v.isLed(sub.Secondary[i]) + ")"
 	}
 	var on []string
 	var dev string
@@ -207,45 +206,4 @@ func plural(n int, noun string) string {
 		noun += "e"
 	}
 	return fmt.Sprintf("%d %ss", n, noun)
-}
-
-// Census counts the ipconfigs of a NIC in one subnet.
-type Census struct {
-	Configs   int `json:"ipconfigs"` // all, with the NIC's own
-	Free      int `json:"free"`      // can be lent now
-	Held      int `json:"held"`      // by an owner
-	Cooling   int `json:"cooling"`   // released lately: lent only if nothing is free
-	OnHost    int `json:"onHost"`    // held by an interface of the host: not lent
-	Led       int `json:"led"`       // a route leads to a container that has them without a lease, such as another plugin's: not lent
-	Withdrawn int `json:"withdrawn"` // held, though the source lists them no more; not among Configs
-}
-
-func (v *view) census(mac string, sub Subnet) Census {
-	c := Census{Configs: len(sub.Secondary)}
-	if sub.Primary.IsValid() {
-		c.Configs++
-	}
-	listed := map[netip.Addr]bool{}
-	for _, a := range sub.Secondary {
-		listed[a] = true
-		switch v.standing(a) {
-		case fresh, rested:
-			c.Free++
-		case cooling:
-			c.Cooling++
-		case held:
-			c.Held++
-		case onHost:
-			c.OnHost++
-		case led:
-			c.Led++
-		}
-	}
-	for a, l := range v.Leases {
-		if l.MAC == mac && l.Prefix == sub.Prefix && !listed[a] {
-			c.Held++
-			c.Withdrawn++
-		}
-	}
-	return c
 }

@@ -112,7 +112,7 @@ func TestAddressesThatComeAndGo(t *testing.T) {
 		}
 		n.del(l, one)
 		n.add(l, two)
-		if got, _, err := n.tryAdd(l, one); !says(err, 11, "0 free, 1 held") {
+		if got, _, err := n.tryAdd(l, one); !says(err, 11, "2 ipconfigs: 1 the NIC's own, 1 held") {
 			t.Errorf("with the other in use: %s %v", got, err)
 		}
 		set(t, a, b)

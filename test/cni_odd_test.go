@@ -298,8 +298,8 @@ func TestStatusNamesWhatIsBroken(t *testing.T) {
 		}
 	}
 	for _, harm := range []struct{ what, named string }{
-		{"ip link set " + port + " nomaster", port + " (" + seen.String() + "): not in azure0"},
-		{"ip link set " + link + " group 0", link + " (" + lone.String() + "): not in its link group"},
+		{"ip link set " + port + " nomaster", port + " (" + seen.String() + ", pod default/seen): not in azure0"},
+		{"ip link set " + link + " group 0", link + " (" + lone.String() + ", pod default/lone): not in its link group"},
 		{"ip rule del lookup 16863", "no routing rule"},
 		{"ip route flush table 16863", "no route in table 16863"},
 		{"ip neigh del " + seen.String() + " dev azure0", "no neighbour entry"},

@@ -75,7 +75,7 @@ func TestCNIBesideAzuresOwnPlugin(t *testing.T) {
 				reaches(t, inPod(n, id, addr), plain.addr)
 			}
 			const whose = " by a route, and no lease tells of it: it is a container's of another plugin"
-			if _, _, err := n.tryAdd(l, n.pod("more")); !says(err, 11, "0 free, 2 held, 0 cooling, 0 on the host, 2 of other containers ("+old.String()+" is led to "+oldLink+whose) {
+			if _, _, err := n.tryAdd(l, n.pod("more")); !says(err, 11, "1 the NIC's own, 2 held, 2 of other containers ("+old.String()+" is led to "+oldLink+whose) {
 				t.Errorf("with no other address: %v", err)
 			}
 			byName := n.list("1.1.0", "azure", strings.Replace(azure(`"mode":"`+mode+`"`), `"azure-vnet-ipam"`, `"azure-vnet-ipam","ipAddress":"`+web.String()+`"`, 1))

@@ -29,6 +29,7 @@ func TestStatusNamesPods(t *testing.T) {
 		want             string // of the last word's text
 	}{
 		{"a pod", argsOfPod, host, []string{"ADD", "status"}, "10.240.0.5 cni/azure/c1/eth0 shop/web-0 " + link + " azure0"},
+		{"the counts of a NIC", argsOfPod, host, []string{"ADD", "status"}, "00:0d:3a:04:75:98 10.240.0.0/16 3 ipconfigs: 1 the NIC's own, 1 held, 1 free"},
 		{"a container of no pod", "", host, []string{"ADD", "status"}, "10.240.0.5 cni/azure/c1/eth0 " + link + " azure0"},
 		{"with leases.json lost", argsOfPod, host, []string{"ADD", "lose-leases", "status"}, "10.240.0.5 cni/azure/c1/eth0 shop/web-0 " + link + " azure0"},
 		{"with leases.json made anew", argsOfPod, host, []string{"ADD", "lose-leases", "reconcile", "status"}, "10.240.0.5 cni/azure/c1/eth0 shop/web-0 " + link + " azure0"},

@@ -18,8 +18,8 @@ import (
 	"azurevnet/pool"
 )
 
-// tell prints what is broken, as far as it can be told, and who has which
-// address, with the link that shows it. Something broken is an error; a container of
+// tell prints what is broken, as far as it can be told, how many ipconfigs there are, and who has
+// which address, with the link that shows it. Something broken is an error; a container of
 // another plugin is not.
 func tell(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
@@ -36,6 +36,8 @@ func tell(ctx context.Context, out io.Writer) error {
 	attached, bad := host.Attachments(ctx)
 	err = errors.Join(err, bad)
 	unleased, bad := p.Unleased(ctx)
+	err = errors.Join(err, bad)
+	counts, bad := p.Counts(ctx)
 	err = errors.Join(err, bad)
 	rows := map[netip.Addr][]string{} // owner, pod, link, bridge, published ports
 	for addr, link := range unleased {
@@ -56,7 +58,15 @@ func tell(ctx context.Context, out io.Writer) error {
 		rows[at.Addr.Addr()] = []string{owner, pod, at.Link, cmp.Or(at.Bridge, string(bridge.ModeTransparent)), strings.Join(ports, ", ")}
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "ADDRESS\tLENT TO\tPOD\tLINK\tBRIDGE\tPUBLISHED")
+	if len(counts) > 0 {
+		fmt.Fprintln(w, "NIC\tSUBNET\tIPCONFIGS")
+	}
+	for _, nic := range counts {
+		for _, s := range nic.Subnets {
+			fmt.Fprintf(w, "%s\t%s\t%s\n", nic.MAC, s.Prefix, s.Census)
+		}
+	}
+	fmt.Fprintln(w, "\nADDRESS\tLENT TO\tPOD\tLINK\tBRIDGE\tPUBLISHED")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		fmt.Fprintf(w, "%s\t%s\n", addr, strings.Join(rows[addr], "\t"))
 	}

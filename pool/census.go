@@ -1,0 +1,100 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package pool
+
+import (
+	"context"
+	"fmt"
+	"strings"
+)
+
+// Census counts the ipconfigs of a NIC in one subnet. Each is counted once: Own, Free, Held,
+// Kept, Cooling, OnHost and Led add up to Configs.
+type Census struct {
+	Configs   int `json:"ipconfigs"` // all
+	Own       int `json:"own"`       // the NIC's primary one: never lent
+	Free      int `json:"free"`      // can be lent now
+	Held      int `json:"held"`      // by containers of ours
+	Kept      int `json:"kept"`      // held by a linkless lease: a network's auxiliary address, or a container of another main plugin
+	Cooling   int `json:"cooling"`   // released lately: lent only if nothing is free
+	OnHost    int `json:"onHost"`    // held by an interface of the host: not lent
+	Led       int `json:"led"`       // a route leads to a container that has them without a lease, such as another plugin's: not lent
+	Withdrawn int `json:"withdrawn"` // held or kept, though the source lists them no more: none of the above
+}
+
+func (v *view) census(mac string, sub Subnet) Census {
+	c := Census{Configs: len(sub.Secondary)}
+	if sub.Primary.IsValid() {
+		c.Configs++
+		c.Own = 1
+	}
+	listed := secondaries([]NIC{{Subnets: []Subnet{sub}}})
+	for a := range listed {
+		switch is := v.standing(a); {
+		case is == fresh || is == rested:
+			c.Free++
+		case is == cooling:
+			c.Cooling++
+		case is == held && v.Leases[a].Linkless:
+			c.Kept++
+		case is == held:
+			c.Held++
+		case is == onHost:
+			c.OnHost++
+		case is == led:
+			c.Led++
+		}
+	}
+	for a, l := range v.Leases {
+		if l.MAC == mac && l.Prefix == sub.Prefix && !listed[a] {
+			c.Withdrawn++
+		}
+	}
+	return c
+}
+
+// String is the count in one line that adds up: "6 ipconfigs: 1 the NIC's own, 5 held".
+// What there is none of is left out.
+func (c Census) String() string {
+	var parts []string
+	for _, part := range []struct {
+		n    int
+		what string
+	}{
+		{c.Own, "the NIC's own"}, {c.Held, "held"}, {c.Kept, "kept for networks (auxiliary addresses) or another main plugin's containers"},
+		{c.Cooling, "cooling"}, {c.OnHost, "on the host"}, {c.Led, "of other containers"}, {c.Free, "free"},
+	} {
+		if part.n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", part.n, part.what))
+		}
+	}
+	text := plural(c.Configs, "ipconfig") + ": " + strings.Join(parts, ", ")
+	if c.Withdrawn > 0 {
+		text += fmt.Sprintf("; and %d held that Azure lists no more", c.Withdrawn)
+	}
+	return text
+}
+
+// Counts are the VM's NICs with the counts of their ipconfigs, by the newest answer of any
+// source, whatever this pool's sources are. None is asked. Where nothing is known there are none.
+func (p *Pool) Counts(ctx context.Context) ([]NICStatus, error) {
+	s, err := p.read(ctx, "count ipconfigs")
+	var has occupied
+	if err == nil {
+		has, err = p.occupied()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("count ipconfigs: %w", err)
+	}
+	v := view{state: &s, occupied: has, now: p.clock()}
+	for _, a := range s.Answers {
+		if len(a.NICs) > 0 && (len(v.answer.NICs) == 0 || a.newerThan(v.answer)) {
+			v.answer = a
+		}
+	}
+	var all []NICStatus
+	for _, n := range v.answer.NICs {
+		all = append(all, v.nic(n))
+	}
+	return all, nil
+}
