@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,7 +25,7 @@ import (
 
 const (
 	compareEvery = 30 * time.Second
-	nameTime     = 300 * time.Millisecond // longest that a call waits for a name
+	nameTime     = 300 * time.Millisecond // longest that anything waits for a name
 	compareTime  = 10 * time.Second       // longest that one comparison may take: an engine that starts does not answer
 )
 
@@ -75,30 +78,42 @@ func (e dockerd) dial() (*client.Client, error) {
 	return client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
 }
 
-// Container looks the endpoint up among the running containers, whose list waits for no container that is being started.
+// Container looks the endpoint up among the running containers.
 func (e dockerd) Container(ctx context.Context, endpoint string) (name, network string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
-	docker, err := e.dial()
-	if err != nil {
-		return "", "", err
-	}
-	defer docker.Close()
-	all, err := docker.ContainerList(ctx, container.ListOptions{})
+	all, err := e.running(ctx)
 	if err != nil {
 		return "", "", err
 	}
 	for _, c := range all {
-		if c.NetworkSettings == nil || len(c.Names) == 0 {
-			continue
-		}
 		for network, s := range c.NetworkSettings.Networks {
-			if s != nil && s.EndpointID == endpoint {
+			if s.EndpointID == endpoint {
 				return strings.TrimPrefix(c.Names[0], "/"), network, nil
 			}
 		}
 	}
 	return "", "", fmt.Errorf("no running container has endpoint %.12s", endpoint)
+}
+
+// running lists the running containers that have a name and networks. The engine's list waits for no container that is
+// being started.
+func (e dockerd) running(ctx context.Context) ([]container.Summary, error) {
+	docker, err := e.dial()
+	if err != nil {
+		return nil, err
+	}
+	defer docker.Close()
+	all, err := docker.ContainerList(ctx, container.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range all {
+		if c.NetworkSettings != nil {
+			maps.DeleteFunc(c.NetworkSettings.Networks, func(_ string, s *network.EndpointSettings) bool { return s == nil })
+		}
+	}
+	return slices.DeleteFunc(all, func(c container.Summary) bool { return c.NetworkSettings == nil || len(c.Names) == 0 }), nil
 }
 
 // Network looks the name of a network up.
@@ -147,6 +162,26 @@ func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
 		return nil, fmt.Errorf("it lists %d networks and not the two that every engine has: the list is not whole", len(all))
 	}
 	return ids, nil
+}
+
+// names are the names of the running containers by their addresses on these networks, as far as the
+// engine tells them in time: status is as true without them.
+func (e dockerd) names(ctx context.Context, networks []string) map[netip.Addr]string {
+	names := map[netip.Addr]string{}
+	ctx, cancel := context.WithTimeout(ctx, nameTime)
+	defer cancel()
+	all, err := e.running(ctx)
+	if err != nil {
+		return names
+	}
+	for _, c := range all {
+		for _, s := range c.NetworkSettings.Networks {
+			if addr, err := netip.ParseAddr(s.IPAddress); err == nil && slices.Contains(networks, s.NetworkID) {
+				names[addr] = strings.TrimPrefix(c.Names[0], "/")
+			}
+		}
+	}
+	return names
 }
 
 // compare forgets networks that the engine removed while the plugin was away,

@@ -8,10 +8,13 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"azurevnet/pool"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
@@ -173,6 +176,36 @@ func TestAHolderIsNamedThoughTheEngineHangs(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStatusNamesDockersContainersAndPods beside the owners, as far as anybody knows them.
+func TestStatusNamesDockersContainersAndPods(t *testing.T) {
+	const list = `[{"Names":["/web"],"NetworkSettings":{"Networks":{"azure":{"NetworkID":"x","IPAddress":"10.240.0.5"},"bridge":{"NetworkID":"y","IPAddress":"172.17.0.2"}}}},
+		{"Names":["/odd"],"NetworkSettings":{"Networks":{"azure":{"NetworkID":"x","IPAddress":""},"none":null}}}]`
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	addr := netip.MustParseAddr
+	got := serveAPI(t, map[string]string{"containers/json": list}).names(ctx, []string{"gone", "x"})
+	expect(t, "names", map[netip.Addr]string{addr("10.240.0.5"): "web"}, got)
+	expect(t, "without an engine", map[netip.Addr]string{}, dockerd{socket: filepath.Join(t.TempDir(), "docker.sock")}.names(ctx, []string{"x"}))
+	start := time.Now()
+	expect(t, "of an engine that hangs", map[netip.Addr]string{}, serveAPI(t, map[string]string{"containers/json": "hang"}).names(ctx, []string{"x"}))
+	if took := time.Since(start); took > nameTime+2*time.Second {
+		t.Errorf("status waits %v for names", took)
+	}
+
+	r := report{Containers: got, Pool: pool.Status{Leases: map[netip.Addr]pool.Lease{
+		addr("10.240.0.5"): {Owner: "docker/p"}, addr("10.240.0.6"): {Owner: "cni/azure/c/eth0", Pod: "shop/web-0"}, addr("10.240.0.7"): {Owner: "docker/p", Linkless: true},
+	}}}
+	var out strings.Builder
+	r.printAddresses(&out)
+	const want = `
+ADDRESS	LENT TO	POD OR CONTAINER	LINK	BRIDGE	MAC	STATE	PUBLISHED
+10.240.0.5	docker/p	web				not attached	
+10.240.0.6	cni/azure/c/eth0	shop/web-0				not attached	
+10.240.0.7	docker/p					kept	
+`
+	expect(t, "the table", want, out.String())
 }
 
 func TestThePluginsIDInItsEngine(t *testing.T) {

@@ -31,8 +31,9 @@ type report struct {
 	Pool        pool.Status               `json:"pool"`
 	Bridges     []bridge.Bridge           `json:"bridges"`
 	Attachments []bridge.Attachment       `json:"attachments"`
-	Networks    map[string]driver.Network `json:"networks"`         // by Docker's id
-	Broken      []string                  `json:"broken,omitempty"` // what is not as it should be
+	Networks    map[string]driver.Network `json:"networks"`             // by Docker's id
+	Containers  map[netip.Addr]string     `json:"containers,omitempty"` // names of Docker's, by address, as far as the engine tells them
+	Broken      []string                  `json:"broken,omitempty"`     // what is not as it should be
 	Errors      []string                  `json:"errors,omitempty"`
 }
 
@@ -55,6 +56,7 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Networks, err = readNetworks(p)
 	note(err)
+	r.Containers = dockerd{socket: filepath.Join(p.run, "docker.sock")}.names(ctx, slices.Collect(maps.Keys(r.Networks)))
 	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
 		if err := host.Ready(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
 			r.Broken = []string{err.Error()}
@@ -254,7 +256,7 @@ func (r report) printAddresses(w io.Writer) {
 			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody", Pod: at.Pod}
 		}
 	}
-	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tLINK\tBRIDGE\tMAC\tSTATE\tPUBLISHED\n")
+	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tPOD OR CONTAINER\tLINK\tBRIDGE\tMAC\tSTATE\tPUBLISHED\n")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
 		at, attached := links[addr]
 		state, in := "not attached", at.Bridge
@@ -273,6 +275,6 @@ func (r report) printAddresses(w io.Writer) {
 		for _, p := range at.Ports {
 			ports = append(ports, p.String())
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, at.Link, in, at.MAC, state, strings.Join(ports, ", "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, cmp.Or(rows[addr].Pod, at.Pod, r.Containers[addr]), at.Link, in, at.MAC, state, strings.Join(ports, ", "))
 	}
 }

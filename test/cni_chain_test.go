@@ -139,7 +139,7 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 				t.Errorf("CHECK: %v", err)
 			}
 			out, _ := n.try("sh", "-c", n.dir+"/azure-vnet status 2>&1 || echo failed")
-			if !strings.Contains(out, "("+addr.String()+"): eth0 in its container has the MAC 02:00:00:00:00:77") || !strings.Contains(out, "the capability mac") || !strings.Contains(out, "failed") {
+			if !strings.Contains(out, "("+addr.String()+", pod default/tuned-"+mode+"): eth0 in its container has the MAC 02:00:00:00:00:77") || !strings.Contains(out, "the capability mac") || !strings.Contains(out, "failed") {
 				t.Errorf("status says %s", out)
 			}
 			n.del(l, rt)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -95,6 +96,8 @@ func TestWhatASourceSays(t *testing.T) {
 		}
 		if out := h.must(top+"/build/azure-vnet-plugin", "status"); !strings.Contains(out, one.String()+" is held by") || !strings.Contains(out, "though Azure lists it no more") {
 			t.Errorf("status does not tell of the address that Azure took away:\n%s", out)
+		} else if !regexp.MustCompile(other.String() + ` +docker/\S+ +two +azv`).MatchString(out) {
+			t.Errorf("status does not name the container two:\n%s", out)
 		}
 		h.holds(2)
 		h.docker("rm", "-f", "one")
