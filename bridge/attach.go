@@ -22,7 +22,7 @@ import (
 
 // ErrAttached says that a container has the endpoint already: its end of the veth lies in another
 // namespace, and was left as it is.
-var ErrAttached = errors.New("a running container has it")
+var ErrAttached = errors.New("a running container has this interface: end that container first")
 
 // Attach makes a container's interface whole, or not at all. It decides first and acts then; its last
 // act is the alias, which says that the interface is whole. A repeat for the same owner clears away
@@ -74,19 +74,19 @@ func (e Endpoint) normal() (alias, error) {
 	bad := func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }
 	switch {
 	case e.Owner == "" || len(e.Owner) > 255 || strings.ContainsFunc(e.Owner, bad):
-		return alias{}, errors.New("the owner must have 1 to 255 bytes and no space")
+		return alias{}, errors.New("the owner must have 1 to 255 bytes and no space: give the network, the container or the interface another name")
 	case len(e.Lease) > 255 || strings.ContainsFunc(e.Lease, bad):
-		return alias{}, errors.New("the lease's owner must have at most 255 bytes and no space")
+		return alias{}, errors.New("the lease's owner must have at most 255 bytes and no space: give the network, the container or the interface another name")
 	case macErr != nil:
 		return alias{}, fmt.Errorf("the NIC: %w", macErr)
 	case !e.Addr.Addr().Is4() || e.Addr.Bits() < 0:
-		return alias{}, fmt.Errorf("%v is not an IPv4 address with its mask", e.Addr)
+		return alias{}, fmt.Errorf("%v is not an IPv4 address with its mask, such as 10.240.0.7/16", e.Addr)
 	case len(e.MAC) != 6 || e.MAC[0]&1 != 0 || slices.Equal(e.MAC, make([]byte, 6)):
-		return alias{}, fmt.Errorf("%s is not the MAC of one interface", e.MAC)
+		return alias{}, fmt.Errorf("%s is not the MAC of one interface: ask for a unicast MAC of 6 bytes, or for none", e.MAC)
 	case e.Netns != "" && (e.IfName == "" || len(e.IfName) >= unix.IFNAMSIZ || e.IfName == "." || e.IfName == ".." || strings.ContainsAny(e.IfName, "/: \t\n")):
 		return alias{}, fmt.Errorf("%q is not a name for an interface: it must have 1 to 15 bytes, and no slash, colon or space", e.IfName)
 	case e.Netns != "" && !e.Policy.Internal && !e.Gateway.Is4():
-		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway")
+		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway: let the IPAM plugin give one, or none")
 	}
 	if strings.ContainsFunc(e.Pod, bad) {
 		e.Pod = "" // no pod has such a name, and the alias cannot keep it
@@ -172,9 +172,9 @@ func (at *attach) clearOld(ctx context.Context) error {
 	case !whole && halfMade(l): // nobody was told of it
 		return delLink(l)
 	case !whole:
-		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end its container", at.link)
+		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end the container that it leads to", at.link)
 	case !old.is(at.e.Owner):
-		return fmt.Errorf("the link %s is of %s, whose name has the same hash", at.link, old.owner)
+		return fmt.Errorf("the link %s is of %s, whose name has the same hash: remove this container and make it anew, so that it gets another id", at.link, old.owner)
 	case l.Attrs().NetNsID >= 0:
 		return fmt.Errorf("%s with %s: %w", at.link, old.addr, ErrAttached)
 	}
@@ -258,11 +258,11 @@ func (at *attach) makeLink() error {
 	err := pair.Create()
 	switch {
 	case errors.Is(err, unix.EEXIST) && at.ns.IsOpen():
-		return fmt.Errorf("make %s: %w; is there a %s in %s already?", at.link, err, pair.PeerName, at.e.Netns)
+		return fmt.Errorf("make %s: %w: if %s is in %s already, remove it or ask for another name", at.link, err, pair.PeerName, at.e.Netns)
 	case errors.Is(err, unix.EOPNOTSUPP):
 		return fmt.Errorf("make %s: %w: the kernel has no veth: load the module veth", at.link, err)
 	case errors.Is(err, unix.EXFULL) || errors.Is(err, unix.EBUSY) && at.bridge != 0:
-		return fmt.Errorf("make %s a port of %s: %w: a bridge takes 1,023 ports", at.link, at.a.bridge, err)
+		return fmt.Errorf("make %s a port of %s: %w: a bridge takes 1,023 ports: end other containers, or use mode transparent, which has no bridge", at.link, at.a.bridge, err)
 	case err != nil:
 		return fmt.Errorf("make %s and %s: %w", at.link, pair.PeerName, err)
 	}

@@ -32,7 +32,7 @@ func (h *Host) check(owner string) error {
 	name, _ := linkNames(owner)
 	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.link.Name == name && e.is(owner) })
 	if i < 0 {
-		return fmt.Errorf("its link %s is gone", name)
+		return fmt.Errorf("its link %s is gone: end the container and start it again", name)
 	}
 	e := v.endpoints[i]
 	var errs []error
@@ -40,11 +40,11 @@ func (h *Host) check(owner string) error {
 		errs = append(errs, errors.New(f.what))
 	}
 	if e.bridge != "" && v.linkTo(e) == 0 && len(errs) == 0 {
-		errs = append(errs, fmt.Errorf("%s is half made", e.bridge))
+		errs = append(errs, fmt.Errorf("%s is half made: azure-vnet mends it within 30 s", e.bridge))
 	}
 	ports := v.ports()[name]
 	if e.ports > 0 && len(ports) == 0 {
-		errs = append(errs, errors.New("its published ports are not written down any more"))
+		errs = append(errs, errors.New("its published ports are not written down any more: end the container and start it again"))
 	}
 	missing, err := v.ruleset().Missing(v.rulesOf(e.alias, name, ports))
 	for _, what := range missing {

@@ -26,11 +26,11 @@ func OpenNetns(path string) (netns.NsHandle, error) {
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(fd, &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
 		ns.Close()
-		return netns.None(), fmt.Errorf("the container's network namespace: %s is not a namespace", path)
+		return netns.None(), fmt.Errorf("the container's network namespace: %s is not a namespace: name one such as /proc/PID/ns/net or /run/netns/NAME", path)
 	}
 	if kind, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err == nil && kind != unix.CLONE_NEWNET {
 		ns.Close()
-		return netns.None(), fmt.Errorf("the container's network namespace: %s is a namespace of another kind", path)
+		return netns.None(), fmt.Errorf("the container's network namespace: %s is a namespace of another kind: name one such as /proc/PID/ns/net or /run/netns/NAME", path)
 	}
 	own, err := netns.Get()
 	if err != nil {
@@ -40,7 +40,7 @@ func OpenNetns(path string) (netns.NsHandle, error) {
 	defer own.Close()
 	if ns.Equal(own) {
 		ns.Close()
-		return netns.None(), fmt.Errorf("%s is the host's own network namespace", path)
+		return netns.None(), fmt.Errorf("%s is the host's own network namespace: name the container's, and give a container of the host's network no interface", path)
 	}
 	return ns, nil
 }

@@ -78,7 +78,7 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 	addr := at.a.addr.Addr()
 	for _, e := range v.endpoints {
 		if e.addr.Addr() == addr {
-			return false, &HeldError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): detach it first", e.holder(), addr, e.link.Name)}
+			return false, &HeldError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): end that container first, or ask for another address", e.holder(), addr, e.link.Name)}
 		}
 	}
 	if err := refuseForeignRoute(addr); err != nil {
@@ -118,14 +118,14 @@ func (at *attach) prepare(ctx context.Context, v *view, tables bool) (secondNIC 
 func (at *attach) settle(v *view) (secondNIC bool, err error) {
 	nic := v.nics[at.a.nic]
 	if nic == nil {
-		return false, fmt.Errorf("no network interface of this host has the MAC %s", at.a.nic)
+		return false, fmt.Errorf("no network interface of this host has the MAC %s: ip -br link shows which it has", at.a.nic)
 	}
 	if err := refuseHost(v.links, nic); err != nil {
 		return false, err
 	}
 	at.mtu = nic.Attrs().MTU
 	if at.e.MTU > at.mtu {
-		return false, fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish", at.e.MTU, at.mtu, nic.Attrs().Name)
+		return false, fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish; ask for at most that, or leave the MTU out", at.e.MTU, at.mtu, nic.Attrs().Name)
 	}
 	if at.e.MTU != 0 {
 		at.mtu = at.e.MTU
@@ -133,10 +133,10 @@ func (at *attach) settle(v *view) (secondNIC bool, err error) {
 	if at.a.bridge != "" {
 		l := v.links.Named(at.a.bridge)
 		if l == nil {
-			return false, fmt.Errorf("there is no bridge %s: make it first", at.a.bridge)
+			return false, fmt.Errorf("there is no bridge %s any more: try again, which makes it", at.a.bridge)
 		}
 		if mac, ours := bridgeOf(l); !ours || mac != at.a.nic {
-			return false, fmt.Errorf("%s is not azure-vnet's bridge of the NIC %s", at.a.bridge, at.a.nic)
+			return false, fmt.Errorf("%s is not azure-vnet's bridge of the NIC %s: give the network's bridge another name", at.a.bridge, at.a.nic)
 		}
 		at.bridge = l.Attrs().Index
 		if err := at.macIsFree(); err != nil {
@@ -181,7 +181,7 @@ func refuseForeignRoute(addr netip.Addr) error {
 	if err != nil || !found || r.Protocol == ourProtocol || r.Type != unix.RTN_UNICAST {
 		return err
 	}
-	return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %[1]s): whoever made it uses that address", addr, r.Table)
+	return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %[1]s): whoever made it uses that address; end that, or ask for another address", addr, r.Table)
 }
 
 // routeTo is the route to that one address, if there is one.

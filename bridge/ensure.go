@@ -201,7 +201,7 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 	case has != "" && (name == "" || name == has):
 		return has, nil
 	case has != "":
-		return "", fmt.Errorf("%s has the bridge %s already and cannot have %s too: one NIC has one bridge", nic.Attrs().Name, has, name)
+		return "", fmt.Errorf("%s has the bridge %s already and cannot have %s too: one NIC has one bridge; ask for %[2]s, or leave the name out", nic.Attrs().Name, has, name)
 	case name == "" && spec.Primary:
 		name = firstBridge
 	case name == "":

@@ -18,7 +18,7 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-var errForward = errors.New("iptables may drop what containers send and receive")
+var errForward = errors.New("iptables may drop what containers send and receive: see to it that iptables can read and change the chain FORWARD")
 
 // fault is one thing that is not as it should be.
 type fault struct {

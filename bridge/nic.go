@@ -59,9 +59,9 @@ func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 	case 1:
 		return found[0], nil
 	case 0:
-		return nil, fmt.Errorf("%w the MAC %s", errNoNIC, hw)
+		return nil, fmt.Errorf("%w the MAC %s: ip -br link shows which it has", errNoNIC, hw)
 	}
-	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told", found[0].Attrs().Name, found[1].Attrs().Name, hw)
+	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told; give the other one another MAC", found[0].Attrs().Name, found[1].Attrs().Name, hw)
 }
 
 // nicByName finds the NIC by the name that it had last, which spares a list of all links. It is nil where
@@ -137,7 +137,7 @@ func (h *Host) Present(ctx context.Context, mac string) error {
 		return err
 	}
 	if _, err = findNIC(links, mac, s.NICs[mac].Name); errors.Is(err, errNoNIC) {
-		err = fmt.Errorf("%w, which has the addresses: azure-vnet must run in the host's own network namespace, where the NIC is, and not in one of a container or of a rootless engine", err)
+		err = fmt.Errorf("%w the MAC %s, which has the addresses: azure-vnet must run in the host's own network namespace, where the NIC is, and not in one of a container or of a rootless engine", errNoNIC, mac)
 	}
 	return err
 }
@@ -245,7 +245,7 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 	}
 	if l == nil {
 		if _, bad := parseMAC(nameOrMAC); bad != nil {
-			return "", "", fmt.Errorf("no network interface of this host is named %q", nameOrMAC)
+			return "", "", fmt.Errorf("no network interface of this host is named %q: ip -br link shows their names", nameOrMAC)
 		}
 		if l, err = findNIC(links, nameOrMAC, ""); err != nil {
 			return "", "", err
@@ -303,7 +303,7 @@ func parseMAC(s string) (net.HardwareAddr, error) {
 	}
 	mac, err := net.ParseMAC(s)
 	if err == nil && len(mac) != 6 {
-		err = fmt.Errorf("%q is no Ethernet address", s)
+		err = fmt.Errorf("%q is no Ethernet address such as 00:0d:3a:04:75:98", s)
 	}
 	return mac, err
 }

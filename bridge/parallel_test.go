@@ -131,7 +131,7 @@ func TestOneInterfaceAtOnce(t *testing.T) {
 			e.Owner, e.Addr = fmt.Sprintf("cni/net/c/%d", i), netip.PrefixFrom(addr, 16)
 			others = append(others, e)
 		}
-		race(others, func(err error) bool { return strings.Contains(err.Error(), "is there a eth0 in") })
+		race(others, func(err error) bool { return strings.Contains(err.Error(), "if eth0 is in") })
 		checkSame(t, "left", none, h.kernelState())
 	})
 }

@@ -56,7 +56,7 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 			continue
 		}
 		if addr == own || len(removed) == len(has)-1 {
-			return removed, fmt.Errorf("%s is the host's own address on %s and stays there", addr, nic.Attrs().Name)
+			return removed, fmt.Errorf("%s is the host's own address on %s and stays there: no container can have it", addr, nic.Attrs().Name)
 		}
 		if err := h.delAddr(nic, a); err != nil {
 			return removed, fmt.Errorf("take %s off %s: %w", addr, nic.Attrs().Name, err)

@@ -32,7 +32,7 @@ func (h *Host) Remove(ctx context.Context, name string) error {
 			continue
 		}
 		if on := v.attached(func(e endpoint) bool { return e.bridge == name }); len(on) > 0 {
-			return fmt.Errorf("remove %s: attached to it: %s", name, strings.Join(on, ", "))
+			return fmt.Errorf("remove %s: containers are attached to it: %s: end them first", name, strings.Join(on, ", "))
 		}
 		n.Bridge = ""
 		if err := h.unask(ctx, mac, n); err != nil {

@@ -81,7 +81,7 @@ func putRoute(r netlink.Route) error {
 	}
 	for _, s := range same {
 		if s.Protocol != ourProtocol {
-			return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %s): whoever made it uses that address", prefixOf(r.Dst), r.Table, prefixOf(r.Dst))
+			return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %s): whoever made it uses that address; end that, or ask for another address", prefixOf(r.Dst), r.Table, prefixOf(r.Dst))
 		}
 	}
 	return wrapRoute(r, netlink.RouteReplace(&r))

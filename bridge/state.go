@@ -40,7 +40,7 @@ const stateVersion = 2
 // made or a prefix of IPv6 would keep every round from mending anything.
 func (s hostState) Check() error {
 	if s.Version != stateVersion {
-		return fmt.Errorf("version %d, and this program knows %d", s.Version, stateVersion)
+		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, stateVersion)
 	}
 	for mac, n := range s.NICs {
 		hw, err := parseMAC(mac)

@@ -87,7 +87,7 @@ var idShape = regexp.MustCompile(`^[0-9a-zA-Z]{1,64}$`)
 func checkIDs(ids ...string) error {
 	for _, id := range ids {
 		if !idShape.MatchString(id) {
-			return fmt.Errorf("%.80q is not an id: 1 to 64 letters and digits", id)
+			return fmt.Errorf("%.80q is not an id of 1 to 64 letters and digits, as an engine sends", id)
 		}
 	}
 	return nil
@@ -105,7 +105,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 		d.created(r.NetworkID)
 		n = n.named(all)
 		if old, ok := all[r.NetworkID]; ok && !old.named(all).equal(n) {
-			return fmt.Errorf("%s exists with other options", r.NetworkID)
+			return fmt.Errorf("network %s exists with other options: remove it first, docker network rm", r.NetworkID)
 		} else if ok {
 			return nil
 		}
@@ -120,7 +120,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	}
 	br, err := d.cfg.Host.Ensure(ctx, n.spec())
 	if err == nil && n.MTU > br.MTU {
-		err = fmt.Errorf("-o mtu=%d: the NIC %s has an MTU of %d bytes, and larger packets would vanish", n.MTU, br.NIC, br.MTU)
+		err = fmt.Errorf("-o mtu=%d: the NIC %s has an MTU of %d bytes, and larger packets would vanish: ask for at most that, or leave -o mtu out", n.MTU, br.NIC, br.MTU)
 	}
 	if err == nil {
 		err = ctx.Err() // an answer after the deadline reaches nobody
@@ -153,7 +153,7 @@ func (n Network) named(all map[string]Network) Network {
 func (n Network) agrees(all map[string]Network) error {
 	for id, other := range all {
 		if !n.Transparent() && other.MAC == n.MAC && other.Bridge != "" && other.Bridge != n.Bridge {
-			return fmt.Errorf("networks of one NIC share its bridge: network %.12s has %s, this one asks for %s", id, other.Bridge, n.Bridge)
+			return fmt.Errorf("networks of one NIC share its bridge: network %.12s has %s, this one asks for %s; ask for %[2]s, or leave -o bridge out", id, other.Bridge, n.Bridge)
 		}
 	}
 	return nil
@@ -173,7 +173,7 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 		return Network{}, errors.New("IPv6 is not served yet: create the network without --ipv6 and IPv6 subnets")
 	}
 	if len(r.IPv4Data) != 1 || r.IPv4Data[0] == nil {
-		return Network{}, fmt.Errorf("a network has exactly one subnet, and %d were given", len(r.IPv4Data))
+		return Network{}, fmt.Errorf("a network has exactly one subnet, and %d were given: give one --subnet", len(r.IPv4Data))
 	}
 	data := r.IPv4Data[0]
 	if data.AddressSpace != d.cfg.AddressSpace && swarmIDShape.MatchString(r.NetworkID) {
@@ -184,7 +184,7 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 	}
 	prefix, err := netip.ParsePrefix(data.Pool)
 	if err != nil {
-		return Network{}, fmt.Errorf("its subnet %.80q is not a CIDR", data.Pool)
+		return Network{}, fmt.Errorf("its subnet %.80q is not a CIDR such as 10.240.0.0/16", data.Pool)
 	}
 	nic, err := d.nic(ctx, o.master, prefix)
 	if err != nil {

@@ -66,7 +66,7 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 	case isTrue(all[keyIPv6]):
 		return o, fmt.Errorf("--ipv6 is not served yet: create the network without it")
 	case all[keyIPv4] != nil && !isTrue(all[keyIPv4]):
-		return o, fmt.Errorf("a network without IPv4 is not served yet")
+		return o, fmt.Errorf("a network without IPv4 is not served yet: leave out --ipv4=false")
 	}
 	if isTrue(all[keyInternal]) {
 		o.policy = bridge.Policy{Internal: true}
@@ -76,7 +76,7 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 	}
 	generic, ok := all[keyGeneric].(map[string]any)
 	if !ok {
-		return o, fmt.Errorf("options (%s) are not a map", keyGeneric)
+		return o, fmt.Errorf("options (%s) are not a map of keys and values, as an engine sends", keyGeneric)
 	}
 	for _, key := range slices.Sorted(maps.Keys(generic)) {
 		parse, known := networkOptions[key]
@@ -84,18 +84,18 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(networkOptions)), ", "))
 		}
 		if o.policy.Internal && slices.Contains(leavingOptions, key) {
-			return o, fmt.Errorf("-o %s says nothing of an --internal network, which nothing leaves: take one of them", key)
+			return o, fmt.Errorf("-o %s has no meaning with --internal, since nothing leaves such a network: leave out one of them", key)
 		}
 		value, ok := generic[key].(string)
 		if !ok {
-			return o, fmt.Errorf("-o %s: its value is not a string", key)
+			return o, fmt.Errorf("-o %s: its value is not a string: write it as -o KEY=VALUE", key)
 		}
 		if err := parse(&o, value); err != nil {
 			return o, fmt.Errorf("-o %s=%.80s: %w", key, value, err)
 		}
 	}
 	if o.mode == bridge.ModeTransparent && o.bridge != "" {
-		return o, fmt.Errorf("-o bridge says nothing of a transparent network, whose containers are in no bridge: take one of them")
+		return o, fmt.Errorf("-o bridge has no meaning with mode transparent, whose containers are in no bridge: leave out one of them")
 	}
 	return o, nil
 }
@@ -139,7 +139,7 @@ func mtu(to *int, v string) error {
 
 func onOff(to *bool, v string) error {
 	if v != "on" && v != "off" {
-		return fmt.Errorf("on or off")
+		return fmt.Errorf("write on or off")
 	}
 	*to = v == "on"
 	return nil
@@ -163,9 +163,9 @@ func mode(to *bridge.Mode, v string) error {
 	m := bridge.Mode(v)
 	switch {
 	case !slices.Contains(bridge.Modes, m):
-		return fmt.Errorf("the modes are %s and %s", bridge.ModeBridge, bridge.ModeTransparent)
+		return fmt.Errorf("write %s or %s", bridge.ModeBridge, bridge.ModeTransparent)
 	case *to != "" && *to != m:
-		return fmt.Errorf("%s asks for mode %s: take one of them", keyMode, *to)
+		return fmt.Errorf("%s asks for mode %s: leave out one of the two options", keyMode, *to)
 	}
 	*to = m
 	return nil

@@ -176,7 +176,7 @@ func unlike(body []byte, want string, err error) error {
 func parseMAC(text string) (string, error) {
 	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(squeezed(text)))
 	if _, err := strconv.ParseUint(digits, 16, 48); err != nil || len(digits) != 12 {
-		return "", fmt.Errorf("%q is no MAC address", text)
+		return "", fmt.Errorf("%q is no MAC address such as 00:0d:3a:04:75:98", text)
 	}
 	var pairs []string
 	for pair := range slices.Chunk([]byte(digits), 2) {
@@ -204,7 +204,7 @@ func parseBlock(text string) (netip.Prefix, error) {
 	}
 	p, err := netip.ParsePrefix(text)
 	if err == nil && p.Bits() < p.Addr().BitLen()-8 {
-		err = errors.New("a block larger than a /24")
+		err = errors.New("it is a block larger than a /24, and no NIC has so many addresses")
 	}
 	return p, err
 }

@@ -41,7 +41,7 @@ func sourcesOf(name, queryURL string) ([]source, error) {
 	if queryURL != "" {
 		u, err := url.Parse(queryURL)
 		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
-			return nil, fmt.Errorf("query URL %q is not http://host/path", queryURL)
+			return nil, fmt.Errorf("query URL %q is not one such as http://host/path", queryURL)
 		}
 	}
 	switch {
@@ -54,7 +54,7 @@ func sourcesOf(name, queryURL string) ([]source, error) {
 	case filepath.IsAbs(name) && queryURL == "":
 		return []source{file(name)}, nil
 	case filepath.IsAbs(name):
-		return nil, fmt.Errorf("source %s is a file, which has no query URL", name)
+		return nil, fmt.Errorf("source %s is a file, which has no query URL: leave out the URL, or name another source", name)
 	}
 	return nil, fmt.Errorf("source %q is none of auto, wireserver, imds, or the absolute path of a file", name)
 }
@@ -102,7 +102,7 @@ func file(path string) source {
 		if info, err := f.Stat(); err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, errors.New("it is not a file")
+			return nil, errors.New("it is not a file: name a regular file")
 		}
 		return readBody(f)
 	}, parseFile}

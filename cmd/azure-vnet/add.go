@@ -85,7 +85,7 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (res
 		c.Warn("mended: " + what)
 	}
 	if c.Conf.MTU > br.MTU {
-		return nil, false, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish", c.Conf.MTU, br.NIC, br.MTU), "")
+		return nil, false, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish; write at most that, or leave mtu out", c.Conf.MTU, br.NIC, br.MTU), "")
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), Pod: c.Pod, NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,

@@ -62,7 +62,7 @@ func attach(ctx context.Context, args []string, out io.Writer) error {
 		fmt.Fprintln(out, ip.Address.IP)
 		return nil
 	}
-	return errors.New("ADD succeeded, and gave no address")
+	return errors.New("ADD succeeded, and gave no address: the conflist needs a plugin that gives one, such as azure-vnet")
 }
 
 // detach runs DEL, with what libcni kept of ADD. Without a namespace it is gone.
@@ -98,7 +98,7 @@ func chain(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni
 		return nil, nil, nil, err
 	}
 	if strings.ContainsAny(args[1], "/ ") {
-		return nil, nil, nil, fmt.Errorf("%.80q is not a container's id", args[1])
+		return nil, nil, nil, fmt.Errorf("%.80q is not a container's id, which has no slash and no space: docker inspect -f '{{.Id}}' NAME shows it", args[1])
 	}
 	rt := &libcni.RuntimeConf{ContainerID: args[1], NetNS: args[2], IfName: "eth0", Args: [][2]string{{"IgnoreUnknown", "1"}, cni.AttachArg}}
 	return libcni.NewCNIConfigWithCacheDir([]string{filepath.Dir(self)}, stateDir, nil), list, rt, nil
@@ -121,7 +121,7 @@ func checkConflist(path string) error {
 	case info.Mode&unix.S_IFMT != unix.S_IFREG:
 		return fmt.Errorf("%s is not a file: name the list of plugins, such as /etc/cni/net.d/10-azure.conflist", path)
 	case info.Size > conflistMost:
-		return fmt.Errorf("%s has %d bytes, and a list of plugins has %d at most", path, info.Size, conflistMost)
+		return fmt.Errorf("%s has %d bytes, and a list of plugins has %d at most: name a conflist", path, info.Size, conflistMost)
 	}
 	return nil
 }

@@ -58,8 +58,11 @@ func check(ctx context.Context, c *cni.Call) error {
 	return nil
 }
 
+// remedy is what helps against whatever CHECK finds.
+const remedy = "azure-vnet reconcile mends what is the host's; else end the container and start it again"
+
 func changed(format string, args ...any) error {
-	return types.NewError(cni.CodeChanged, fmt.Sprintf(format, args...), "")
+	return types.NewError(cni.CodeChanged, fmt.Sprintf(format, args...), remedy)
 }
 
 // checkInside compares the container's interface with what ADD's result says.
@@ -78,7 +81,7 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	}
 	mine := slices.IndexFunc(prev.Interfaces, func(i *current.Interface) bool { return i.Name == c.IfName && i.Sandbox != "" })
 	if mine < 0 {
-		return changed("prevResult has no interface %s of a container", c.IfName)
+		return changed("prevResult has no interface %s of a container: hand back the result of ADD", c.IfName)
 	}
 	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
 		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)

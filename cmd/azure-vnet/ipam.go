@@ -114,12 +114,12 @@ func (g *given) read(raw types.Result) error {
 		return err
 	}
 	if len(r.IPs) != 1 {
-		return fmt.Errorf("it gave %d addresses, and an interface has exactly one", len(r.IPs))
+		return fmt.Errorf("it gave %d addresses, and an interface has exactly one: configure it to give one", len(r.IPs))
 	}
 	addr, ok := netip.AddrFromSlice(r.IPs[0].Address.IP)
 	bits, size := r.IPs[0].Address.Mask.Size()
 	if addr = addr.Unmap(); !ok || !addr.Is4() || size != 32 {
-		return fmt.Errorf("it gave %s, and IPv6 is not served yet", r.IPs[0].Address.IP)
+		return fmt.Errorf("it gave %s, and IPv6 is not served yet: configure it to give IPv4", r.IPs[0].Address.IP)
 	}
 	g.addr = netip.PrefixFrom(addr, bits)
 	g.gateway = g.addr.Masked().Addr().Next() // Azure's

@@ -33,7 +33,7 @@ func TestErrorsHaveCodesAndSayNothingThatMisleads(t *testing.T) {
 		{"ADD", fmt.Errorf("lease: %w", pool.ErrSource), types.Error{Code: 11, Msg: "lease: no word of this VM's addresses"}},
 		{"ADD", fmt.Errorf("lease: %w", pool.ErrNotOurs), types.Error{Code: 7, Msg: "lease: not ours to lend"}},
 		{"ADD", fmt.Errorf("lease: %w", pool.ErrInUse), types.Error{Code: CodeInUse, Msg: "lease: address in use"}},
-		{"ADD", fmt.Errorf("attach: %w", bridge.ErrAttached), types.Error{Code: CodeAttached, Msg: "attach: a running container has it"}},
+		{"ADD", fmt.Errorf("attach: %w", bridge.ErrAttached), types.Error{Code: CodeAttached, Msg: "attach: " + bridge.ErrAttached.Error()}},
 		{"ADD", fmt.Errorf("prepare the NIC: %w: eth0 is in azure0", bridge.ErrTaken), types.Error{Code: 50, Msg: "prepare the NIC: the NIC is a port of a bridge: eth0 is in azure0"}},
 		{"ADD", errors.Join(wrong(types.ErrInvalidNetworkConfig, "first"), errors.New("then")), types.Error{Code: 7, Msg: "first; then"}},
 		{"ADD", &fs.PathError{Op: "open", Path: "/x", Err: fs.ErrNotExist}, types.Error{Code: 5, Msg: "open /x: file does not exist"}},

@@ -199,7 +199,7 @@ func visit(ctx context.Context, bus string, do func(*peer) error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case bounded.Err() != nil:
-		return fmt.Errorf("%s gave no answer within %v", bus, patience)
+		return fmt.Errorf("%s gave no answer within %v: see systemctl status dbus firewalld", bus, patience)
 	case nameOf(err) == "org.freedesktop.DBus.Error.ServiceUnknown", nameOf(err) == "org.freedesktop.DBus.Error.NameHasNoOwner":
 		return errors.New("its rules stand, and it does not run: systemctl restart firewalld && firewall-cmd --reload")
 	}
