@@ -1,0 +1,78 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+)
+
+// TestABootWithThePluginDisabled: what docs/docker.md says of a plugin that is disabled.
+// docker rm takes a minute, and a container that is always restarted stays down after a
+// boot until docker start, though the plugin is enabled again.
+func TestABootWithThePluginDisabled(t *testing.T) {
+	t.Parallel() // it mostly waits
+	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
+	h := vms[0]
+	h.withPlugin("COOL_DOWN=0s")
+	h.network("azure")
+	h.container("azure", "always", "sleep 100000", "--restart", "always")
+	h.container("azure", "removed", "sleep 100000")
+	h.docker("plugin", "disable", "-f", plugin)
+	start := time.Now()
+	h.docker("rm", "-f", "removed")
+	if took := time.Since(start); took < 50*time.Second || took > 75*time.Second {
+		t.Errorf("docker rm took %v", took)
+	}
+	h.must("sync")
+	h.cut()
+	if err := h.Boot(); err != nil {
+		t.Fatal(err)
+	}
+	h.startEngine()
+	h.docker("plugin", "enable", plugin)
+	time.Sleep(15 * time.Second)
+	if running := h.docker("ps", "-q"); running != "" {
+		t.Errorf("a container runs without docker start: %s", running)
+	}
+	h.docker("start", "always")
+	h.holds(1)
+	h.docker("rm", "-f", "always")
+	h.empty()
+	clean(t, vnet)
+}
+
+// TestANetworkWithoutItsDriver: what docs/docker.md says of a network that is made without
+// -d. Docker's own bridge takes the gateway's address, and with a container on it the VM
+// reaches no other VM. docker network rm gives everything back.
+func TestANetworkWithoutItsDriver(t *testing.T) {
+	t.Parallel()
+	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
+	h := vms[0]
+	h.withPlugin()
+	reaches := func() bool {
+		_, err := h.try("busybox", "ping", "-c", "1", "-W", "2", vms[1].Primary.String())
+		return err == nil
+	}
+	if !reaches() {
+		t.Fatal("the VM reaches no other VM to begin with")
+	}
+	for _, ipam := range [][]string{{"--ipam-driver", plugin}, nil} {
+		h.docker(append(append([]string{"network", "create"}, ipam...), "--subnet", h.Prefix.String(), "azure")...)
+		if out := h.must("ip", "-br", "-4", "addr"); !strings.Contains(out, h.Gateway.String()+"/16") {
+			t.Errorf("%v: no bridge has the gateway's address:\n%s", ipam, out)
+		}
+		h.docker("run", "-d", "--init", "--network", "azure", "--name", "cc", "busybox", "sleep", "100000")
+		if reaches() {
+			t.Errorf("%v: the VM reaches another VM", ipam)
+		}
+		h.docker("rm", "-f", "cc")
+		h.docker("network", "rm", "azure")
+		if !reaches() {
+			t.Errorf("%v: the VM reaches no other VM afterwards", ipam)
+		}
+	}
+}
