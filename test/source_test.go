@@ -5,8 +5,8 @@ package test
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
