@@ -23,9 +23,11 @@ const module = "azurevnet"
 // arrows are the design: what each package of the product may import of the
 // product. A package that is not listed may not exist.
 var arrows = map[string][]string{
-	"azurevnet":            {"bridge", "driver", "internal/statefile", "ipamdriver", "pool"},
-	"azurevnet/driver":     {"bridge", "pool", "internal/statefile"},
-	"azurevnet/ipamdriver": {"pool"},
+	"azurevnet":                 {"internal/plugin"},
+	"azurevnet/internal/plugin": {"bridge", "driver", "internal/statefile", "internal/upkeep", "ipamdriver", "pool"},
+	"azurevnet/internal/upkeep": {"bridge", "internal/statefile", "pool"},
+	"azurevnet/driver":          {"bridge", "pool", "internal/statefile"},
+	"azurevnet/ipamdriver":      {"pool"},
 	"azurevnet/bridge": {"bridge/internal/conntrack", "bridge/internal/ebtables", "bridge/internal/firewalld", "bridge/internal/forward",
 		"bridge/internal/listen", "bridge/internal/rtnl", "bridge/internal/ruleset", "internal/dump", "internal/statefile"},
 	"azurevnet/bridge/internal/conntrack": {"internal/dump"},
@@ -37,9 +39,9 @@ var arrows = map[string][]string{
 	"azurevnet/bridge/internal/rtnl":      {"internal/dump"},
 	"azurevnet/bridge/internal/ruleset":   {"bridge/internal/nfnl"},
 	"azurevnet/pool":                      {"internal/dump", "internal/statefile"},
-	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/statefile", "pool"},
+	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/upkeep", "pool"},
 	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "pool"},
-	"azurevnet/internal/cni":              {"bridge", "internal/statefile", "pool"},
+	"azurevnet/internal/cni":              {"bridge", "internal/statefile", "internal/upkeep", "pool"},
 	"azurevnet/internal/dump":             {},
 	"azurevnet/internal/statefile":        {},
 	"azurevnet/internal/vnetsim":          {},
@@ -91,6 +93,11 @@ func TestPackagesImportOnlyWhatTheDesignDraws(t *testing.T) {
 		if !listed {
 			t.Errorf("%s has no place in the design: draw its arrows here and in docs/design.md", p.ImportPath)
 			continue
+		}
+		for _, arrow := range allowed {
+			if !slices.Contains(p.Imports, module+"/"+arrow) {
+				t.Errorf("%s does not import %s, which the design draws", p.ImportPath, arrow)
+			}
 		}
 		for _, imp := range p.Imports {
 			if own, ok := strings.CutPrefix(imp, module+"/"); ok && !slices.Contains(allowed, own) {

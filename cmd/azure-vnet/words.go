@@ -10,13 +10,11 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"azurevnet/bridge"
-	"azurevnet/internal/cni"
-	"azurevnet/internal/statefile"
+	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
@@ -93,22 +91,13 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	if bad != nil {
 		return errors.Join(err, bad)
 	}
-	released, bad := p.Collect(ctx, host.Away)
+	released, bad := upkeep.Release(ctx, host, p)
 	err = errors.Join(err, bad)
 	for _, lease := range released {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Holder())
-		err = errors.Join(err, host.Forget(lease.Addr))
 	}
-	lost, bad := p.AdoptLost(ctx, func(ctx context.Context) (leases []pool.Lease, err error) {
-		all, err := host.Attachments(ctx)
-		for _, at := range all {
-			if at.Away {
-				leases = append(leases, cni.LeaseOf(at))
-			}
-		}
-		return leases, err
-	})
-	for _, lease := range lost {
+	adopted, bad := upkeep.Adopt(ctx, host, p)
+	for _, lease := range adopted {
 		fmt.Fprintf(out, "leased again: %s, which %s has\n", lease.Addr, lease.Holder())
 	}
 	return errors.Join(err, bad, hear(ctx, p))
@@ -128,57 +117,20 @@ func hear(ctx context.Context, p *pool.Pool) error {
 	return err
 }
 
-// uninstall refuses while a container is attached. It refuses too while a container
-// of another main plugin has an address of ours, which no link of ours proves: lent
-// again, two containers would have it. It refuses on a host with a bridge of an earlier
-// build, whose containers' leases would be forgotten.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. Docker's networks keep it too: their auxiliary
+// addresses would be lent again.
 func uninstall(ctx context.Context, out io.Writer) error {
-	host := bridge.New(bridge.Config{})
-	unlock, ok, err := statefile.TryLock(filepath.Join(stateDir, "plugin.lock"), "uninstall")
-	if err == nil && !ok {
-		err = errors.New("the managed Docker plugin runs, and needs what would go: make uninstall, or docker plugin disable -f azure-vnet:latest, first")
-	}
+	p, err := pool.New(pool.Config{Dir: stateDir})
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	if _, err := host.Away(ctx); err != nil {
-		return err
-	}
-	if err := unheld(ctx); err != nil {
-		return err
-	}
-	removed, err := host.RemoveAll(ctx, func() error {
-		if err := unheld(ctx); err != nil { // an ADD may have come before the lock
-			return err
-		}
-		return os.RemoveAll(stateDir)
+	removed, err := upkeep.Uninstall(ctx, bridge.New(bridge.Config{}), p, upkeep.Removal{
+		Run:   filepath.Dir(stateDir),
+		Keeps: func(pool.Lease) bool { return true },
+		Files: func() error { return nil },
 	})
 	for _, name := range removed {
 		fmt.Fprintf(out, "%s is removed\n", name)
 	}
 	return err
-}
-
-// unheld refuses while addresses are lent that no link proves. The others are
-// their links', which RemoveAll looks at.
-func unheld(ctx context.Context) error {
-	p, err := pool.New(pool.Config{Dir: stateDir})
-	if err != nil {
-		return err
-	}
-	all, err := p.Leases(ctx)
-	if err != nil {
-		return err
-	}
-	var held []string
-	for _, lease := range all {
-		if lease.Linkless {
-			held = append(held, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
-		}
-	}
-	if len(held) > 0 {
-		return fmt.Errorf("addresses are held that no link of azure-vnet shows: %s: end these containers first, so that their runtime calls DEL, and remove these networks of Docker's", strings.Join(held, ", "))
-	}
-	return nil
 }

@@ -15,6 +15,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
@@ -42,7 +43,7 @@ func (c *Call) Lender() (*Lender, error) {
 	host := bridge.New(bridge.Config{})
 	p, err := pool.New(pool.Config{
 		Dir: stateDir, Source: c.Conf.IPAM.Source, QueryURL: c.Conf.IPAM.QueryURL, QueryInterval: c.Conf.IPAM.Interval,
-		Reclaim: c.Conf.Reclaim, Links: func(ctx context.Context) ([]pool.Lease, error) { return proven(ctx, host) },
+		Reclaim: c.Conf.Reclaim, Links: upkeep.ProvenLeases(host),
 	})
 	if err != nil {
 		return nil, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", c.Conf.Network, err)
@@ -104,10 +105,9 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 // free ends leaked leases and, where that is wished, takes secondary addresses
 // off the host. It tells whether there were any.
 func (l *Lender) free(ctx context.Context) (freed bool, err error) {
-	leaked, err := l.Collect(ctx, l.Host.Away)
+	leaked, err := upkeep.Release(ctx, l.Host, l.Pool)
 	for _, lost := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Holder()))
-		err = errors.Join(err, l.Host.Forget(lost.Addr))
 	}
 	// An address to which a route is left is not lent: of these leases, or of one that was given back while nobody
 	// could look the host over.
@@ -123,17 +123,11 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	for _, nic := range nics {
-		taken, err := l.Host.Reclaim(ctx, nic.MAC, nic.Secondaries())
-		if len(taken) > 0 {
-			freed = true
-			l.call.Warn(fmt.Sprintf("took %v off the host's NIC %s", taken, nic.MAC))
-		}
-		if err != nil {
-			return freed, err
-		}
-	}
-	return freed, nil
+	err = upkeep.Reclaim(ctx, l.Host, nics, func(nic string, addrs []netip.Addr) {
+		freed = true
+		l.call.Warn(fmt.Sprintf("took %v off the host's NIC %s", addrs, nic))
+	})
+	return freed, err
 }
 
 // Free releases all that the owners hold. None is success.
@@ -156,19 +150,4 @@ func Result(l pool.Lease) *current.Result {
 
 func ipNet(p netip.Prefix) net.IPNet {
 	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-}
-
-// proven are the leases that the host's links prove.
-func proven(ctx context.Context, host *bridge.Host) ([]pool.Lease, error) {
-	attached, err := host.Attachments(ctx)
-	var leases []pool.Lease
-	for _, at := range attached {
-		leases = append(leases, LeaseOf(at))
-	}
-	return leases, err
-}
-
-// LeaseOf is the lease that a link proves.
-func LeaseOf(at bridge.Attachment) pool.Lease {
-	return pool.Lease{Addr: at.Addr.Addr(), Owner: at.Lease, Pod: at.Pod, MAC: at.NIC, Prefix: at.Addr}
 }

@@ -1,10 +1,11 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-package main
+package plugin
 
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"regexp"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
+	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
@@ -34,6 +36,27 @@ type reconciler struct {
 
 	mu   sync.Mutex     // guards said
 	said map[string]row // by what failed, so that a lasting failure is told once
+}
+
+// begin restores the networks in the background, calls restored, and mends from then on. end stops all of it. It waits a
+// second at most, for a disk may hang.
+func (r *reconciler) begin(ctx context.Context, p places, restored func(context.Context)) (end func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer beSeen(ctx, r.log, p)()
+		r.tell(ctx, "restore networks", r.networks.Restore(ctx))
+		restored(ctx)
+		r.loop(ctx)
+	}()
+	return func() {
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // loop mends until ctx is done.
@@ -117,32 +140,28 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collect releases leases that no container has any more, leases again what running
-// containers have and nobody holds, then removes Docker's links that no container has
-// and no lease speaks for. It releases nothing on a host with containers of an earlier
-// build, whose links Away cannot read.
+// collect has leases and containers' links agree.
 func (r *reconciler) collect(ctx context.Context) error {
-	released, err := r.pool.Collect(ctx, r.host.Away)
+	released, err := upkeep.Release(ctx, r.host, r.pool)
 	for _, lease := range released {
 		r.log.WithFields(fieldsOf(lease)).Warn("released a lease that no container had any more")
-		err = errors.Join(err, r.host.Forget(lease.Addr))
 	}
 	if err != nil {
 		return err
 	}
-	var all []bridge.Attachment
-	lost, err := r.pool.AdoptLost(ctx, func(ctx context.Context) (leases []pool.Lease, err error) {
-		all, err = r.host.Attachments(ctx)
-		for _, at := range all {
-			if at.Away {
-				leases = append(leases, leaseOf(at))
-			}
-		}
-		return leases, err
-	})
-	for _, lease := range lost {
+	adopted, err := upkeep.Adopt(ctx, r.host, r.pool)
+	for _, lease := range adopted {
 		r.log.WithFields(fieldsOf(lease)).Warn("leased again an address that a running container has")
 	}
+	if err != nil {
+		return err
+	}
+	return r.collectLinks(ctx)
+}
+
+// collectLinks removes Docker's links that no container has and no lease speaks for.
+func (r *reconciler) collectLinks(ctx context.Context) error {
+	all, err := r.host.Attachments(ctx)
 	if err != nil {
 		return err
 	}
@@ -192,16 +211,9 @@ func reclaimRemedy(on bool) string {
 // reclaimAll takes secondary addresses off the host's NICs, where they would be
 // answered by the host.
 func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
-	for _, nic := range nics {
-		taken, err := r.host.Reclaim(ctx, nic.MAC, nic.Secondaries())
-		if len(taken) > 0 {
-			r.log.WithFields(logrus.Fields{"nic": nic.MAC, "addresses": taken}).Warn("took secondary addresses off the host")
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return upkeep.Reclaim(ctx, r.host, nics, func(nic string, addrs []netip.Addr) {
+		r.log.WithFields(logrus.Fields{"nic": nic, "addresses": addrs}).Warn("took secondary addresses off the host")
+	})
 }
 
 // row is a failure that came again and again.

@@ -1,6 +1,6 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-package main
+package plugin
 
 import (
 	"bytes"
@@ -37,7 +37,7 @@ type pluginConfig struct {
 }
 
 func TestConfigJSON(t *testing.T) {
-	raw, err := os.ReadFile("config.json")
+	raw, err := os.ReadFile("../../config.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestConfigJSON(t *testing.T) {
 }
 
 func TestReadmeNamesEverySetting(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}

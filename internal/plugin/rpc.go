@@ -1,6 +1,6 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-package main
+package plugin
 
 import (
 	"context"

@@ -1,6 +1,6 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-package main
+package plugin
 
 import (
 	"cmp"
@@ -20,7 +20,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
-	"azurevnet/internal/statefile"
+	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
@@ -38,7 +38,7 @@ type report struct {
 }
 
 func readReport(ctx context.Context, p places) report {
-	r := report{Version: version}
+	r := report{Version: p.version}
 	note := func(err error) {
 		if err != nil {
 			r.Errors = append(r.Errors, err.Error())
@@ -121,49 +121,24 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 	return nil
 }
 
-// uninstall removes all bridges, rules and files. A link that no container took, or
-// that came back from one, is removed too. A container that is attached is an error and
-// keeps everything. So does a plugin that runs, which would make all of it again, and a
-// bridge of an earlier build, whose containers' leases would be forgotten. That
-// networks.json is not found keeps nothing else from being removed.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. That networks.json is not found keeps nothing else
+// from being removed.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
-	unlock, ok, err := statefile.TryLock(runningLock(p), "uninstall")
-	if err != nil {
-		return fmt.Errorf("uninstall: %w", err)
-	}
-	if !ok {
-		return errors.New("uninstall: the plugin runs, and would make it all again: docker plugin disable -f azure-vnet:latest first")
-	}
-	defer unlock()
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
-	if _, err := host.Away(ctx); err != nil {
-		return fmt.Errorf("uninstall: %w", err)
-	}
-	attached, err := host.Attachments(ctx)
+	addresses, err := openPool(p, settings{}, host)
 	if err != nil {
-		return fmt.Errorf("uninstall: %w", err)
-	}
-	for _, at := range attached {
-		if at.Away {
-			continue
-		}
-		if err := host.Detach(ctx, at.Owner); err != nil {
-			return fmt.Errorf("uninstall: %w", err)
-		}
-	}
-	if err := heldByCNI(ctx, p, host); err != nil {
 		return fmt.Errorf("uninstall: %w", err)
 	}
 	data, missing := findData(p)
-	removed, err := host.RemoveAll(ctx, func() error {
-		err := heldByCNI(ctx, p, host) // an ADD may have come before the lock
-		if err != nil {
-			return err
-		}
-		if missing == nil {
-			err = errors.Join(os.RemoveAll(driver.NetworksFile(data)), os.RemoveAll(driver.NetworksFile(data)+".lock"))
-		}
-		return errors.Join(err, os.RemoveAll(filepath.Join(p.run, "azure-vnet")))
+	removed, err := upkeep.Uninstall(ctx, host, addresses, upkeep.Removal{
+		Run:   p.run,
+		Keeps: func(lease pool.Lease) bool { return !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) }, // Docker's go with its networks
+		Files: func() error {
+			if missing != nil {
+				return nil
+			}
+			return errors.Join(os.RemoveAll(driver.NetworksFile(data)), os.RemoveAll(driver.NetworksFile(data)+".lock"))
+		},
 	})
 	for _, name := range removed {
 		fmt.Fprintf(out, "%s is removed\n", name)
@@ -176,29 +151,6 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	}
 	if missing != nil {
 		return fmt.Errorf("uninstall: all else is removed, but %w", missing)
-	}
-	return nil
-}
-
-// heldByCNI is an error while azure-vnet-ipam has lent addresses to containers of
-// another main plugin, which no link of ours shows: lent again, two would have them.
-func heldByCNI(ctx context.Context, p places, host *bridge.Host) error {
-	addresses, err := openPool(p, settings{}, host)
-	if err != nil {
-		return err
-	}
-	leases, err := addresses.Leases(ctx)
-	if err != nil {
-		return err
-	}
-	var held []string
-	for _, lease := range leases {
-		if lease.Linkless && !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) {
-			held = append(held, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
-		}
-	}
-	if len(held) > 0 {
-		return fmt.Errorf("containers of another CNI plugin have addresses: %s: end them first", strings.Join(held, ", "))
 	}
 	return nil
 }

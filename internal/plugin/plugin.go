@@ -1,0 +1,228 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+// Package plugin is the managed Docker plugin as a process: both of libnetwork's
+// drivers on one socket, until SIGTERM. Its other words, status and uninstall,
+// read and clear the kernel and the files, so they work while the plugin is dead.
+// What an address or a container needs is decided in pool and bridge.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"azurevnet/bridge"
+	"azurevnet/driver"
+	"azurevnet/internal/statefile"
+	"azurevnet/internal/upkeep"
+	"azurevnet/ipamdriver"
+	"azurevnet/pool"
+)
+
+// An engine's shutdown waits for DeleteEndpoint and then ReleaseAddress of each
+// container, in parallel, and then for the plugin; after 15 s in all it gives up and
+// leaves its files as they are. It ignores the errors of calls that only take away, and
+// what they leave heals: so both may hang, and the plugin still ends in time.
+var (
+	serving  = limits{deadline: 18 * time.Second, grace: 2 * time.Second} // within the 20 s that an engine may be kept waiting
+	takeAway = limits{deadline: 4 * time.Second, grace: time.Second}
+)
+
+// stopPatience is as long as calls that only take away may take. An engine kills a
+// plugin 10 s after SIGTERM.
+const stopPatience = 5 * time.Second
+
+const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure virtual network.
+
+  azure-vnet-plugin            serve the engine; the settings are in the environment
+  azure-vnet-plugin status     what is lent, attached and known; -json for programs
+  azure-vnet-plugin uninstall  remove azure0, the rules and every other trace
+  azure-vnet-plugin version
+
+Flags say where things of the host are, as this process sees them:
+`
+
+// places are where things of the host are, as this process sees them.
+type places struct {
+	run    string // the host's /run
+	sysctl string // the host's /proc/sys/net
+	data   string // directory of networks.json; empty: found
+	socket string
+
+	version string // of this program
+}
+
+// Run does what the arguments say, and prints what it says to out. The version is that of the program.
+func Run(version string, args []string, out io.Writer) error {
+	p := places{version: version}
+	flags := flag.NewFlagSet("azure-vnet-plugin", flag.ContinueOnError)
+	flags.StringVar(&p.run, "run", hostRun, "the host's /run")
+	flags.StringVar(&p.sysctl, "sysctl", "/proc/sys/net", "the host's /proc/sys/net")
+	flags.StringVar(&p.data, "data", "", "`directory` of networks.json, which outlives a reboot (found if empty)")
+	flags.StringVar(&p.socket, "socket", "/run/docker/plugins/azure-vnet.sock", "socket that the engine calls")
+	asJSON := flags.Bool("json", false, "status: print JSON")
+	flags.Usage = func() { fmt.Fprint(flags.Output(), usage); flags.PrintDefaults() }
+	word := "serve"
+	if len(args) > 0 && args[0] != "" && args[0][0] != '-' {
+		word, args = args[0], args[1:]
+	}
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q: flags follow the word", flags.Arg(0))
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	switch word {
+	case "serve":
+		return serve(ctx, p, out)
+	case "status":
+		return printStatus(ctx, p, *asJSON, out)
+	case "uninstall":
+		return uninstall(ctx, p, out)
+	case "version":
+		_, err := fmt.Fprintln(out, version)
+		return err
+	}
+	return fmt.Errorf("unknown word %q: status, uninstall, version, or none to serve", word)
+}
+
+// serve listens first, restores what stood before, and answers until ctx is done.
+func serve(ctx context.Context, p places, out io.Writer) error {
+	log := logrus.New()
+	log.SetOutput(out) // the engine logs stderr as errors
+	s, wrong := readSettings(os.Getenv, p.run)
+	log.SetLevel(s.level)
+	if p.data == "" {
+		p.data = dataDir
+	}
+	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
+	addresses, err := openPool(p, s, host)
+	if err != nil {
+		return err
+	}
+	l, err := listen(p.socket)
+	if err != nil {
+		return err
+	}
+	log.WithFields(logrus.Fields{"version": p.version, "source": s.source, "socket": p.socket}).Info("azure-vnet listens")
+	if wrong != nil {
+		log.Error(wrong)
+	}
+
+	if err := errors.Join(leaveSettings(os.Getenv, p.run), leavePlace(p)); err != nil {
+		log.Warn(err) // an engine that starts would disable for good a plugin that ends
+	}
+	e, managed := findDockerd(p)
+	networks, ipam := newDrivers(p, log, host, addresses, e)
+	gate := newGate("the networks of before the restart are being restored")
+	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
+	mend.tell(ctx, checkNIC, host.Ready(ctx)) // and listen on: calls that need the NIC say the same
+	end := mend.begin(ctx, p, func(ctx context.Context) {
+		gate.open()
+		log.Info("ready")
+		if managed {
+			go mend.compare(ctx, e)
+		}
+	})
+	defer end()
+	srv := &server{log: log, gate: gate, serving: serving, takeAway: takeAway}
+	calls := methods(networks, ipam)
+	if wrong != nil {
+		refuseMaking(calls, wrong)
+	}
+	if err := srv.serve(l, calls, ctx.Done(), stopPatience); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// newDrivers makes the two drivers, each of which asks the other.
+func newDrivers(p places, log *logrus.Logger, host *bridge.Host, addresses *pool.Pool, e dockerd) (networks *driver.Driver, ipam *ipamdriver.Driver) {
+	warn := func(text string) { log.Warn(text) }
+	ipam = ipamdriver.New(ipamdriver.Config{
+		Pool: addresses,
+		NIC: func(ctx context.Context, nameOrMAC string) (string, error) {
+			_, mac, err := host.NIC(ctx, nameOrMAC)
+			return mac, err
+		},
+		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
+		Reserve:  func(ctx context.Context) error { return networks.Reserve(ctx) },
+		Holder:   func(ctx context.Context, lease pool.Lease) string { return networks.Holder(ctx, lease) },
+		Warn:     warn,
+	})
+	networks = driver.New(driver.Config{
+		Dir: p.data, OnHost: e.data(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
+		Engine: e, Warn: warn,
+	})
+	return networks, ipam
+}
+
+// beSeen holds the lock by which uninstall sees that the plugin runs. An uninstall on
+// its way is let finish: what it takes away is made again then.
+func beSeen(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	unlock, err := statefile.Lock(ctx, upkeep.PluginLock(p.run), "the plugin")
+	if errors.Is(ctx.Err(), context.Canceled) && err != nil {
+		return func() {} // the plugin stops
+	} else if err != nil {
+		log.Warnf("uninstall cannot see that the plugin runs: %v", err)
+		return func() {}
+	}
+	return unlock
+}
+
+func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
+	return pool.New(pool.Config{
+		Dir: filepath.Join(p.run, "azure-vnet"), Source: s.source, QueryURL: s.queryURL, CoolDown: s.coolDown, Reclaim: s.reclaim, Remedy: reclaimRemedy(s.reclaim),
+		Links: upkeep.ProvenLeases(host),
+	})
+}
+
+// listen makes the socket, in place of one that a killed plugin left.
+func listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return l, nil
+}
+
+// linkOf is the host link that holds addr, "" if none does.
+func linkOf(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, error) {
+	all, err := host.Attachments(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, at := range all {
+		if at.Addr.Addr() == addr {
+			return at.Link, nil
+		}
+	}
+	return "", nil
+}
