@@ -3,8 +3,15 @@
 package main
 
 import (
+	"net"
+	"os"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 )
 
 // argsOfPod is CNI_ARGS as kubelet's runtimes send it.
@@ -81,4 +88,57 @@ func TestEveryLineOfTheLogNamesThePod(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSyslogGetsEachDoublingOfARow of identical failures, for it takes no line back.
+func TestSyslogGetsEachDoublingOfARow(t *testing.T) {
+	words := strings.Fields("ADD ADD ADD ADD ADD ADD ADD ADD ADD syslog")
+	all := onOneHostWith(t, argsOfPod, "syslog listens", with(`"mtu":9000,"logTarget":"syslog",`), "/nowhere", words...)
+	var got []string
+	for _, m := range regexp.MustCompile(`level=(\w+) .*verb=(\w+) .*pod=(\S+) .*(times=\d+)`).FindAllStringSubmatch(all[len(all)-1].Text, -1) {
+		got = append(got, strings.Join(m[1:], " "))
+	}
+	const row = "ERROR ADD shop/web-0 times="
+	if diff := cmp.Diff([]string{row + "1", row + "2", row + "4", row + "8"}, got); diff != "" {
+		t.Errorf("%s in\n%s", diff, all[len(all)-1].Text)
+	}
+}
+
+// listenAsSyslog opens a socket in syslog's place. What is sent stays in it until readSyslog.
+func listenAsSyslog(netlink.Link) error {
+	const socket = "/run/log" // one of the places where package syslog looks
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat("/dev/log"); err == nil { // where it looks first: this machine's own syslog
+		if err := syscall.Mount(socket, "/dev/log", "", syscall.MS_BIND, ""); err != nil {
+			return err
+		}
+	}
+	syslogSocket = l
+	return nil
+}
+
+// syslogSocket has what was sent and not read.
+var syslogSocket *net.UnixConn
+
+// readSyslog reads what has come.
+func readSyslog() ([]byte, error) {
+	raw, err := syslogSocket.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var text []byte
+	bad := raw.Control(func(fd uintptr) {
+		for {
+			line := make([]byte, 8192)
+			n, _, err := syscall.Recvfrom(int(fd), line, syscall.MSG_DONTWAIT)
+			if err != nil {
+				return
+			}
+			text = append(append(text, line[:n]...), '\n')
+		}
+	})
+	return text, bad
 }

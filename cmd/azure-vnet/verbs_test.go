@@ -23,6 +23,7 @@ import (
 
 // oddities are hosts that are not as a VM boots.
 var oddities = map[string]func(nic netlink.Link) error{
+	"syslog listens":                listenAsSyslog,
 	"somebody's bridge has the NIC": func(nic netlink.Link) error { return enslave(nic, "") },
 	"an earlier build's bridge has the NIC": func(nic netlink.Link) error {
 		return enslave(nic, "azv1 bridge "+nic.Attrs().HardwareAddr.String())
@@ -77,6 +78,7 @@ func serveVerbs(words []string) int {
 
 // wordsOfTests do something to the host that no argument of the plugin does.
 var wordsOfTests = map[string]func() ([]byte, error){
+	"syslog":       readSyslog,
 	"log":          func() ([]byte, error) { return os.ReadFile("/var/log/azure-vnet.log") },
 	"lose-leases":  func() ([]byte, error) { return nil, os.Remove(filepath.Join(stateDir, "leases.json")) },
 	"break-routes": func() ([]byte, error) { return exec.Command("ip", "route", "flush", "table", "16863").CombinedOutput() },
