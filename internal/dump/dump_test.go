@@ -61,7 +61,7 @@ func TestListsAreWholeWhileLinksComeAndGo(t *testing.T) {
 			t.Errorf("new network namespace: %v", err)
 			return
 		}
-		const stand = 200
+		const stand = 100
 		for i := range stand {
 			pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("a%d", i)}, PeerName: fmt.Sprintf("b%d", i)}
 			if err := netlink.LinkAdd(pair); err != nil {
@@ -71,7 +71,7 @@ func TestListsAreWholeWhileLinksComeAndGo(t *testing.T) {
 		}
 		defer comeAndGo(t)()
 		interrupted := 0
-		for range 50 {
+		for range 20 {
 			links, err := Whole(func() ([]netlink.Link, error) {
 				links, err := netlink.LinkList()
 				if err != nil {
