@@ -94,7 +94,7 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 		return nil, err
 	}
 	if !ok {
-		return nil, errors.New("the managed Docker plugin runs, and would make it all again: docker plugin disable -f azure-vnet:latest, or make uninstall, first")
+		return nil, errors.New("the managed Docker plugin runs, and would make it all again: docker plugin disable -f azure-vnet:latest first, or make uninstall")
 	}
 	defer unlock()
 	if _, err := host.Away(ctx); err != nil {
