@@ -34,6 +34,16 @@ installed=/var/lib/azure-vnet/cni.installed # what install-cni-plugin.sh put whe
 say() { echo "docker-run.sh: $*" >&2 || true; } # a terminal that hung up must not stop cleanup
 die() { status=$1; shift; say "$*"; exit "$status"; }
 
+# reason is what is wrong, of what a command printed that failed: without the id of the
+# container, and without who passed the error on.
+reason() { # <text>
+	printf '%s\n' "$1" | sed -E '/^[0-9a-f]{64}$/d; /^WARNING: /d; /^(See|Run) .docker run --help/d; /^$/d
+		s/^(docker|azure-vnet): //; s/^Error response from daemon: //; s/^failed to set up container networking: //
+		s/^failed to create endpoint [^ ]+ on network [^ ]+: //; s/^(Ipam|Network)Driver\.[A-Za-z]+: //
+		s/^plugin type="[^"]*" failed \([a-z]+\): //; s/^lease for [^ ]+: //; s/^.*unable to start container process: //
+		$s/\.$//'
+}
+
 # whole runs a command that no signal of the terminal can cut in two: what it
 # began, the engine would go on with, and nobody would know of it. Use it in
 # $(…), whose shell then ignores the signals too. A session of its own, for the
@@ -78,7 +88,7 @@ remove() { # <role>
 	ids=$(whole docker ps -aq --no-trunc --filter "label=azure-vnet.run=$run" --filter "label=azure-vnet.role=$1") ||
 		say "the engine does not tell what is left: docker-del.sh $name $namespace"
 	for id in $ids; do
-		whole docker rm -fv "$id" >/dev/null || say "remove it by hand: docker rm -f $id"
+		whole docker rm -fv "$id" >/dev/null || say "the container $id is not removed: docker rm -f $id"
 	done
 }
 
@@ -115,7 +125,7 @@ ensure_network() {
 		again=$(echo "$out" | sed -n 's|.*pass --subnet \([0-9.]*/[0-9]*\).*|\1|p' | head -n 1)
 		case $subnet,$again in
 		,?*) subnet=$again ;;
-		*) die 5 "the network $network cannot be made: $out" ;;
+		*) die 5 "$(reason "$out"): the network $network is not made" ;;
 		esac
 	done
 }
@@ -163,7 +173,7 @@ hold() {
 		*"o such image"*) continue ;; # it was the last holder's, which was removed meanwhile
 		*"is already in use by container"*) free "$name.holder" ;; # another run was faster
 		esac
-		die 1 "the holder of the network does not start: $holder"
+		die 1 "$(reason "$holder"): the holder of the network does not start"
 	done
 	holder=$(echo "$holder" | tail -n 1)
 	pid=$(docker inspect -f '{{.State.Pid}}' "$holder")
@@ -177,7 +187,7 @@ make_holder_image() {
 	tarball=$(whole mktemp)
 	tar -C "$(dirname "$cni")" -cf "$tarball" azure-vnet || die 1 "the image of the holder cannot be made in $tarball"
 	out=$(whole docker import --change 'ENTRYPOINT ["/azure-vnet","hold"]' --change 'LABEL azure-vnet.role=holder' - $holder_image <"$tarball" 2>&1) ||
-		die 1 "the image of the holder cannot be made: $out"
+		die 1 "$(reason "$out"): the image of the holder is not made"
 	rm -f "$tarball"
 	tarball=
 }
@@ -185,19 +195,19 @@ make_holder_image() {
 # failed ends with the status that a failed docker run means.
 failed() { # <status> <text>
 	case $1:$2 in
-	126:* | 127:*) die 6 "the command does not start: $2" ;;
+	126:* | 127:*) die 6 "$(reason "$2"): the command does not start" ;;
 	*"is already in use by container"*) free "$name" ;;
-	*IpamDriver* | *NetworkDriver*) die 5 "$2" ;;
+	*IpamDriver* | *NetworkDriver*) die 5 "$(reason "$2")" ;;
 	esac
-	die 1 "$2"
+	die 1 "$(reason "$2")"
 }
 
-[ $# -ge 3 ] || die 2 "usage: docker-run.sh <container-name> <container-namespace> <image> [command…]"
+[ $# -ge 3 ] || die 2 "a name, a namespace and an image are needed: docker-run.sh <container-name> <container-namespace> <image> [command…]"
 name=$1 namespace=$2 image=$3
 shift 3
 for word in "$name" "$namespace"; do
 	case $word in
-	[!A-Za-z0-9]* | *[!A-Za-z0-9_.-]* | '') die 2 "$word: a name begins with a letter or digit, and has letters, digits, dots, dashes and underscores" ;;
+	[!A-Za-z0-9]* | *[!A-Za-z0-9_.-]* | '') die 2 "${word:-''} is not a name that Docker takes: it begins with a letter or digit, and has letters, digits, dots, dashes and underscores" ;;
 	esac
 done
 case $image in
@@ -220,16 +230,17 @@ labels="--label azure-vnet.run=$run --label azure-vnet.name=$name --label azure-
 if [ -z "${cni:-}" ]; then
 	ensure_network
 	out=$(start --network $network --network-alias "$name.$namespace" ${DOCKER_RUN_ARGS:-} "$image" "$@") || failed $? "$out"
-	address=$(docker inspect -f "{{with index .NetworkSettings.Networks \"$network\"}}{{.IPAddress}}{{end}}" "$name") || address= # --rm, and it ended
+	address=$(docker inspect -f "{{with index .NetworkSettings.Networks \"$network\"}}{{.IPAddress}}{{end}}" "$name" 2>/dev/null) || address= # --rm, and it ended
 else
 	hold
 	attached=$holder
-	address=$(whole "$cni" attach -name "$name" -namespace "$namespace" "$conflist" "$holder" "$netns") || die 5 "no address by CNI"
+	out=$(whole "$cni" attach -name "$name" -namespace "$namespace" "$conflist" "$holder" "$netns" 2>&1) || die 5 "$(reason "$out"): the container gets no address"
+	address=$(printf '%s\n' "$out" | tail -n 1)
 	out=$(start --network "container:$holder" ${DOCKER_RUN_ARGS:-} "$image" "$@") || failed $? "$out"
 fi
 sleep 1
 if [ "$(docker inspect -f '{{.State.Running}} {{.State.Restarting}}' "$name" 2>/dev/null)" != "true false" ]; then
-	docker logs --tail 10 "$name" >&2 2>&1 || true # --rm took them
+	! docker inspect "$name" >/dev/null 2>&1 || docker logs --tail 10 "$name" >&2 2>&1 || true # --rm took them
 	die 6 "the command ended at once$(docker inspect -f ', with status {{.State.ExitCode}}' "$name" 2>/dev/null)"
 fi
 [ -n "$address" ] || die 5 "the container is not on the network $network: is there a --network in DOCKER_RUN_ARGS?"

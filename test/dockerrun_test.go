@@ -192,15 +192,15 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		h := h.in(t)
 		before := h.left()
 		run := "docker-run.sh"
-		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
-		h.fails(3, "web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
-		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
-		h.fails(2, "usage", nil, run, "new", "shop")
-		h.fails(2, "begins with", nil, run, "new", "../shop", "busybox")
-		h.fails(2, "begins with", nil, run, "new\nshop", "shop", "busybox")
-		h.fails(2, "not the name of an image", nil, run, "new", "shop", "--privileged", "busybox")
-		h.fails(2, "not the name of an image", nil, run, "new", "shop", "")
-		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, run, "new", "shop", "busybox")
+		h.fails(5, "docker-run.sh: no free address: NIC", nil, run, "third", "shop", "busybox", "sleep", "1000")
+		h.fails(3, "docker-run.sh: the name web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(4, "docker-run.sh: there is no image 127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
+		h.fails(2, "docker-run.sh: a name, a namespace and an image are needed", nil, run, "new", "shop")
+		h.fails(2, "docker-run.sh: ../shop is not a name", nil, run, "new", "../shop", "busybox")
+		h.fails(2, "docker-run.sh: new\nshop is not a name", nil, run, "new\nshop", "shop", "busybox")
+		h.fails(2, "docker-run.sh: --privileged is not the name of an image", nil, run, "new", "shop", "--privileged", "busybox")
+		h.fails(2, "docker-run.sh: '' is not the name of an image", nil, run, "new", "shop", "")
+		h.fails(7, "docker-run.sh: no engine answers", []string{"DOCKER_HOST=unix:///run/none"}, run, "new", "shop", "busybox")
 		h.fails(7, "no engine", []string{"DOCKER_HOST=unix:///run/none"}, "scripts/docker-del.sh", "new", "shop")
 		if diff := cmp.Diff(before, h.left()); diff != "" {
 			t.Errorf("something is left behind:\n%s", diff)
@@ -208,9 +208,10 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		h.delete("other", "shop")
 		before = h.left()
 		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
-		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
-		h.fails(6, "ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
-		h.fails(1, "unknown flag", []string{"DOCKER_RUN_ARGS=--no-such-flag"}, run, "job", "shop", "busybox", "sleep", "9")
+		h.fails(6, `docker-run.sh: exec: "no-such-command": executable file not found`, nil, run, "job", "shop", "busybox", "no-such-command")
+		h.fails(6, "docker-run.sh: the command ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
+		h.fails(1, "docker-run.sh: unknown flag: --no-such-flag\n", []string{"DOCKER_RUN_ARGS=--no-such-flag"}, run, "job", "shop", "busybox", "sleep", "9")
+		h.fails(5, "docker-run.sh: publish port 80: SCTP", []string{"DOCKER_RUN_ARGS=-p 80:80/sctp"}, run, "job", "shop", "busybox", "sleep", "9")
 		if diff := cmp.Diff(before, h.left()); diff != "" {
 			t.Errorf("something is left behind:\n%s", diff)
 		}
@@ -220,6 +221,20 @@ func TestDockerRunWithThePlugin(t *testing.T) {
 		h.delete("web", "shop")
 		h.delete("web", "shop")
 		h.empty()
+	})
+	t.Run("a plugin that makes no network says why", func(t *testing.T) {
+		h := h.in(t)
+		set := func(level string) {
+			h.docker("plugin", "disable", "-f", plugin)
+			h.docker("plugin", "set", plugin, "LOG_LEVEL="+level)
+			h.docker("plugin", "enable", plugin)
+		}
+		h.docker("network", "rm", "azure")
+		set("loud")
+		h.fails(5, "docker-run.sh: wrong settings of the plugin: LOG_LEVEL=loud", nil, "docker-run.sh", "web", "shop", "busybox")
+		set("info")
+		h.runs(nil, "web", "shop", "busybox", "sleep", "1000")
+		h.delete("web", "shop")
 	})
 	t.Run("the plugin brings the CNI package, and keeps its network when that goes", func(t *testing.T) {
 		h := h.in(t)
@@ -249,7 +264,7 @@ func TestDockerRunByCNI(t *testing.T) {
 	h.ownOpt()
 	h.must("mkdir", "-p", "/etc/cloud/cloud.cfg.d")
 	run, install := "docker-run.sh", "scripts/install-cni-plugin.sh"
-	h.fails(7, "neither", nil, run, "web", "shop", "busybox", "sleep", "1000")
+	h.fails(7, "docker-run.sh: neither", nil, run, "web", "shop", "busybox", "sleep", "1000")
 	host := h.must("sh", "-c", "ip -br addr show eth0; ip route; ls -d /etc/cni /etc/cloud/cloud.cfg.d/* /var/lib/azure-vnet 2>&1 || true")
 
 	site := "RELEASES=" + h.serveReleases()
@@ -311,7 +326,7 @@ func TestDockerRunByCNI(t *testing.T) {
 		}
 		tidy(t)
 		h.must("sh", "-c", broken)
-		h.fails(1, "does not start", nil, run, "web", "shop", "busybox", "sleep", "1000")
+		h.fails(1, `docker-run.sh: exec: "/none"`, nil, run, "web", "shop", "busybox", "sleep", "1000")
 		tidy(t)
 		// Another's end may remove the image just before the holder starts.
 		got, said = h.meddled("sh", `case "$*" in *"--pull never"*) [ -e /run/removed ] || `+client+` image rm azure-vnet-holder >/run/removed ;; esac`, nil, "web", "shop", "busybox", "sleep", "1000")
@@ -361,13 +376,13 @@ func TestDockerRunByCNI(t *testing.T) {
 	t.Run("what fails says why, by its status too, and leaves nothing behind", func(t *testing.T) {
 		h := h.in(t)
 		before := h.left()
-		h.fails(3, "web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
-		h.fails(4, "127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
+		h.fails(3, "docker-run.sh: the name web is taken: docker-del.sh web shop", nil, run, "web", "other", "busybox", "sleep", "1000")
+		h.fails(4, "docker-run.sh: there is no image 127.0.0.1:1/none", nil, run, "new", "shop", "127.0.0.1:1/none")
 		h.fails(6, "that is all\n", nil, run, "job", "shop", "busybox", "echo", "that is all")
-		h.fails(6, "no-such-command", nil, run, "job", "shop", "busybox", "no-such-command")
-		h.fails(6, "ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
+		h.fails(6, `docker-run.sh: exec: "no-such-command": executable file not found`, nil, run, "job", "shop", "busybox", "no-such-command")
+		h.fails(6, "docker-run.sh: the command ended at once", []string{"DOCKER_RUN_ARGS=--rm"}, run, "job", "shop", "busybox", "true")
 		h.runs(nil, "other", "shop", "busybox", "sleep", "1000")
-		h.fails(5, "ipconfig", nil, run, "third", "shop", "busybox", "sleep", "1000")
+		h.fails(5, "docker-run.sh: no free address: NIC", nil, run, "third", "shop", "busybox", "sleep", "1000")
 		h.delete("other", "shop")
 		if diff := cmp.Diff(before, h.left()); diff != "" {
 			t.Errorf("something is left behind:\n%s", diff)
