@@ -64,29 +64,14 @@ func paths(dir, self string, rounds, standing int) error {
 		vms = append(vms, vm)
 	}
 	plain, engine, bridged, routed := vms[:2], vms[2:4], vms[4:6], vms[6:]
-	for _, vm := range engine {
-		if out, err := vm.Run(context.Background(), "sh", "-ec", asAnEngine); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
+	if err := setUp(engine, vms[4:], dir, self, standing); err != nil {
+		return err
 	}
-	for i, vm := range vms[4:] {
-		mode := []string{"bridge", "bridge", "transparent", "transparent"}[i]
-		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing), "-mode", mode)
-		if out, err := setUp.CombinedOutput(); err != nil {
-			return fmt.Errorf("pods on %s: %w: %s", vm.Name, err, out)
-		}
-	}
-	for _, at := range []struct {
-		vm *vnetsim.VM
-		in string
-	}{{plain[1], ""}, {engine[1], ""}, {bridged[1], ""}, {bridged[1], "c0"}, {bridged[1], "pub"}, {bridged[0], "c1"},
-		{routed[1], ""}, {routed[1], "c0"}, {routed[1], "pub"}, {routed[0], "c1"}} {
-		line := append(enter(at.in), append(pinned, self, "-echo")...)
-		echo := at.vm.Command(context.Background(), line[0], line[1:]...)
-		if err := echo.Start(); err != nil {
-			return err
-		}
-		defer func() { _ = echo.Process.Kill(); _ = echo.Wait() }()
+	stop, err := startEchoes([]echoAt{{plain[1], ""}, {engine[1], ""}, {bridged[1], ""}, {bridged[1], "c0"}, {bridged[1], "pub"}, {bridged[0], "c1"},
+		{routed[1], ""}, {routed[1], "c0"}, {routed[1], "pub"}, {routed[0], "c1"}}, self)
+	defer stop()
+	if err != nil {
+		return err
 	}
 	pod := func(vm *vnetsim.VM, name string) netip.AddrPort {
 		return netip.MustParseAddrPort(vm.Secondaries()[slices.Index(podNames, name)].String() + ":" + echoPort)
@@ -115,6 +100,11 @@ func paths(dir, self string, rounds, standing int) error {
 			}
 		}
 	}
+	printPaths(all, rounds, standing)
+	return nil
+}
+
+func printPaths(all []*path, rounds, standing int) {
 	fmt.Printf("\n%-43s %9s %15s %7s %11s %7s   (medians and quartiles of %d rounds; ratios to the floor, round by round; %d other containers a VM)\n",
 		"path", "UDP µs", "quartiles", "ratio", "TCP Gbit/s", "ratio", rounds, standing)
 	for _, p := range all {
@@ -122,7 +112,49 @@ func paths(dir, self string, rounds, standing int) error {
 		fmt.Printf("%-43s %9.1f %7.1f %7.1f %7.2f %11.2f %7.2f\n", p.name, median(p.turn), turns[len(turns)/4], turns[len(turns)*3/4],
 			median(over(p.turn, all[0].turn)), median(p.rate), median(over(p.rate, all[0].rate)))
 	}
+}
+
+// setUp makes engine VMs as an engine has them, and pods on ours: two VMs of bridge mode, and two of transparent mode.
+func setUp(engine, ours []*vnetsim.VM, dir, self string, standing int) error {
+	for _, vm := range engine {
+		if out, err := vm.Run(context.Background(), "sh", "-ec", asAnEngine); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	for i, vm := range ours {
+		mode := []string{"bridge", "bridge", "transparent", "transparent"}[i]
+		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing), "-mode", mode)
+		if out, err := setUp.CombinedOutput(); err != nil {
+			return fmt.Errorf("pods on %s: %w: %s", vm.Name, err, out)
+		}
+	}
 	return nil
+}
+
+// echoAt is where an echo server runs: in a pod of a VM; empty: on the VM itself.
+type echoAt struct {
+	vm  *vnetsim.VM
+	pod string
+}
+
+// startEchoes starts the servers. stop ends those that were started, after an error too.
+func startEchoes(all []echoAt, self string) (stop func(), err error) {
+	var started []*exec.Cmd
+	stop = func() {
+		for _, server := range started {
+			_ = server.Process.Kill()
+			_ = server.Wait()
+		}
+	}
+	for _, at := range all {
+		line := append(enter(at.pod), append(pinned, self, "-echo")...)
+		server := at.vm.Command(context.Background(), line[0], line[1:]...)
+		if err := server.Start(); err != nil {
+			return stop, err
+		}
+		started = append(started, server)
+	}
+	return stop, nil
 }
 
 // enter is the start of a command line in a pod's namespace.

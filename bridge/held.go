@@ -8,4 +8,5 @@ type HeldError struct {
 	text  string
 }
 
+// Error is the text.
 func (e *HeldError) Error() string { return e.text }

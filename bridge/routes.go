@@ -184,80 +184,109 @@ func (v *view) containerPriority(behind int) int {
 
 // wantedRules are all that our protocol number may stand on.
 func (v *view) wantedRules() []netlink.Rule {
-	var all []netlink.Rule
-	add := func(priority, table, suppress int, iif string, from, to netip.Prefix) {
-		r := netlink.NewRule()
-		r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
-		if table == unix.RT_TABLE_UNSPEC {
-			r.Type = unix.RTN_UNREACHABLE
-		}
-		if from.IsValid() {
-			r.Src = ipNet(from)
-		}
-		if to.IsValid() {
-			r.Dst = ipNet(to)
-		}
-		all = append(all, *r)
+	w := &ruleList{v: v}
+	for _, mac := range v.macs() {
+		w.subnets = append(w.subnets, v.subnets(mac)...)
 	}
-	everything, first := netip.Prefix{}, v.containerPriority
+	slices.SortFunc(w.subnets, netip.Prefix.Compare)
+	w.subnets = slices.Compact(w.subnets)
 	if v.state.asked() {
-		add(first(0), containerTable, -1, "", everything, everything)
-	}
-	var subnets []netip.Prefix
-	for _, mac := range v.macs() {
-		subnets = append(subnets, v.subnets(mac)...)
-	}
-	slices.SortFunc(subnets, netip.Prefix.Compare)
-	subnets = slices.Compact(subnets)
-	way := func(mac, iif string, from netip.Prefix) {
-		table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
-		host, subnet := hostRule, subnetRule
-		if !primary {
-			host, subnet = first(secondHostRule), first(secondSubnetRule)
-			for _, to := range azureAddrs {
-				add(host, table, -1, iif, from, to)
-			}
-		}
-		for _, to := range subnets {
-			add(host, unix.RT_TABLE_MAIN, to.Bits(), iif, from, to)
-			add(subnet, table, -1, iif, from, to)
-		}
-		if !primary {
-			add(otherRule, unix.RT_TABLE_MAIN, 0, iif, from, everything)
-			add(outRule, table, -1, iif, from, everything)
-		}
+		w.add(v.containerPriority(0), containerTable, -1, "", everywhere, everywhere)
 	}
 	for _, mac := range v.macs() {
-		n := v.state.NICs[mac]
-		_, ok := v.ownWay(mac)
-		if ok && n.Bridge != "" {
-			way(mac, n.Bridge, everything)
+		if bridge := v.state.NICs[mac].Bridge; bridge != "" {
+			w.addWayOut(mac, bridge, everywhere)
+			w.addNowhere(mac, bridge)
 		}
-		if v.leadsNowhere(mac) && n.Bridge != "" {
-			add(first(secondHostRule), unix.RT_TABLE_UNSPEC, -1, n.Bridge, everything, everything)
-		}
-		if !ok || !n.Primary || !n.Transparent {
-			continue
-		}
-		for _, from := range v.subnets(mac) {
-			for _, to := range subnets { // what the host itself sends, which comes in by lo, goes as it did
-				add(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
-				for _, iif := range append([]string{"lo"}, v.ruleset().NICs...) { // nor what it forwards for others
-					add(otherRule, unix.RT_TABLE_MAIN, -1, iif, from, to)
-				}
-				add(lastRule, nicTables+v.nics[mac].Attrs().Index, -1, "", from, to)
-			}
+		if n := v.state.NICs[mac]; n.Primary && n.Transparent {
+			w.addForSubnets(mac)
 		}
 	}
 	for _, e := range v.endpoints {
-		if _, ok := v.ownWay(e.nic); ok && e.bridge == "" && v.state.needsOwnRules(e.nic) {
-			way(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
+		if e.bridge != "" {
+			continue
 		}
-		if v.leadsNowhere(e.nic) && e.bridge == "" {
-			add(first(secondHostRule), unix.RT_TABLE_UNSPEC, -1, e.link.Name, everything, everything)
+		if v.state.needsOwnRules(e.nic) {
+			w.addWayOut(e.nic, e.link.Name, netip.PrefixFrom(e.addr.Addr(), 32))
+		}
+		w.addNowhere(e.nic, e.link.Name)
+	}
+	return w.rules
+}
+
+// everywhere is no condition of a rule.
+var everywhere = netip.Prefix{}
+
+// ruleList collects the rules that a view wants.
+type ruleList struct {
+	v       *view
+	subnets []netip.Prefix // of all NICs
+	rules   []netlink.Rule
+}
+
+// add adds a rule. In the table that it names, it takes no route of suppress bits or fewer; -1: it takes all.
+// Without a table the destination is unreachable.
+func (w *ruleList) add(priority, table, suppress int, iif string, from, to netip.Prefix) {
+	r := netlink.NewRule()
+	r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
+	if table == unix.RT_TABLE_UNSPEC {
+		r.Type = unix.RTN_UNREACHABLE
+	}
+	if from != everywhere {
+		r.Src = ipNet(from)
+	}
+	if to != everywhere {
+		r.Dst = ipNet(to)
+	}
+	w.rules = append(w.rules, *r)
+}
+
+// addNowhere adds that containers behind the link reach nothing but containers, if their NIC is gone or down.
+func (w *ruleList) addNowhere(mac, link string) {
+	if w.v.leadsNowhere(mac) {
+		w.add(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
+	}
+}
+
+// addWayOut adds the way out of what comes in by a link of ours, from containers of the NIC.
+func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
+	v := w.v
+	if _, ok := v.ownWay(mac); !ok {
+		return
+	}
+	table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
+	host, subnet := hostRule, subnetRule
+	if !primary {
+		host, subnet = v.containerPriority(secondHostRule), v.containerPriority(secondSubnetRule)
+		for _, to := range azureAddrs {
+			w.add(host, table, -1, link, from, to)
 		}
 	}
-	return all
+	for _, to := range w.subnets {
+		w.add(host, unix.RT_TABLE_MAIN, to.Bits(), link, from, to)
+		w.add(subnet, table, -1, link, from, to)
+	}
+	if !primary {
+		w.add(otherRule, unix.RT_TABLE_MAIN, 0, link, from, everywhere)
+		w.add(outRule, table, -1, link, from, everywhere)
+	}
+}
+
+// addForSubnets adds the way out of all transparent containers of the primary NIC, by their source. What the host
+// itself sends, which comes in by lo, goes as it did. So does what it forwards from its NICs for others.
+func (w *ruleList) addForSubnets(mac string) {
+	if _, ok := w.v.ownWay(mac); !ok {
+		return
+	}
+	for _, from := range w.v.subnets(mac) {
+		for _, to := range w.subnets {
+			w.add(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
+			for _, link := range append([]string{"lo"}, w.v.ruleset().NICs...) {
+				w.add(otherRule, unix.RT_TABLE_MAIN, -1, link, from, to)
+			}
+			w.add(lastRule, nicTables+w.v.nics[mac].Attrs().Index, -1, "", from, to)
+		}
+	}
 }
 
 func sameRule(a, b netlink.Rule) bool {

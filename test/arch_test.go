@@ -173,3 +173,100 @@ func TestEveryPackageSaysWhatItIs(t *testing.T) {
 		}
 	}
 }
+
+// long are the functions of more than 60 lines and the files of more than 400, each with the reason.
+var long = map[string]string{}
+
+// TestWhatIsReadInOneSitting: a function fits a screen, and a file one sitting.
+func TestWhatIsReadInOneSitting(t *testing.T) {
+	found := map[string]bool{}
+	check := func(what string, lines, most int) {
+		if lines <= most {
+			return
+		}
+		found[what] = true
+		if long[what] == "" {
+			t.Errorf("%s has %d lines, and %d are one sitting: cut it, or give the reason here", what, lines, most)
+		}
+	}
+	for _, p := range packages(t) {
+		for _, name := range p.GoFiles {
+			files := token.NewFileSet()
+			f, err := parser.ParseFile(files, filepath.Join(p.Dir, name), nil, parser.SkipObjectResolution)
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := strings.TrimPrefix(p.ImportPath, module+"/") + "/" + name
+			check(file, files.Position(f.End()).Line, 400)
+			for _, d := range f.Decls {
+				if fn, ok := d.(*ast.FuncDecl); ok {
+					check(file+": "+fn.Name.Name, files.Position(fn.End()).Line-files.Position(fn.Pos()).Line+1, 60)
+				}
+			}
+		}
+	}
+	for what := range long {
+		if !found[what] {
+			t.Errorf("%s is not long any more", what)
+		}
+	}
+	if len(long) > 10 {
+		t.Errorf("%d exceptions are no exceptions", len(long))
+	}
+}
+
+// TestEveryExportedNameIsExplained, where another package can use it.
+func TestEveryExportedNameIsExplained(t *testing.T) {
+	found := 0
+	for _, p := range packages(t) {
+		if p.Name == "main" {
+			continue
+		}
+		for _, name := range p.GoFiles {
+			files := token.NewFileSet()
+			f, err := parser.ParseFile(files, filepath.Join(p.Dir, name), nil, parser.SkipObjectResolution|parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			unexplained := func(id *ast.Ident, docs ...*ast.CommentGroup) {
+				if !id.IsExported() {
+					return
+				}
+				found++
+				if !slices.ContainsFunc(docs, func(d *ast.CommentGroup) bool { return d.Text() != "" }) {
+					t.Errorf("%s: %s has no comment", files.Position(id.Pos()), id.Name)
+				}
+			}
+			for _, d := range f.Decls {
+				switch d := d.(type) {
+				case *ast.FuncDecl:
+					if d.Recv == nil || ast.IsExported(nameOf(bare(d.Recv.List[0].Type))) {
+						unexplained(d.Name, d.Doc)
+					}
+				case *ast.GenDecl:
+					for _, s := range d.Specs {
+						switch s := s.(type) {
+						case *ast.TypeSpec:
+							unexplained(s.Name, d.Doc, s.Doc, s.Comment)
+						case *ast.ValueSpec:
+							for _, id := range s.Names {
+								unexplained(id, d.Doc, s.Doc, s.Comment)
+							}
+						}
+					}
+				}
+			}
+		}
+	}
+	if found < 100 {
+		t.Errorf("only %d exported names were found: this test is blind", found)
+	}
+}
+
+// bare is a receiver's type without its star.
+func bare(e ast.Expr) ast.Expr {
+	if s, ok := e.(*ast.StarExpr); ok {
+		return s.X
+	}
+	return e
+}

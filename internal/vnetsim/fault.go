@@ -13,6 +13,7 @@ import (
 // Source is a server that tells a VM its addresses.
 type Source string
 
+// The sources of an Azure VM.
 const (
 	HostAgent Source = "host agent"
 	IMDS      Source = "imds"
@@ -32,7 +33,7 @@ const (
 	Healthy   Fault = ""          // the VM's addresses
 	BlackHole Fault = "blackhole" // packets vanish
 	Refused   Fault = "refused"   // connections are reset
-	Status500 Fault = "500"       //
+	Status500 Fault = "500"       // an internal error of the server
 	Status401 Fault = "401"       // as where the Metadata Security Protocol is enforced
 	Throttled Fault = "429"       // with Retry-After: 1
 	HTML      Fault = "html"      // 200 with a proxy's log-in page

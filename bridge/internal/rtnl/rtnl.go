@@ -72,7 +72,10 @@ func request(kind, flags int, header []byte) *nl.NetlinkRequest {
 // data, which come last.
 type Bytes []byte
 
-func (b Bytes) Len() int          { return len(b) }
+// Len is in bytes.
+func (b Bytes) Len() int { return len(b) }
+
+// Serialize returns b itself.
 func (b Bytes) Serialize() []byte { return b }
 
 // send sends r and waits for its acknowledgement.
