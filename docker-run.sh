@@ -41,7 +41,7 @@ reason() { # <text>
 		s/^(docker|azure-vnet): //; s/^Error response from daemon: //; s/^failed to set up container networking: //
 		s/^failed to create endpoint [^ ]+ on network [^ ]+: //; s/^(Ipam|Network)Driver\.[A-Za-z]+: //
 		s/^plugin type="[^"]*" failed \([a-z]+\): //; s/^lease for [^ ]+: //; s/^.*unable to start container process: //
-		$s/\.$//'
+		s/\.$//; /^time=/d'
 }
 
 # whole runs a command that no signal of the terminal can cut in two: what it

@@ -48,9 +48,7 @@ func (s hostState) Check() error {
 			err = fmt.Errorf("%q is not spelled as the kernel does", mac)
 		}
 		if err == nil && n.Bridge != "" {
-			if err = CheckBridgeName(n.Bridge); err != nil {
-				err = fmt.Errorf("bridge %q: %w", n.Bridge, err)
-			}
+			err = checkStandingBridge(n.Bridge)
 		}
 		if err == nil && n.Subnet.IsValid() && !n.Subnet.Addr().Is4() {
 			err = fmt.Errorf("%s is not a subnet of IPv4", n.Subnet)

@@ -30,6 +30,19 @@ func (n names) Network(_ context.Context, id string) (string, error) {
 	return "", errors.New("no such network")
 }
 
+// mute is an engine that nobody may ask.
+type mute struct{ t *testing.T }
+
+func (m mute) Container(context.Context, string) (string, string, error) {
+	m.t.Error("the engine is asked for a container")
+	return "", "", errors.New("mute")
+}
+
+func (m mute) Network(context.Context, string) (string, error) {
+	m.t.Error("the engine is asked for a network")
+	return "", errors.New("mute")
+}
+
 func TestHoldersInDockersWords(t *testing.T) {
 	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 	for name, c := range map[string]struct {
@@ -71,11 +84,13 @@ func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
 	if err := d.hold(t.Context(), "a", d.must(t, "a"), d.must(t, "a").Aux[0], false); err != nil {
 		t.Fatal(err)
 	}
-	err := d.hold(t.Context(), "b", d.must(t, "b"), d.must(t, "b").Aux[0], false)
+	aux := d.must(t, "b").Aux[0]
+	err := d.nameHolder(t.Context(), "b", aux, d.hold(t.Context(), "b", d.must(t, "b"), aux, false))
 	const want = "an auxiliary address of network b, 10.240.0.5: address in use: it is auxiliary address printer of network azure"
 	if !errors.Is(err, pool.ErrInUse) || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
+	d.cfg.Engine = mute{t} // who only wants to know whether all are held is told nothing, and waits for nobody
 	if err := d.Reserve(t.Context()); err != nil {
 		t.Errorf("it delays others: %v", err)
 	}

@@ -57,10 +57,26 @@ func (d *Driver) restore(ctx context.Context, id string, n Network) error {
 	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
 	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {
-		err = errors.Join(err, d.hold(ctx, id, n, aux, false))
+		err = errors.Join(err, d.nameHolder(ctx, id, aux, d.hold(ctx, id, n, aux, false)))
 	}
 	return err
 }
+
+// nameHolder has err, with which hold failed, say who has the address.
+func (d *Driver) nameHolder(ctx context.Context, id string, aux Aux, err error) error {
+	var held *auxHeldError
+	if !errors.As(err, &held) {
+		return err
+	}
+	return fmt.Errorf("%s, %s: %w: it %s", aux.of(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.Holder(ctx, held.lease))
+}
+
+// auxHeldError says that somebody else has an auxiliary address. It names nobody, for that costs a question to the
+// engine, and Reserve goes on without the address.
+type auxHeldError struct{ lease pool.Lease }
+
+func (e *auxHeldError) Error() string { return pool.ErrInUse.Error() }
+func (e *auxHeldError) Unwrap() error { return pool.ErrInUse }
 
 // hold leases an auxiliary address anew if it is not held. The network may be removed
 // meanwhile, after which nobody would release it: so it is looked for again. known says
@@ -74,7 +90,7 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known 
 	case err != nil:
 		return err
 	case held && lease.Owner != aux.Owner:
-		return fmt.Errorf("%s, %s: %w: it %s", aux.of(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.Holder(ctx, lease))
+		return &auxHeldError{lease}
 	case held && lease.Linkless:
 		return nil
 	case held:

@@ -145,14 +145,16 @@ func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 func (p *Pool) due(s *state, q question) bool {
 	now := p.clock()
 	young := func(tried time.Duration) bool { return tried != 0 && tried <= now && now-tried < q.age }
+	failed, hasty := false, false
 	for _, src := range p.sources {
 		a := s.Answers[src.name]
-		hasty := a.Waited != 0 && a.Waited < q.wait
-		if young(a.At) || young(a.FailedAt) && !hasty {
+		if young(a.At) {
 			return false
 		}
+		failed = failed || young(a.FailedAt)
+		hasty = hasty || a.Waited != 0 && a.Waited < q.wait
 	}
-	return true
+	return hasty || !failed
 }
 
 // silence is the error of knowing nothing.

@@ -4,6 +4,7 @@ package pool
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -209,6 +210,22 @@ func TestASlowSourceIsAskedAgainByThoseWhoNeedIt(t *testing.T) {
 	if f.questions() != 2 {
 		t.Errorf("%d questions", f.questions())
 	}
+}
+
+// The slow source is asked again although another one fails at once.
+func TestASlowSourceBesideADeadOneIsAskedAgain(t *testing.T) {
+	t.Parallel()
+	f := azure(nic(mac1, "10.0.0.0/24", 2))
+	f.slow(2 * shortWait)
+	p := newPool(t, f)
+	p.sources = append([]source{{"dead", func(context.Context) ([]byte, error) { return nil, errors.New("refused") }, parseXML}}, p.sources...)
+	if _, err := p.Status(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.Subnet(t.Context(), "", netip.Prefix{}); err != nil {
+		t.Error(err)
+	}
+	p.must(t, Request{Owner: "o"})
 }
 
 func TestTheSourceIsAskedOncePerIntervalOrWhenNothingIsFree(t *testing.T) {

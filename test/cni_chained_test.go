@@ -5,6 +5,7 @@ package test
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"azurevnet/internal/vnetsim"
 )
@@ -29,6 +30,7 @@ func TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion(t *testing.T) 
 	}
 	write(t, "/run/old/portmap", aged)
 	write(t, "/run/old/silent", "#!/bin/sh\nexit 1\n")
+	write(t, "/run/old/asleep", "#!/bin/sh\nsleep 1000\n")
 	n.must("sh", "-c", "mkdir -p /etc/cni/net.d /var/lib/azure-vnet && mount -t tmpfs t /etc/cni/net.d && mount -t tmpfs t /var/lib/azure-vnet && mkfifo /etc/cni/net.d/00-fifo.conflist")
 	list := func(name, first, second string) string {
 		return fmt.Sprintf(`{"cniVersion":"0.3.0","cniVersions":["1.0.0","1.1.0"],"name":%q,"plugins":[%s,{"type":%q,"snat":true}]}`, name, first, second)
@@ -40,6 +42,7 @@ func TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion(t *testing.T) 
 		{"a missing plugin", file, list("azure", azure(), "nobody"), "", file + `: its plugin nobody is missing: failed to find plugin "nobody" in path [/run/old ` + n.dir + `]: install it there, or take it out of the list`},
 		{"a plugin of today", file, list("azure", azure(), "bandwidth"), "", ""},
 		{"a plugin that does not tell", file, list("azure", azure(), "silent"), "", ""},
+		{"a plugin that hangs with what it started", file, list("azure", azure(), "asleep"), "", ""},
 		{"in a directory that nobody told of", "/run/elsewhere/10-azure.conflist", list("azure", azure(), "portmap"), "", ""},
 		{"in the list of another network", file, list("blue", azure(), "portmap"), "", ""},
 		{"in a list with another azure-vnet", file, list("azure", azure(`"mode":"transparent"`), "portmap"), "", ""},
@@ -49,9 +52,13 @@ func TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion(t *testing.T) 
 			n := n.in(t)
 			write(t, c.path, c.list)
 			write(t, "/var/lib/azure-vnet/cni.installed", c.record)
+			start := time.Now()
 			out, err := n.call("STATUS", "", "", stdin("1.1.0", "azure", azure(), nil), "CNI_PATH=/run/old:"+n.dir)
 			if c.says == "" && err != nil || c.says != "" && !says(err, 50, c.says) {
 				t.Errorf("STATUS: %s %v", out, err)
+			}
+			if took := time.Since(start); took > 15*time.Second {
+				t.Errorf("STATUS took %v", took)
 			}
 			n.must("rm", c.path)
 		})

@@ -7,15 +7,18 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
+	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"azurevnet/internal/cni"
 )
@@ -44,9 +47,7 @@ func checkChained(ctx context.Context, c *cni.Call) error {
 		if err != nil {
 			return refuse("its plugin %s is missing: %v: install it there, or take it out of the list", name, err)
 		}
-		ask, cancel := context.WithTimeout(ctx, versionTime)
-		info, err := invoke.GetVersionInfo(ask, program, nil)
-		cancel()
+		info, err := askVersions(ctx, program)
 		if err != nil || slices.Contains(info.SupportedVersions(), c.Conf.CNIVersion) {
 			continue
 		}
@@ -54,6 +55,24 @@ func checkChained(ctx context.Context, c *cni.Call) error {
 			name, c.Conf.CNIVersion, program, strings.Join(info.SupportedVersions(), ", "), name, c.Conf.CNIVersion)
 	}
 	return nil
+}
+
+// askVersions has a plugin tell which versions it speaks. A plugin that does not is killed with what it started, and
+// nobody waits for these.
+func askVersions(ctx context.Context, program string) (cniversion.PluginInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, versionTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program)
+	cmd.Env = append(os.Environ(), "CNI_COMMAND=VERSION")
+	cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"cniVersion":%q}`, cniversion.Current()))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 100 * time.Millisecond
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, err
+	}
+	return new(cniversion.PluginDecoder).Decode(out)
 }
 
 // findList finds the list that the call is of, and its file. A call is told of its own plugin

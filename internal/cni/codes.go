@@ -18,7 +18,7 @@ import (
 // Codes of our own, from 100 as the specification has it.
 const (
 	CodeAttached uint = 100 // ADD: the container has the interface already, and was left as it is
-	CodeInUse    uint = 101 // ADD: another has the address that was asked for
+	CodeInUse    uint = 101 // ADD: another container has the address, the MAC or the host port that was asked for
 	CodeChanged  uint = 102 // CHECK: something is not as ADD left it
 )
 
@@ -54,6 +54,10 @@ func (c *Call) toError(err error) *types.Error {
 		var path *fs.PathError
 		if errors.As(err, &path) {
 			e.Code = types.ErrIOFailure
+		}
+		var held *bridge.HeldError
+		if errors.As(err, &held) {
+			e.Code = CodeInUse
 		}
 		for _, known := range codes {
 			if errors.Is(err, known.is) {

@@ -109,13 +109,16 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	for _, lost := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Holder()))
 	}
-	// An address to which a route is left is not lent: of these leases, or of one that was given back while nobody
-	// could look the host over.
-	mended, bad := l.Host.Reconcile(ctx)
-	if bad != nil {
-		l.call.Warn("look the host over: " + bad.Error())
+	freed = len(leaked) > 0
+	if freed || l.someAreLed(ctx) {
+		round, cancel := context.WithTimeout(ctx, roundTime)
+		defer cancel()
+		mended, bad := l.Host.Reconcile(round)
+		if bad != nil {
+			l.call.Warn("look the host over: " + bad.Error())
+		}
+		freed = freed || len(mended) > 0
 	}
-	freed = len(leaked)+len(mended) > 0
 	if err != nil || !l.call.Conf.Reclaim {
 		return freed, err
 	}
@@ -128,6 +131,19 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 		l.call.Warn(fmt.Sprintf("took %v off the host's NIC %s", addrs, nic))
 	})
 	return freed, err
+}
+
+// roundTime bounds a round of a call that finds no free address. Others wait for the bridge's lock meanwhile, such as the
+// calls that would free one.
+const roundTime = 5 * time.Second
+
+// someAreLed reports whether a route of the host leads to an address that nobody leases. It is not lent. The route may be
+// what a crash left, or a DEL that could not look the host over.
+func (l *Lender) someAreLed(ctx context.Context) bool {
+	nics, _ := l.Counts(ctx) // unreadable: the lease said so
+	return slices.ContainsFunc(nics, func(nic pool.NICStatus) bool {
+		return slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Led > 0 })
+	})
 }
 
 // Free releases all that the owners hold. None is success.

@@ -3,11 +3,11 @@
 package cni
 
 import (
+	"azurevnet/internal/upkeep"
 	"bytes"
 	"cmp"
 	"fmt"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -79,13 +79,13 @@ func writeOver(f *os.File, text string, offset int64) bool {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, 0); err != nil {
 		return false
 	}
+	if info, err := f.Stat(); err != nil || info.Size() < offset+int64(len(text)) {
+		return false // somebody emptied it meanwhile, and a write beyond its end would fill it with zeros
+	}
 	n, err := unix.Pwrite(int(f.Fd()), []byte(text), offset)
 	_, back := unix.FcntlInt(f.Fd(), unix.F_SETFL, unix.O_APPEND)
 	return err == nil && back == nil && n == len(text)
 }
-
-// varying matches what differs between two calls that fail alike: ids, ages and counts have digits.
-var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
 
 // outcome is what a line of the log has in common with those of the call's repeats.
 type outcome struct {
@@ -103,7 +103,7 @@ func outcomeOf(line string) outcome {
 	return outcome{
 		call: strings.Join([]string{said["msg"], said["verb"], said["network"], said["ifname"]}, " "),
 		of:   cmp.Or(said["pod"], said["container"]),
-		what: strings.Join([]string{said["level"], said["code"], varying.ReplaceAllString(failure, "#")}, " "),
+		what: strings.Join([]string{said["level"], said["code"], upkeep.Reason(failure)}, " "),
 	}
 }
 

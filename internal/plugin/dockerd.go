@@ -41,8 +41,8 @@ var propagated = regexp.MustCompile(`/plugins/([0-9a-f]{64})/propagated-mount$`)
 
 // pluginID reads off a process's mounts under which id an engine runs it with
 // the propagated mount data; "" if none does.
-func pluginID(mountinfo, data string) string {
-	for _, m := range parseMounts(mountinfo) {
+func pluginID(mounts []mount, data string) string {
+	for _, m := range mounts {
 		if found := propagated.FindStringSubmatch(m.root); found != nil && m.point == data {
 			return found[1]
 		}
@@ -52,8 +52,7 @@ func pluginID(mountinfo, data string) string {
 
 // findDockerd is false where the plugin is not managed by an engine.
 func findDockerd(p places) (dockerd, bool) {
-	mounts, _ := os.ReadFile("/proc/self/mountinfo") // unreadable: none is found
-	id := pluginID(string(mounts), p.data)
+	id := pluginID(readMounts(), p.data)
 	return dockerd{socket: filepath.Join(p.run, "docker.sock"), plugin: id}, id != ""
 }
 

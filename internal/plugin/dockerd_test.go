@@ -217,7 +217,7 @@ func TestThePluginsIDInItsEngine(t *testing.T) {
 		{"a directory of its own", "60 59 254:1 /srv/data /data rw - ext4 /dev/root rw\n", "/data", ""},
 		{"no mounts", "", "/data", ""},
 	} {
-		if got := pluginID(c.mountinfo, c.data); got != c.want {
+		if got := pluginID(parseMounts(c.mountinfo), c.data); got != c.want {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
 	}

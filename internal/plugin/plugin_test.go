@@ -28,6 +28,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
+	"azurevnet/pool"
 )
 
 const (
@@ -865,4 +866,34 @@ func TestUninstallLeavesNothing(t *testing.T) {
 		t.Errorf("eth0 has %v", list)
 	}
 	expect(t, "bridges", 0, len(readReport(t.Context(), e.places).Bridges))
+}
+
+// An uninstall that is refused removes nothing, a link that waits for its container included.
+func TestAnUninstallThatIsRefusedRemovesNothing(t *testing.T) {
+	newVM(t, 2)
+	e := startPlugin(t, t.TempDir())
+	id := e.createNetwork(netID, nil)
+	if _, _, err := e.run(id, endpointID(1)); err != nil {
+		t.Fatal(err)
+	}
+	e.end()
+	before := readReport(t.Context(), e.places)
+	if len(before.Attachments) != 1 || before.Attachments[0].Away {
+		t.Fatalf("attached are %v", before.Attachments)
+	}
+	left, err := leftSettings(e.places.run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addresses, err := openPool(e.places, left, bridge.New(bridge.Config{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := addresses.Lease(t.Context(), pool.Request{Owner: "cni/other/c/eth0", Linkless: true, Known: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := uninstall(t.Context(), e.places, io.Discard); err == nil || !strings.Contains(err.Error(), "cni/other/c/eth0") {
+		t.Errorf("with an address of another main plugin's container: %v", err)
+	}
+	expect(t, "attachments", before.Attachments, readReport(t.Context(), e.places).Attachments)
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"net/netip"
-	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -223,12 +222,9 @@ type row struct {
 	times int
 }
 
-// varying matches what differs between two errors of one reason: ports of this side, ages and counts have digits.
-var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
-
 // is reports whether the error is the row's, but for what varies.
 func (w row) is(text string) bool {
-	return varying.ReplaceAllString(w.text, "#") == varying.ReplaceAllString(text, "#")
+	return upkeep.Reason(w.text) == upkeep.Reason(text)
 }
 
 // tell logs an error when it comes, changes and goes, and not at every round. When it goes or

@@ -102,14 +102,15 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	}
 }
 
-// refuseMaking has every call that is to make something answered with why. An engine
-// takes a driver only if its capabilities are told, and without a driver it asks nothing
-// and tells its user nothing. Calls that only take away go on.
+// refuseMaking has every call that begins a network or an endpoint answered with why. All others go on: what
+// was begun before ends or is finished as if nothing were wrong, and an engine from 29 leaves a container without any
+// network if Join or ProgramExternalConnectivity fails.
 func refuseMaking(all map[string]method, why error) {
-	for name, m := range all {
-		if !m.bodiless && !m.ends {
-			all[name] = method{bodiless: true, call: func(context.Context, []byte) (any, error) { return nil, why }}
-		}
+	for _, name := range []string{
+		"IpamDriver.RequestPool", "IpamDriver.RequestAddress",
+		"NetworkDriver.AllocateNetwork", "NetworkDriver.CreateNetwork", "NetworkDriver.CreateEndpoint",
+	} {
+		all[name] = method{bodiless: true, call: func(context.Context, []byte) (any, error) { return nil, why }}
 	}
 }
 

@@ -12,6 +12,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 
 	"azurevnet/bridge"
@@ -73,6 +75,12 @@ func Reclaim(ctx context.Context, host *bridge.Host, nics []pool.NIC, taken func
 	return nil
 }
 
+// varying matches what differs between two failures of one reason: ports, ids, ages and counts have digits.
+var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
+
+// Reason is a failure's text without what varies from one time to the next, so that a log can count those that are alike.
+func Reason(failure string) string { return varying.ReplaceAllString(failure, "#") }
+
 // PluginLock is the lock that the managed plugin holds while it runs. run is the host's /run.
 func PluginLock(run string) string { return filepath.Join(run, "azure-vnet", "plugin.lock") }
 
@@ -100,20 +108,19 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 	if _, err := host.Away(ctx); err != nil {
 		return nil, err
 	}
+	if err := refuseHeld(ctx, addresses, r.Keeps); err != nil {
+		return nil, err
+	}
 	attached, err := host.Attachments(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, at := range attached {
-		if at.Away {
-			continue
+	if !slices.ContainsFunc(attached, func(at bridge.Attachment) bool { return at.Away }) { // else RemoveAll refuses, and names them
+		for _, at := range attached {
+			if err := host.Detach(ctx, at.Owner); err != nil {
+				return nil, err
+			}
 		}
-		if err := host.Detach(ctx, at.Owner); err != nil {
-			return nil, err
-		}
-	}
-	if err := refuseHeld(ctx, addresses, r.Keeps); err != nil {
-		return nil, err
 	}
 	return host.RemoveAll(ctx, func() error {
 		if err := refuseHeld(ctx, addresses, r.Keeps); err != nil { // an ADD may have come before the lock
