@@ -895,5 +895,6 @@ func TestAnUninstallThatIsRefusedRemovesNothing(t *testing.T) {
 	if err := uninstall(t.Context(), e.places, io.Discard); err == nil || !strings.Contains(err.Error(), "cni/other/c/eth0") {
 		t.Errorf("with an address of another main plugin's container: %v", err)
 	}
-	expect(t, "attachments", before.Attachments, readReport(t.Context(), e.places).Attachments)
+	after := readReport(t.Context(), e.places)
+	expect(t, "attachments", fmt.Sprint(before.Attachments), fmt.Sprint(after.Attachments))
 }
