@@ -180,7 +180,7 @@ func (at *attach) clearOld(ctx context.Context) error {
 	}
 	d := &detach{h: at.h, link: l, a: old}
 	defer d.close()
-	if err := d.clear(ctx); err != nil {
+	if err := d.removeParts(ctx); err != nil {
 		return err
 	}
 	return delLink(l)

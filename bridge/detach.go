@@ -67,15 +67,15 @@ func (d *detach) clearLocked(ctx context.Context, owner string) error {
 	var whole bool
 	switch d.a, whole = endpointOf(d.link); {
 	case whole && d.a.is(owner):
-		return d.clear(ctx)
+		return d.removeParts(ctx)
 	case !halfMade(d.link): // not ours, or of an owner with the same hash
 		d.link = nil
 	}
 	return nil
 }
 
-// clear takes away all that was attached with the link, and the alias. The caller holds the lock.
-func (d *detach) clear(ctx context.Context) error {
+// removeParts takes away all that was attached with the link, and the alias. The caller holds the lock.
+func (d *detach) removeParts(ctx context.Context) error {
 	state, err := d.h.state()
 	if err != nil {
 		return err

@@ -285,7 +285,7 @@ func TestAContainerOfEachKindOfNetwork(t *testing.T) {
 			}
 			expect(t, "bridges", map[bool]int{true: 1}[c.bridge != ""], len(report.Bridges))
 			var out strings.Builder
-			if err := report.print(&out); err != nil {
+			if err := report.printTables(&out); err != nil {
 				t.Fatal(err)
 			}
 			mode, in := "bridge", "azure0"

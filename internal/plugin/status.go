@@ -109,7 +109,7 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 		if err := encoder.Encode(r); err != nil {
 			return err
 		}
-	} else if err := r.print(out); err != nil {
+	} else if err := r.printTables(out); err != nil {
 		return err
 	}
 	if len(r.Broken) > 0 {
@@ -155,7 +155,7 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	return nil
 }
 
-func (r report) print(out io.Writer) error {
+func (r report) printTables(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tASKED\tFAILURE\n", r.Version)
 	for _, s := range r.Pool.Sources {

@@ -255,14 +255,14 @@ func (e Endpoint) portElements() []*set {
 		return nil
 	}
 	ip := ipKey(e.Addr)
-	at, by, any := map[key]string{}, map[key]string{}, map[key]string{}
+	at, by, everywhere := map[key]string{}, map[key]string{}, map[key]string{}
 	for _, p := range e.Ports {
 		from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
 		if p.HostAddr.IsValid() {
 			at[key{bytes: ipKey(p.HostAddr) + from}] = to
 			continue
 		}
-		any[key{bytes: from}] = to
+		everywhere[key{bytes: from}] = to
 		if e.NIC != "" {
 			by[key{bytes: nameKey(e.NIC) + from}] = to
 		}
@@ -271,7 +271,7 @@ func (e Endpoint) portElements() []*set {
 		{table: ipTable, name: "self", elems: map[key]string{{bytes: ip + ip}: ""}},
 		{table: ipTable, name: "published_at", data: targetType, elems: at},
 		{table: ipTable, name: "published_by", data: targetType, elems: by},
-		{table: ipTable, name: "published", data: targetType, elems: any},
+		{table: ipTable, name: "published", data: targetType, elems: everywhere},
 	}
 	return slices.DeleteFunc(all, func(s *set) bool { return len(s.elems) == 0 })
 }
