@@ -24,6 +24,9 @@ import (
 	"azurevnet/pool"
 )
 
+// errBroken ends what status prints of a host that has faults: its exit status is then 1.
+var errBroken = errors.New("not all is as it should be: a plugin that runs mends within 30 s what can be mended")
+
 // report is what status prints: read from files and the kernel alone. What
 // cannot be read is named in Errors, and the rest stands.
 type report struct {
@@ -113,7 +116,7 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 		return err
 	}
 	if len(r.Broken) > 0 {
-		r.Errors = append(r.Errors, "not all is as it should be: a plugin that runs mends within 30 s what can be mended")
+		r.Errors = append(r.Errors, errBroken.Error())
 	}
 	if len(r.Errors) > 0 {
 		return errors.New(strings.Join(r.Errors, "; "))
@@ -157,16 +160,16 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 
 func (r report) printTables(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tASKED\tFAILURE\n", r.Version)
+	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tANSWERED\tFAILURE\n", r.Version)
 	for _, s := range r.Pool.Sources {
-		asked := "never answered"
+		answered := "never"
 		switch {
 		case s.BeforeBoot:
-			asked = "before the boot"
+			answered = "before the boot"
 		case s.Answered:
-			asked = fmt.Sprintf("%v ago", s.Age.Round(time.Second))
+			answered = fmt.Sprintf("%v ago", s.Age.Round(time.Second))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, asked, s.Failure)
+		fmt.Fprintf(w, "%s\t%s\t%s\n", s.Name, answered, s.Failure)
 	}
 	fmt.Fprintf(w, "\nNIC\tSUBNET\tIPCONFIGS\n")
 	for _, nic := range r.Pool.NICs {
