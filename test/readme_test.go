@@ -179,7 +179,7 @@ func TestContributingNamesWhatThereIs(t *testing.T) {
 	}
 	alone := 0
 	for _, block := range blocks(t, doc)["run: test"] {
-		for _, m := range regexp.MustCompile(`go test (\S+) -run (\S+)`).FindAllStringSubmatch(block, -1) {
+		for _, m := range regexp.MustCompile(` test (\./\S+) -run (\S+)`).FindAllStringSubmatch(block, -1) {
 			alone++
 			cmd := exec.Command("go", "test", m[1], "-list", "^"+m[2]+"$")
 			cmd.Dir = top
