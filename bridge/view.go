@@ -209,9 +209,10 @@ func (v *view) bridge(mac string) *netlink.LinkAttrs {
 	return l.Attrs()
 }
 
-// subnets are the NIC's IPv4 subnets of the virtual network: those that were told, and its containers'. An address of the
-// NIC in one of them tells the mask. Until there is any, the NIC's addresses tell the subnet; later, one that
-// somebody adds to the NIC from elsewhere tells nothing.
+// subnets are the NIC's IPv4 subnets of the virtual network: that of host.json, which the last Ensure wrote there, and
+// those of the NIC's containers. If the NIC has a prefix that contains one of these, the NIC's prefix stands in its
+// place. Without any of these, all prefixes of the NIC are its subnets. With one, a prefix that somebody adds to the NIC
+// from elsewhere is none.
 func (v *view) subnets(mac string) []netip.Prefix {
 	var on, out []netip.Prefix
 	if nic := v.nics[mac]; nic != nil {

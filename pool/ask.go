@@ -29,9 +29,9 @@ const (
 // refreshed is for a list that is read for its own sake.
 func (p *Pool) refreshed() question { return question{p.cfg.QueryInterval, longWait, true} }
 
-// aside is for a lease that known addresses can serve: old news costs it little
-// time, once an interval and in one process only. A source slower than that is
-// still heard by NICs, which whoever reconciles calls.
+// aside is for a call that known addresses can serve. It asks at most once per interval, in one process, and waits for
+// at most 500 ms. A slower source is asked later by NICs, which waits longer. The plugin and the timer call NICs when
+// they reconcile.
 func (p *Pool) aside() question { return question{p.cfg.QueryInterval, shortWait, false} }
 
 // scarce is for a lease that only a cooling address can serve.
@@ -139,9 +139,9 @@ func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 	return newest, from, ok
 }
 
-// due says that no try of this boot, good or bad, is younger than q.age. A try that lies
-// ahead is none: it would keep the source from being asked until then. Nor is a try
-// that waited shorter than q would: a slow source may answer q.
+// due reports whether the sources are to be asked: no try of this boot, good or bad, is younger than q.age. Two kinds of
+// tries do not count. A try at a time that lies ahead would keep the source from being asked until then. A try that
+// timed out after a shorter wait than q's tells nothing: a slow source may answer q.
 func (p *Pool) due(s *state, q question) bool {
 	now := p.clock()
 	young := func(tried time.Duration) bool { return tried != 0 && tried <= now && now-tried < q.age }
@@ -177,13 +177,14 @@ func (p *Pool) failures(s *state) string {
 	return strings.Join(all, "; ")
 }
 
-// ask puts the question to the sources in turn, until one answers, and keeps
-// what came: an answer replaces the source's last one, a failure does not. It is
-// an error only if that could not be kept. The pool's lock is not held
-// meanwhile, but another one is, so that of many processes one asks and the
-// others find its answer; the kernel frees it if the asker dies.
+// ask puts the question to the sources in turn, until one answers, and keeps the answers in the pool's file. An answer
+// replaces the source's last one, a failure does not. A source's failure is no error of ask. It fails only if ctx ends,
+// or if the lock, or the pool's file, cannot be had, read or written.
+//
+// The pool's lock is not held while a source is asked. Another lock is held, so that of many processes one asks and the
+// others find its answer. The kernel frees this lock if the asker dies.
 func (p *Pool) ask(ctx context.Context, q question) error {
-	// Who waits for another's question waits a little longer than that may take.
+	// A process that waits for another one's question waits a little longer than its own question may take.
 	bounded, cancel := context.WithTimeout(ctx, q.wait+q.wait/8)
 	defer cancel()
 	const what = "ask for this VM's addresses"
@@ -196,7 +197,7 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 		unlock, err = statefile.Lock(bounded, lock, what)
 	}
 	if err != nil && bounded.Err() != nil {
-		return ctx.Err() // the one who asks outlived our patience: go on with what is known
+		return ctx.Err() // the process that asks takes longer than this one waits: go on with what is known
 	} else if err != nil {
 		return err
 	}

@@ -81,14 +81,14 @@ func (c *Call) log(p Plugin, start time.Time, err error) {
 	}
 	var line bytes.Buffer
 	slog.New(slog.NewTextHandler(&line, &slog.HandlerOptions{Level: slog.LevelDebug})).Log(context.Background(), level, p.Name, attrs...)
-	// A DEL that found nothing is as frequent as the failed ADD before it.
+	// A DEL that found nothing is counted like a failure: one follows each failed ADD.
 	repeats := err != nil || c.Verb == "DEL" && len(c.notes) == 0
 	c.write(f.LogTarget, level, p.Name, line.String(), repeats)
 }
 
-// write writes the line. One that repeats is counted: see countRepeat. Syslog gets the first of
-// a row, the second, the fourth, the eighth and so on, with the count. What a call writes to
-// stderr is its runtime's, and no other call sees it: there is nothing to count by.
+// write writes the line. If the line may repeat an earlier one, the repeats are counted: see countRepeat. Syslog gets
+// the first line of a row, the second, the fourth, the eighth and so on, with the count. On stderr nothing is counted,
+// because the runtime takes what a call writes there, and no later call sees it.
 func (c *Call) write(target string, level slog.Level, name, line string, repeats bool) {
 	switch target {
 	case "stderr":
@@ -133,9 +133,11 @@ func severity(l slog.Level) syslog.Priority {
 	return syslog.LOG_INFO
 }
 
-// add adds a line: one write, which the kernel puts at the end. A line that repeats an earlier one is
-// counted there instead. Who finds the file full has it moved aside. It returns how often the
-// failure came in a row; 0: it is no failure, or is not counted.
+// add adds a line with one write, which the kernel puts at the end of the file. A line that repeats an earlier one is
+// not added: the count in the earlier line grows. If a new line fills the file, add moves it aside. It returns how often
+// such a line came in a row. That is 1 for the first line, and also where the lock is not had within 100 ms: then the
+// line begins a row of its own. 0: the line is none that may repeat (a failure, or a DEL that found nothing), or it
+// could not be written.
 func (l boundedLog) add(line string, now time.Time, repeats bool) (times int) {
 	mode := os.O_WRONLY
 	if repeats {
@@ -174,9 +176,9 @@ func lockLog(f *os.File) bool {
 	return false
 }
 
-// moveAside renames the full log once, whoever else tries: the lock is on the file
-// itself, and who comes after finds another file in its place. The rest wait until
-// it is moved, else they would fill it further meanwhile; 100 ms at most.
+// moveAside renames the full log. Only one process renames it, even if several try: the lock is on the file itself, and
+// a process that gets the lock later finds another file in its place. The others wait until the file is moved, 100 ms at
+// most, because they would fill the old file further meanwhile.
 func (l boundedLog) moveAside(f *os.File, mine os.FileInfo) {
 	for range 100 {
 		locked := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil

@@ -50,7 +50,8 @@ type place struct {
 	Dir    string `json:"dir"`    // in that file system
 }
 
-// placeOf is the place of a directory, by the last of the mounts that hide others.
+// placeOf is the place of a directory. Its mount is that with the longest mount point that contains dir, and of equal
+// mount points the last, which hides the earlier ones.
 func placeOf(mounts []mount, dir string) (p place) {
 	longest := -1
 	for _, m := range mounts {
@@ -112,8 +113,9 @@ func leave(path string, text []byte) error {
 	return err
 }
 
-// findData is the directory of networks.json. The file may be missing: then there are no
-// networks, or the plugin was removed since the boot.
+// findData is the directory of networks.json. It is the first of these: the one that -data names, the one whose place a
+// plugin recorded since the boot, one that has the file, and one where an engine or this program would keep the file.
+// The file may be missing: then there are no networks, or the plugin was removed since the boot.
 func findData(p places) (string, error) {
 	if p.data != "" {
 		return p.data, nil

@@ -42,14 +42,15 @@ var (
 	nicPortType  = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeInetProto, nftables.TypeInetService)
 )
 
-// bridgeTable lets a port of ours send what is its own, addressed to its bridge,
-// and nothing else. So no frame goes from one port to another by itself: all pass
-// the host's IP layer, with br_netfilter or without. A VLAN tag, IPv6, STP, LLDP,
-// another's MAC or address: none of these is an element, and all are dropped.
+// bridgeTable lets a port of ours send only IPv4 and ARP with its own MAC and address, addressed to its bridge. ARP
+// may be broadcast too. So no frame goes from one port to another by itself: all frames pass the host's IP layer, with
+// br_netfilter or without. A VLAN tag, IPv6, STP, LLDP, and the MAC or address of another are no elements of the sets.
+// Such frames are dropped.
 //
-// The bridge's port group comes last, so that a container's packet costs one look-up.
+// The rule that drops comes last, so that a container's packet costs one look-up.
 //
-// Two more checks that only bridges need stand here, where the host's own packets do not pass.
+// The checks of loopback and of redirects stand here, because packets that the host exchanges by its NIC pass neither
+// chain of this table. Transparent links have a loopback check of their own: see prerouting.
 func (c Config) bridgeTable() *table {
 	t := &table{is: bridgeTable}
 	t.set("own", ownType)
