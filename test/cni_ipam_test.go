@@ -152,9 +152,9 @@ func TestIPAMForOtherMainPlugins(t *testing.T) {
 			code       uint
 			says       string
 		}{
-			{"a subnet that is none", `{"type":"azure-vnet-ipam","subnet":7}`, 7, "Subnet"},
+			{"a subnet that is none", `{"type":"azure-vnet-ipam","subnet":7}`, 7, "ipam: subnet is a number"},
 			{"an address of the host", fmt.Sprintf(`{"type":"azure-vnet-ipam","ipAddress":%q}`, n.Primary), 7, "own address"},
-			{"an address of IPv6", `{"type":"azure-vnet-ipam","ipAddress":"fd00::1"}`, 4, "IPv4"},
+			{"an address of IPv6", `{"type":"azure-vnet-ipam","ipAddress":"fd00::1"}`, 7, "IPv4"},
 			{"an environment of others", `{"type":"azure-vnet-ipam","environment":"aws"}`, 7, "fileIpam"},
 			{"an interval that is none", `{"type":"azure-vnet-ipam","queryInterval":"often"}`, 7, "number"},
 			{"a source that is not there", `{"type":"azure-vnet-ipam","environment":"/run/nobody.json"}`, 11, "/run/nobody.json"},
@@ -195,7 +195,7 @@ func TestIPAMUnderMacvlan(t *testing.T) {
 	}
 	// No link of ours shows them, and lent again they would be had twice.
 	uninstall := filepath.Join(n.dir, "azure-vnet")
-	if out, err := n.try(uninstall, "uninstall"); err == nil || !strings.Contains(err.Error(), "cni/mac/m1/eth0 ("+a1.String()+")") || len(n.holds().Leases) != 2 {
+	if out, err := n.try(uninstall, "uninstall"); err == nil || !strings.Contains(err.Error(), "cni/mac/m1/eth0 (pod default/m1) ("+a1.String()+")") || len(n.holds().Leases) != 2 {
 		t.Errorf("uninstall while they run: %s %v", out, err)
 	}
 	if err := n.cni.GCNetworkList(t.Context(), l, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "m1", IfName: "eth0"}}}); err != nil {

@@ -249,7 +249,7 @@ func TestALeaseIsTakenOutOfTheFile(t *testing.T) {
 			if _, _, err := n.tryAdd(l, n.pod("more")); !says(err, 11, lost.String()+" is led to ") {
 				t.Errorf("with no other address: %v", err)
 			}
-			want := fmt.Sprintf("leased again: %s, which cni/azure/lost/eth0 has", lost)
+			want := fmt.Sprintf("leased again: %s, which cni/azure/lost/eth0 (pod default/lost) has", lost)
 			if out := n.must(n.dir+"/azure-vnet", "reconcile"); !strings.Contains(out, want) {
 				t.Errorf("reconcile says %q, and not %q", out, want)
 			}
