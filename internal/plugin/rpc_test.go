@@ -62,7 +62,7 @@ func start(t *testing.T, g *gate, all map[string]method) *plugin {
 	log := logrus.New()
 	p := &plugin{log: &logBuffer{}, stop: make(chan struct{}), done: make(chan error, 1)}
 	log.SetOutput(p.log)
-	p.server = &server{log: log, gate: g, serving: limits{200 * time.Millisecond, 100 * time.Millisecond}, takeAway: limits{20 * time.Millisecond, 10 * time.Millisecond}}
+	p.server = &server{log: log, gate: g, serving: limits{2 * time.Second, 100 * time.Millisecond}, takeAway: limits{20 * time.Millisecond, 10 * time.Millisecond}}
 	p.client = &http.Client{Transport: &http.Transport{
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", l.Addr().String()) },
 	}}
@@ -128,7 +128,7 @@ func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 		{"too large a body", "T.Echo", `{"Text":"` + strings.Repeat("x", maxBody) + `"}`, answer{500, `{"Err":"read the request: http: request body too large"}`}},
 		{"a panic", "T.Panic", `{}`, answer{500, `{"Err":"T.Panic: internal error: oh"}`}},
 		{"a call that heeds its deadline", "T.Waits", `{}`, answer{500, `{"Err":"waited: context deadline exceeded"}`}},
-		{"a call that hangs", "T.Hangs", `{}`, answer{500, `{"Err":"T.Hangs: no answer within 300ms: something on this host hangs; azure-vnet-plugin status may tell"}`}},
+		{"a call that hangs", "T.Hangs", `{}`, answer{500, `{"Err":"T.Hangs: no answer within 2.1s: something on this host hangs; azure-vnet-plugin status may tell"}`}},
 		{"a call that only takes away, and hangs", "T.Ends", `{}`, answer{500, `{"Err":"T.Ends: no answer within 30ms: something on this host hangs; azure-vnet-plugin status may tell"}`}},
 		{"the plugin is alive after all that", "T.Echo", `{}`, answer{200, `{"Text":""}`}},
 		{"what it implements", "Plugin.Activate", ``, answer{200, `{"Implements": ["NetworkDriver", "IpamDriver"]}`}},

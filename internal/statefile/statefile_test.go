@@ -229,7 +229,7 @@ func TestCallersThatGiveUpLeaveNoThreads(t *testing.T) {
 		var all sync.WaitGroup
 		for range 25 {
 			all.Go(func() {
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+				ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 				defer cancel()
 				if _, err := Lock(ctx, path, "impatient"); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "one that is stopped") {
 					t.Error(err)
