@@ -34,8 +34,8 @@ installed=/var/lib/azure-vnet/cni.installed # what install-cni-plugin.sh put whe
 say() { echo "docker-run.sh: $*" >&2 || true; } # a terminal that hung up must not stop cleanup
 die() { status=$1; shift; say "$*"; exit "$status"; }
 
-# reason is what is wrong, of what a command printed that failed: without the id of the
-# container, and without who passed the error on.
+# reason prints the cause from the output of a command that failed. It leaves out the container's id, log lines, and
+# the names of the programs that passed the error on.
 reason() { # <text>
 	printf '%s\n' "$1" | sed -E '/^[0-9a-f]{64}$/d; /^WARNING: /d; /^(See|Run) .docker run --help/d; /^$/d
 		s/^(docker|azure-vnet): //; s/^Error response from daemon: //; s/^failed to set up container networking: //

@@ -4,9 +4,9 @@ package bridge
 
 // HeldError says that another endpoint has the address, the MAC or the port of the host that was asked for.
 type HeldError struct {
-	Owner string // of that endpoint, as the text has it, so that a caller who knows its name can put the name there; empty: it is none of ours
+	Owner string // of the other endpoint, as it stands in the text: a caller may replace it there by a name; empty: not an endpoint of ours
 	text  string
 }
 
-// Error is the text.
+// Error names the owner, and says what to do.
 func (e *HeldError) Error() string { return e.text }

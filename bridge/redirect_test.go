@@ -9,8 +9,8 @@ import (
 	"azurevnet/internal/vnetsim"
 )
 
-// Two containers of one bridge reach each other by the host, which is not the shortest way of
-// which the kernel knows. It tells them nothing of that.
+// Two containers of one bridge reach each other by the host. The kernel takes the bridge for a shorter way, and would
+// tell the containers so by ICMP redirects. No container gets a redirect.
 func TestNoContainerIsToldAShorterWay(t *testing.T) {
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 	h := hosts[0]

@@ -224,8 +224,8 @@ type ruleList struct {
 	rules   []netlink.Rule
 }
 
-// add adds a rule. In the table that it names, it takes no route of suppress bits or fewer; -1: it takes all.
-// Without a table the destination is unreachable.
+// add adds a rule. The rule ignores routes of its table whose prefix has suppress bits or fewer; -1: it ignores none.
+// A rule without a table makes the destination unreachable.
 func (w *ruleList) add(priority, table, suppress int, iif string, from, to netip.Prefix) {
 	r := netlink.NewRule()
 	r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
@@ -241,14 +241,14 @@ func (w *ruleList) add(priority, table, suppress int, iif string, from, to netip
 	w.rules = append(w.rules, *r)
 }
 
-// addNowhere adds that containers behind the link reach nothing but containers, if their NIC is gone or down.
+// addNowhere adds a rule for a NIC that is gone or down. Containers behind the link then reach only containers.
 func (w *ruleList) addNowhere(mac, link string) {
 	if w.v.leadsNowhere(mac) {
 		w.add(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
 	}
 }
 
-// addWayOut adds the way out of what comes in by a link of ours, from containers of the NIC.
+// addWayOut adds the rules that lead packets from containers of the NIC out by that NIC. The packets come in by the link.
 func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	v := w.v
 	if _, ok := v.ownWay(mac); !ok {
@@ -272,8 +272,9 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	}
 }
 
-// addForSubnets adds the way out of all transparent containers of the primary NIC, by their source. What the host
-// itself sends, which comes in by lo, goes as it did. So does what it forwards from its NICs for others.
+// addForSubnets adds the rules that lead packets from all transparent containers of the primary NIC out by that NIC. The
+// rules match the subnet of the source address. Two kinds of packets have such a source and keep their own way: those
+// that the host itself sends, for which the rules see the link lo, and those that the host forwards from its NICs.
 func (w *ruleList) addForSubnets(mac string) {
 	if _, ok := w.v.ownWay(mac); !ok {
 		return

@@ -267,14 +267,14 @@ func (d *Driver) forget(ctx context.Context, id string) error {
 	return d.releaseAux(ctx, n)
 }
 
-// swarmIDShape is what ids of swarm networks look like; those of other networks have 64 hex digits.
+// swarmIDShape matches the ids of swarm networks. Those of other networks have 64 hex digits.
 var swarmIDShape = regexp.MustCompile(`^[0-9a-z]{25}$`)
 
-// swarmWay is how a swarm network is made, as docs/docker.md says it.
+// swarmWay says how to make a swarm network, as docs/docker.md does.
 const swarmWay = "create a configuration on each node, docker network create --config-only --subnet SUBNET --ipam-driver azure-vnet:latest CONFIG, and the network on a manager, docker network create --scope swarm -d azure-vnet:latest --config-from CONFIG NAME"
 
-// AllocateNetwork would have a swarm's manager choose the addresses of all nodes. It comes only to drivers whose scope
-// is global.
+// AllocateNetwork asks a driver to choose a network's addresses for all nodes of a swarm. An engine asks only drivers of
+// global scope.
 func (d *Driver) AllocateNetwork(context.Context, *network.AllocateNetworkRequest) (*network.AllocateNetworkResponse, error) {
 	return nil, errors.New("a swarm's manager cannot choose the addresses of a network, for each address belongs to one VM: " + swarmWay)
 }

@@ -141,11 +141,11 @@ func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Le
 	return lease, nil
 }
 
-// withoutIP is what helps whoever asked for an address that is not to be had.
+// withoutIP says what to do if the address that --ip asks for cannot be had.
 const withoutIP = "leave out --ip to get any free address"
 
-// whyNotLeased says why the IpamDriver leased nothing when it was asked for addr. It answers --ip as it does
-// --aux-address: what this VM cannot lend is only written down.
+// whyNotLeased says why addr has no lease. The IpamDriver refuses no address that this VM cannot lend: an engine asks for
+// --ip and for --aux-address in the same words, and an auxiliary address need not be this VM's.
 func (d *Driver) whyNotLeased(ctx context.Context, n Network, addr netip.Addr) error {
 	if aux := d.auxiliary(ctx, func(a Aux) bool { return a.Addr == addr }); aux != "" {
 		return fmt.Errorf("%s is %s: %s", addr, aux, withoutIP)

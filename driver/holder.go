@@ -13,8 +13,9 @@ import (
 	"azurevnet/pool"
 )
 
-// Engine tells what the engine calls that which this driver knows by an id. It is asked within a call, for an error's
-// words alone: so it must give up soon, as an engine may answer nobody while it waits for that call.
+// Engine tells the names of containers and networks, which this driver knows by their ids. The driver asks for a name
+// only to word an error, while the engine waits for the driver's answer. An engine may answer nobody meanwhile. So a
+// question must give up soon.
 type Engine interface {
 	// Container returns the name of the container that has the endpoint, and that of the endpoint's network.
 	Container(ctx context.Context, endpoint string) (container, network string, err error)
@@ -22,7 +23,7 @@ type Engine interface {
 	Network(ctx context.Context, id string) (string, error)
 }
 
-// Holder says of a leased address in Docker's words who has it: "is held by …" or "is …".
+// Holder says in Docker's words who has a leased address: "is held by …" or "is …".
 func (d *Driver) Holder(ctx context.Context, l pool.Lease) string {
 	if !strings.HasPrefix(l.Owner, OwnerPrefix) {
 		return "is held by " + d.holder(ctx, l.Owner)
@@ -55,8 +56,8 @@ func (d *Driver) holder(ctx context.Context, owner string) string {
 	return owner
 }
 
-// auxiliary names the auxiliary address that is meant: "auxiliary address NAME of network NET". It is "" if no network
-// has it.
+// auxiliary names the auxiliary address for which meant is true: "auxiliary address NAME of network NET". It is "" if no
+// network has such an address.
 func (d *Driver) auxiliary(ctx context.Context, meant func(Aux) bool) string {
 	file, _ := d.read() // unreadable: none is known
 	for id, n := range file.Networks {
@@ -85,7 +86,8 @@ func (d *Driver) networkName(ctx context.Context, id string) string {
 	return fmt.Sprintf("%.12s", id)
 }
 
-// inDockersWords is err, of what was done for the endpoint, with the name of who has what the endpoint was to get.
+// inDockersWords replaces the owners in err by names. err is the error of an attach. Its text may name the endpoint, and
+// the other endpoint that has the address, the MAC or the port.
 func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error) error {
 	var held *bridge.HeldError
 	if !errors.As(err, &held) || held.Owner == "" {

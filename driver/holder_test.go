@@ -63,7 +63,7 @@ func TestHoldersInDockersWords(t *testing.T) {
 	}
 }
 
-// An error that tells of no holder is left as it is, and so is what a caller may look for in it.
+// An error that names no holder is not changed.
 func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
 	for _, err := range []error{bridge.ErrAttached, &bridge.HeldError{}, nil} {
 		if got := New(Config{}).inDockersWords(t.Context(), "e", err); got != err {
@@ -72,8 +72,8 @@ func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
 	}
 }
 
-// Where another holds an auxiliary address, the log names both in Docker's words; a release that kept no names wrote
-// some of them down.
+// Two networks have the same auxiliary address. The error of the second names both networks and, if networks.json has it,
+// the address's name. An earlier release wrote no names there.
 func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
 	addr := netip.MustParseAddr("10.240.0.5")
 	network := func(owner, name string) Network {
@@ -90,7 +90,7 @@ func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
 	if !errors.Is(err, pool.ErrInUse) || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
-	d.cfg.Engine = mute{t} // who only wants to know whether all are held is told nothing, and waits for nobody
+	d.cfg.Engine = mute{t} // Reserve words no error, so it asks for no name
 	if err := d.Reserve(t.Context()); err != nil {
 		t.Errorf("it delays others: %v", err)
 	}

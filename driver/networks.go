@@ -52,7 +52,7 @@ type Aux struct {
 	Name  string     `json:"name,omitempty"`  // as --aux-address gave it; empty: an earlier release wrote it down
 }
 
-// unnamed is what makes the address that of a lease.
+// unnamed is the address as a lease identifies it: without its name.
 func (a Aux) unnamed() Aux { a.Name = ""; return a }
 
 // same reports whether both are one address with one owner. A name may be missing.

@@ -62,7 +62,7 @@ func (d *Driver) restore(ctx context.Context, id string, n Network) error {
 	return err
 }
 
-// nameHolder has err, with which hold failed, say who has the address.
+// nameHolder adds to hold's error who has the address.
 func (d *Driver) nameHolder(ctx context.Context, id string, aux Aux, err error) error {
 	var held *auxHeldError
 	if !errors.As(err, &held) {

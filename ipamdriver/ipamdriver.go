@@ -306,11 +306,11 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	return answer(id, lease.Addr), nil
 }
 
-// inUse is err, that addr is in use, in Docker's words.
+// inUse words err in Docker's words. err says that addr is in use.
 func (d *Driver) inUse(ctx context.Context, addr netip.Addr, err error) error {
 	lease, held, unread := d.cfg.Pool.Held(ctx, addr)
 	if unread != nil || !held {
-		return err // it has ended meanwhile, or a container has the address without a lease
+		return err // the lease has ended meanwhile, or a container has the address without a lease
 	}
 	return fmt.Errorf("%w: %s %s; ask for another", pool.ErrInUse, addr, d.cfg.Holder(ctx, lease))
 }

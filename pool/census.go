@@ -53,8 +53,8 @@ func (v *view) census(mac string, sub Subnet) Census {
 	return c
 }
 
-// String is the count in one line that adds up: "6 ipconfigs: 1 the NIC's own, 5 held".
-// What there is none of is left out.
+// String is the census in one line: "6 ipconfigs: 1 the NIC's own, 5 held". Counts of 0 are
+// left out. The others add up to the first number.
 func (c Census) String() string {
 	var parts []string
 	for _, part := range []struct {
@@ -75,8 +75,8 @@ func (c Census) String() string {
 	return text
 }
 
-// Counts are the VM's NICs with the counts of their ipconfigs, by the newest answer of any
-// source, whatever this pool's sources are. None is asked. Where nothing is known there are none.
+// Counts are the VM's NICs with the counts of their ipconfigs. Counts asks no source. It uses the newest
+// known answer of any source, also of one that this pool does not ask. Without an answer there are no NICs.
 func (p *Pool) Counts(ctx context.Context) ([]NICStatus, error) {
 	s, err := p.read(ctx, "count ipconfigs")
 	var has occupied

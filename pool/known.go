@@ -22,8 +22,8 @@ func (p *Pool) Known(ctx context.Context) ([]NIC, error) {
 	return a.NICs, nil
 }
 
-// Lendable says in an error why addr, of that NIC's subnet, cannot be lent; nil: it can be.
-// No source is asked.
+// Lendable is an error that says why addr of the NIC's subnet cannot be lent; nil: it can be lent. Lendable asks
+// no source.
 func (p *Pool) Lendable(ctx context.Context, mac string, subnet netip.Prefix, addr netip.Addr) error {
 	s, err := p.read(ctx, "look whether "+addr.String()+" can be lent")
 	if err != nil {

@@ -167,7 +167,7 @@ func TestExhaustionSaysWhatHelps(t *testing.T) {
 	}
 }
 
-// A VM may have two NICs in one subnet, and who asks for an address does not know of which it is.
+// A VM may have two NICs in one subnet. A user who asks for an address does not know which NIC has it.
 func TestAnAddressOfTheVMsOtherNICIsToldAsSuch(t *testing.T) {
 	other := nic(mac2, "10.0.0.0/24", 2)
 	other.Primary = "false"

@@ -38,7 +38,7 @@ type Config struct {
 	QueryInterval time.Duration // age at which a known answer is asked again; 0: 10 s
 	CoolDown      time.Duration // how long a released address rests before it is given out of turn; 0: 30 s; negative: none
 	Reclaim       bool          // the host gives up secondary addresses it holds (see bridge.Host.Reclaim): words the errors only
-	Remedy        string        // what Reclaim means to the reader of an error: what it does, or how it is set; empty: in the words of a CNI configuration
+	Remedy        string        // what an error says about Reclaim: what it does if it is on, else how to set it; empty: the words of a CNI configuration
 
 	// Links lists the leases that the host's links prove. It is asked, outside
 	// the lock, before the first address is lent from a new leases.json: at boot,

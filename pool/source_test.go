@@ -193,8 +193,8 @@ func TestABlackHole(t *testing.T) {
 	}
 }
 
-// A source that is slower than a question waits for that can do without an answer has
-// all the time of one that cannot, though both are asked one after the other.
+// A question that can do without an answer waits shortly, and a slow source does not answer in time. A question
+// that needs the answer comes right after it. The slow source is asked again, and has all the time.
 func TestASlowSourceIsAskedAgainByThoseWhoNeedIt(t *testing.T) {
 	t.Parallel()
 	f := azure(nic(mac1, "10.0.0.0/24", 2))

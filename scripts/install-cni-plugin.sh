@@ -256,9 +256,9 @@ others() {
 # speaks tells whether a plugin that is there knows what our conflist may ask of it.
 speaks() { [ -x "$1" ] && echo '{"cniVersion":"1.1.0"}' | CNI_COMMAND=VERSION "$1" 2>/dev/null | grep -q '"1\.1\.0"'; }
 
-# warn_of_chained names the plugins of the conflist, ours aside, that are missing or do not
-# speak a CNI version of it. Such a plugin cannot tell its state: the node is NotReady then, and
-# the runtime does not say which plugin it is.
+# warn_of_chained names the other plugins of the conflist that are missing, or do not speak a CNI
+# version of the conflist. Such a plugin cannot tell its state. The node is then NotReady, and the
+# runtime does not name the plugin.
 warn_of_chained() { # <bin> <conflist>
 	text=$(tr -d ' \t\n\r' <"$root$2")
 	versions=$(printf '%s\n' "$text" | grep -oE '"cniVersions?":("[^"]*"|\[[^]]*\])' | grep -oE '[0-9]+(\.[0-9]+)+' | sort -u) || versions=

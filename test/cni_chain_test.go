@@ -69,7 +69,7 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 						failed = append(failed, from.name+": "+err.Error())
 						continue
 					}
-					// The pod's own question would come back to it from itself. A chained portmap takes the whole subnet of the
+					// A pod that asks its own host port would get the question from itself. A chained portmap takes the whole subnet of the
 					// pod for it: docs/kubernetes.md says so.
 					want := from.addr
 					if from.name == "web" || way.list == chain && n.Prefix.Contains(from.addr) {

@@ -18,8 +18,8 @@ VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}' ;;
 esac
 `
 
-// TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion: what such a plugin answers has no name in it, and is all
-// that the operator is told. Where the list is not found, nothing is said of it.
+// TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion: such a plugin's answer does not name the plugin, and the
+// operator sees no other. If azure-vnet does not find the list, STATUS says nothing about chained plugins.
 func TestSTATUSNamesAChainedPluginThatDoesNotSpeakTheListsVersion(t *testing.T) {
 	t.Parallel()
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})

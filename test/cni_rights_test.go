@@ -9,8 +9,8 @@ import (
 	"azurevnet/internal/vnetsim"
 )
 
-// lacks is a way to start a plugin that lacks what ADD needs, and what each plugin says then. A plugin that can do without
-// says nothing.
+// lacks is a way to start the plugins so that ADD lacks something, and the words that each plugin says then. A plugin that
+// does not need what is lacking says nothing.
 type lacks struct{ name, as, main, ipam string }
 
 const (

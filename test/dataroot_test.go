@@ -12,8 +12,8 @@ import (
 )
 
 // TestNetworksAreFoundWhereverTheEngineKeepsThem: status and uninstall find networks.json
-// under any data-root while the plugin runs, and until the next boot. Then they say what
-// they lack, and end with an error.
+// under any data-root, while the plugin runs and until the next boot. After the boot they name
+// the missing file, and end with an error.
 func TestNetworksAreFoundWhereverTheEngineKeepsThem(t *testing.T) {
 	t.Parallel() // it mostly waits
 	_, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
@@ -53,7 +53,7 @@ func TestNetworksAreFoundWhereverTheEngineKeepsThem(t *testing.T) {
 	if count != 0 || err == nil || !strings.Contains(err.Error(), "networks.json, which lists Docker's networks, is not found") {
 		t.Fatalf("after a boot with the plugin disabled: %d networks, %v", count, err)
 	}
-	// What the error says to add, and the program that docs/docker.md has run.
+	// The error says what to add to the command. And docs/docker.md runs the program that lies beside networks.json.
 	_, rest, _ := strings.Cut(err.Error(), "of the command: ")
 	add, _, _ := strings.Cut(rest, ". If")
 	add = strings.ReplaceAll(add, "docker ", client+" ")

@@ -20,8 +20,8 @@ import (
 var update = flag.Bool("update", false, "add a row to docs/errors.md for each error that has none")
 
 // TestEveryErrorIsExplained: docs/errors.md has a row for each error that the product can give, with its
-// text, why it comes and what to do. So a changed text is seen, and nobody is left with a text alone. The
-// part of an error that only says during what it happened, as in "read the links: %w", has no row.
+// text, why it comes and what to do. A new or changed text fails until its row is there. A part of an error that
+// only says what was being done, such as "read the links: %w", has no row.
 func TestEveryErrorIsExplained(t *testing.T) {
 	doc := filepath.Join(top, "docs", "errors.md")
 	text, err := os.ReadFile(doc)
@@ -90,7 +90,7 @@ var faces = func() map[string]bool {
 	return all
 }()
 
-// during matches an error that says only during what another one came.
+// during matches a text that only says what was being done when another error came.
 var during = regexp.MustCompile(`^[^;]*: %w$`)
 
 var verb = regexp.MustCompile(`%(\[\d\])?[-+# 0]*[\d.]*[a-zA-Z]`)
@@ -153,7 +153,7 @@ func constant(e ast.Expr) (text string, ok bool) {
 	return "", false
 }
 
-// asRow is a text as a cell of the table has it: what is put in later is an ellipsis.
+// asRow is a text as it stands in the table: an ellipsis stands for each value that is put in.
 func asRow(text string) string {
 	text = verb.ReplaceAllString(text, "…")
 	text = strings.NewReplacer("%%", "%", "\n", " ", "|", `\|`, "`", "'").Replace(text)

@@ -11,10 +11,9 @@ import (
 	"azurevnet/internal/vnetsim"
 )
 
-// TestWrongSettingsAreNamedWhereTheUserLooks: under wrong settings the engine enables the
-// plugin, and what is made next fails with all of them, what is allowed, and the command
-// that sets them right. What runs is ended as ever. The engine shows no word of a plugin
-// at enable.
+// TestWrongSettingsAreNamedWhereTheUserLooks: the engine enables a plugin with wrong settings, because
+// it shows no error of a plugin at enable. The next network or container fails. The error names all wrong
+// settings, what is allowed, and the command that mends them. Running containers can be ended.
 func TestWrongSettingsAreNamedWhereTheUserLooks(t *testing.T) {
 	t.Parallel() // it mostly waits
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 3})

@@ -10,8 +10,7 @@ import (
 	"azurevnet/internal/vnetsim"
 )
 
-// TestAPluginThatStopsLogsNoError: what a stop of the plugin breaks off, such as a
-// question to a source, has not failed.
+// TestAPluginThatStopsLogsNoError: the plugin stops while it asks a source. The log has no error of that.
 func TestAPluginThatStopsLogsNoError(t *testing.T) {
 	t.Parallel() // it mostly waits
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 1})

@@ -31,8 +31,8 @@ func (h host) inWords(arg, want []string, not ...string) {
 	}
 }
 
-// TestWhoHoldsIsNamedInDockersWords: by whom an address, a port or a MAC is held is told as docker ps and docker network
-// ls name it.
+// TestWhoHoldsIsNamedInDockersWords: an error names the holder of an address, a port or a MAC as docker ps and docker
+// network ls do.
 func TestWhoHoldsIsNamedInDockersWords(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
 	h, plain := vms[0], onHost(vms[1])
@@ -148,8 +148,8 @@ func TestAContainerOnTwoNetworksOfOneNIC(t *testing.T) {
 	clean(t, vnet, addr)
 }
 
-// TestASwarmNetworkWithoutAConfigurationIsRefused: what a swarm's manager makes names no subnet and no IpamDriver to the
-// nodes, which ask for it when the first task comes.
+// TestASwarmNetworkWithoutAConfigurationIsRefused: a manager makes such a network without a subnet and without an
+// IpamDriver. The first call of a node comes with its first task.
 func TestASwarmNetworkWithoutAConfigurationIsRefused(t *testing.T) {
 	vnet, vms := newVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]

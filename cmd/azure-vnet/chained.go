@@ -29,10 +29,10 @@ const (
 	versionTime   = 2 * time.Second                     // for a plugin to tell its versions
 )
 
-// checkChained is an error if another plugin of the list that the call is of is missing, or does
-// not speak the CNI version that the runtime chose. A runtime calls STATUS of each plugin in turn.
-// One that does not know STATUS answers "missing containerID" without its own name, and that is all
-// that the node's operator is told. A plugin that does not tell its versions is passed over.
+// checkChained is an error if another plugin of the call's list is missing, or does not speak the CNI
+// version that the runtime chose. A runtime calls STATUS of each plugin in turn. A plugin that does not
+// know STATUS answers "missing containerID". This answer does not name the plugin, and the node's
+// operator sees nothing else. checkChained skips a plugin that does not tell its versions.
 func checkChained(ctx context.Context, c *cni.Call) error {
 	list, path := findList(c)
 	if list == nil {
@@ -57,8 +57,8 @@ func checkChained(ctx context.Context, c *cni.Call) error {
 	return nil
 }
 
-// askVersions has a plugin tell which versions it speaks. A plugin that does not is killed with what it started, and
-// nobody waits for these.
+// askVersions asks a plugin which versions it speaks. If the plugin does not answer in time, askVersions kills it with
+// all processes that it started, and does not wait for them.
 func askVersions(ctx context.Context, program string) (cniversion.PluginInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, versionTime)
 	defer cancel()
@@ -75,9 +75,9 @@ func askVersions(ctx context.Context, program string) (cniversion.PluginInfo, er
 	return new(cniversion.PluginDecoder).Decode(out)
 }
 
-// findList finds the list that the call is of, and its file. A call is told of its own plugin
-// alone. The list is the first that has the network's name and that plugin, word for word. There is
-// none where the runtime takes its lists from a directory that the installer did not find.
+// findList finds the call's list, and the list's file. The runtime gives a call only the entry of the
+// called plugin. So findList takes the first list that has the network's name and the same entry. It finds
+// no list if the runtime reads its lists from a directory that the installer did not find.
 func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
 	dirs := []string{confDir}
 	record, _ := os.ReadFile(installedFile) // without it, azure-vnet was installed by other means

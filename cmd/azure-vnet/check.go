@@ -58,7 +58,7 @@ func check(ctx context.Context, c *cni.Call) error {
 	return nil
 }
 
-// remedy is what helps against whatever CHECK finds.
+// remedy says what to do about any fault that CHECK finds.
 const remedy = "azure-vnet reconcile mends what is the host's; else end the container and start it again"
 
 func changed(format string, args ...any) error {

@@ -117,8 +117,8 @@ func hear(ctx context.Context, p *pool.Pool) error {
 	return err
 }
 
-// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. Docker's networks keep it too: their auxiliary
-// addresses would be lent again.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. A network of
+// Docker's that holds an auxiliary address keeps everything too, because the address would be lent again.
 func uninstall(ctx context.Context, out io.Writer) error {
 	p, err := pool.New(pool.Config{Dir: stateDir})
 	if err != nil {

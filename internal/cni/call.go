@@ -68,7 +68,7 @@ func Main(p Plugin) {
 // serve writes at most one document, at its very end, and returns the exit code.
 func (p Plugin) serve(out io.Writer) int {
 	start := time.Now()
-	// skel reads the same, but tells nothing of a call that it refuses, which has a line in the log too.
+	// skel reads the same values. But if skel refuses the call, it hands none of them on, and the log needs them.
 	said, _ := parseArgs(os.Getenv("CNI_ARGS")) // as far as it can be read
 	call := &Call{
 		Verb: os.Getenv("CNI_COMMAND"), ContainerID: os.Getenv("CNI_CONTAINERID"), Netns: os.Getenv("CNI_NETNS"), IfName: os.Getenv("CNI_IFNAME"), Pod: podOf(said),
@@ -137,7 +137,7 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 }
 
 // serve does what the verb says. ADD and DEL of one interface come one after the other. STATUS
-// tries whether it may write where they do.
+// tries whether it may write in the directory that ADD and DEL write in.
 func (c *Call) serve(ctx context.Context, plugin string, do func(context.Context, *Call) error) error {
 	if c.Verb == "STATUS" {
 		if err := tryState(plugin); err != nil {

@@ -133,12 +133,12 @@ func (l *Lender) free(ctx context.Context) (freed bool, err error) {
 	return freed, err
 }
 
-// roundTime bounds a round of a call that finds no free address. Others wait for the bridge's lock meanwhile, such as the
-// calls that would free one.
+// roundTime bounds the round of a call that finds no free address. The round holds the bridge's lock. Calls that would
+// free an address wait for this lock.
 const roundTime = 5 * time.Second
 
-// someAreLed reports whether a route of the host leads to an address that nobody leases. It is not lent. The route may be
-// what a crash left, or a DEL that could not look the host over.
+// someAreLed reports whether a route of the host leads to an address that nobody leases. Such an address is not lent. A
+// crash may have left the route, or a DEL whose Reconcile failed.
 func (l *Lender) someAreLed(ctx context.Context) bool {
 	nics, _ := l.Counts(ctx) // unreadable: the lease said so
 	return slices.ContainsFunc(nics, func(nic pool.NICStatus) bool {

@@ -24,7 +24,7 @@ type boundedLog struct {
 
 var (
 	logFile = boundedLog{"/var/log/azure-vnet.log", 4 << 20}
-	toldLog = boundedLog{stateDir + "/told.log", 256 << 10} // failures that syslog was told, to count the repeats: syslog cannot
+	toldLog = boundedLog{stateDir + "/told.log", 256 << 10} // failures that went to syslog: their repeats are counted here, since a line in syslog cannot be changed
 )
 
 var levels = map[string]slog.Level{
@@ -134,10 +134,11 @@ func severity(l slog.Level) syslog.Priority {
 }
 
 // add adds a line with one write, which the kernel puts at the end of the file. A line that repeats an earlier one is
-// not added: the count in the earlier line grows. If a new line fills the file, add moves it aside. It returns how often
-// such a line came in a row. That is 1 for the first line, and also where the lock is not had within 100 ms: then the
-// line begins a row of its own. 0: the line is none that may repeat (a failure, or a DEL that found nothing), or it
-// could not be written.
+// not added: the count in the earlier line grows. If a new line fills the file, add moves the file aside.
+//
+// times is how often such a line came in a row. It is 1 for the first line. It is 1 too if add does not get the lock
+// within 100 ms: the line then begins a row of its own. It is 0 if the line cannot repeat another, or could not be
+// written. Failures can repeat, and DELs that find nothing.
 func (l boundedLog) add(line string, now time.Time, repeats bool) (times int) {
 	mode := os.O_WRONLY
 	if repeats {
@@ -165,7 +166,7 @@ func (l boundedLog) add(line string, now time.Time, repeats bool) (times int) {
 	return times
 }
 
-// lockLog waits for the lock on the file 100 ms at most, since a log holds no call up.
+// lockLog waits for the lock on the file, 100 ms at most: a call must not wait long for its log.
 func lockLog(f *os.File) bool {
 	for range 100 {
 		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {

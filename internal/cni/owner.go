@@ -67,7 +67,7 @@ func (c *Call) lockOwner(ctx context.Context, plugin string) (unlock func(), err
 	path := callLock(plugin, c.Owner())
 	unlock, err = statefile.Lock(ctx, path, c.Verb)
 	if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
-		return nil, unwritable(err) // no other call is in the way, but the disk or a right
+		return nil, unwritable(err) // the disk or a missing right is in the way, and no other call
 	}
 	if err != nil {
 		return nil, wrong(types.ErrTryAgainLater, "another call works on interface %s of container %s: %v", c.IfName, c.ContainerID, err)

@@ -15,7 +15,7 @@ import (
 	"azurevnet/pool"
 )
 
-// tryState writes a file where every ADD writes, and removes it.
+// tryState writes a file in the directory that every ADD writes in, and removes it.
 func tryState(plugin string) error {
 	path := filepath.Join(callsDir, plugin+"-status")
 	err := os.MkdirAll(callsDir, 0o755)
@@ -29,7 +29,7 @@ func tryState(plugin string) error {
 	return nil
 }
 
-// unwritable says what to do about an err with which a file in the state directory could not be written.
+// unwritable adds to err, the error of a write in the state directory, what to do.
 func unwritable(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("the state in %s cannot be written: %w: that is for root of the host, which no plain user is, nor root of a user namespace, as in a rootless container engine: run the container runtime as root of the host", stateDir, err)

@@ -3,7 +3,6 @@
 package cni
 
 import (
-	"azurevnet/internal/upkeep"
 	"bytes"
 	"cmp"
 	"fmt"
@@ -13,13 +12,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/upkeep"
 )
 
-// A runtime repeats what fails: kubelet an ADD every 12 s, each time with a new container
-// id and a DEL after it, and a STATUS up to ten times a second. Each call is a process of its
-// own, so the log itself has the count. The line of the first failure ends in "last=" and
-// "times=", of constant length, and a repeat writes these over. A process that dies at any
-// moment leaves whole lines, and a program that follows the log keeps its place in it.
+// A runtime repeats calls that fail. kubelet repeats an ADD every 12 s, each time with a new
+// container id and with a DEL after it. A runtime may repeat STATUS ten times a second. Each call
+// is a process of its own, so the log itself keeps the count. The line of the first failure ends in
+// "last=" and "times=". They have a constant length, and a repeat overwrites them. If a process dies,
+// all lines are whole all the same. A program that follows the log keeps its place in it.
 
 const (
 	rowGap   = 10 * time.Minute      // a failure that comes later begins a new row: it is news again
@@ -32,8 +33,8 @@ func countEnd(last time.Time, times int) string {
 	return fmt.Sprintf(" last=%s times=%-7d\n", last.Format(lastTime), min(times, 9999999))
 }
 
-// countRepeat finds the line of the failure that line repeats, and counts it there. It returns
-// how often the failure came in this row: 0 if line repeats none. The log's lock is held.
+// countRepeat finds the line of the failure that line repeats, and counts up in it. It returns
+// how often the failure came in this row: 0 if line repeats none. The caller holds the log's lock.
 func countRepeat(f *os.File, line string, now time.Time) int {
 	info, err := f.Stat()
 	if err != nil || !info.Mode().IsRegular() {
@@ -49,13 +50,13 @@ func countRepeat(f *os.File, line string, now time.Time) int {
 		at := bytes.LastIndexByte(rest[:len(rest)-1], '\n') + 1
 		before := string(rest[at:])
 		rest = rest[:at]
-		if !strings.Contains(before, mine.of) { // which costs less than to read all of it
+		if !strings.Contains(before, mine.of) { // cheaper than to parse the line
 			continue
 		}
 		if earlier := outcomeOf(before); earlier.call != mine.call || earlier.of != mine.of {
 			continue
 		} else if earlier != mine {
-			return 0 // something else became of the same call since
+			return 0 // the same call has ended in another way since
 		}
 		said := fieldsOf(before)
 		last, err := time.ParseInLocation(lastTime, said["last"], time.Local)
@@ -73,8 +74,8 @@ func countRepeat(f *os.File, line string, now time.Time) int {
 	return 0
 }
 
-// writeOver writes in the middle of a file that is open for appending. The kernel takes the
-// offset of no such write, so the file is not for appending meanwhile.
+// writeOver writes in the middle of a file that is open for appending. The kernel ignores the
+// offset of a write to such a file. So writeOver takes O_APPEND away while it writes.
 func writeOver(f *os.File, text string, offset int64) bool {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFL, 0); err != nil {
 		return false

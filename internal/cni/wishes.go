@@ -96,7 +96,7 @@ func (c *Conf) readAddr(w wish) (netip.Addr, error) {
 	return addr, nil
 }
 
-// parseArgs reads CNI_ARGS. What can be read of it is returned with an error too.
+// parseArgs reads CNI_ARGS. If a part of it is wrong, parseArgs returns the other parts with an error.
 func parseArgs(args string) (said map[string]string, err error) {
 	said = map[string]string{}
 	for pair := range strings.SplitSeq(args, ";") {
@@ -109,8 +109,8 @@ func parseArgs(args string) (said map[string]string, err error) {
 	return said, err
 }
 
-// podOf is namespace/name of the pod that CNI_ARGS names; empty: none, or a name that no
-// pod can have, which would not fit into a line.
+// podOf is namespace/name of the pod that CNI_ARGS names. It is empty if CNI_ARGS names none, or has a
+// name that no pod can have: such a name might break a line of the log.
 func podOf(said map[string]string) string {
 	const most = 63 + 1 + 253 // bytes: the longest names that Kubernetes allows
 	pod := said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
@@ -133,8 +133,8 @@ type mapping struct {
 	Protocol      string `json:"protocol"` // empty: tcp
 }
 
-// port is served unless it is of an IPv6 address of the host, which never leads
-// to a container that has none: runtimes of two families send it all the same.
+// port reads the mapping. served is false for an IPv6 address of the host: containers have no IPv6, and
+// runtimes of two families send such a mapping all the same.
 func (m mapping) port() (p bridge.Port, served bool, err error) {
 	p = bridge.Port{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
 	switch {

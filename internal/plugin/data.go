@@ -43,8 +43,8 @@ func parseMounts(mountinfo string) (all []mount) {
 	return all
 }
 
-// place is a directory that processes find whose mounts differ, such as a plugin and a
-// shell of the host. A mount of another namespace has the same device and root.
+// place names a directory so that processes with different mounts find it, such as the plugin and a shell of
+// the host. In every mount namespace, a mount of one directory has the same device and root.
 type place struct {
 	Device string `json:"device"` // major:minor of its file system
 	Dir    string `json:"dir"`    // in that file system
@@ -74,7 +74,7 @@ func (p place) find(mounts []mount) string {
 	return ""
 }
 
-// cutDir is path as dir sees it, and false if it does not lie there.
+// cutDir is path relative to dir. ok is false if path does not lie in dir.
 func cutDir(path, dir string) (below string, ok bool) {
 	below, ok = strings.CutPrefix(path, strings.TrimSuffix(dir, "/"))
 	return below, ok && (below == "" || below[0] == '/')
@@ -89,7 +89,7 @@ func readMounts() []mount {
 // placeFile is where a running plugin leaves the place of networks.json.
 func placeFile(run string) string { return filepath.Join(run, "azure-vnet", "data.json") }
 
-// leavePlace writes it for status and uninstall, which see the host's files otherwise.
+// leavePlace writes placeFile for status and uninstall, which see the host's files at other paths.
 func leavePlace(p places) error {
 	text, err := json.Marshal(placeOf(readMounts(), p.data))
 	if err == nil {
@@ -122,7 +122,7 @@ func findData(p places) (string, error) {
 	}
 	var left place
 	if text, err := os.ReadFile(placeFile(p.run)); err == nil {
-		_ = json.Unmarshal(text, &left) // torn only by hand: it is sought elsewhere then
+		_ = json.Unmarshal(text, &left) // only an edit by hand tears it: then the directory is sought elsewhere
 	}
 	recorded := left.find(readMounts())
 	if _, err := os.Stat(recorded); err == nil {
@@ -130,7 +130,7 @@ func findData(p places) (string, error) {
 	}
 	programs, _ := filepath.Glob(inEngine) // the pattern is right
 	if self, err := os.Executable(); err == nil && filepath.Base(filepath.Dir(self)) == "rootfs" {
-		programs = append([]string{self}, programs...) // docs/docker.md has it run there
+		programs = append([]string{self}, programs...) // docs/docker.md runs the program there
 	}
 	var all []string
 	for _, program := range programs {

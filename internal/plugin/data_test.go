@@ -4,7 +4,7 @@ package plugin
 
 import "testing"
 
-// What a plugin says of where networks.json lies, a process with other mounts finds.
+// A plugin records where networks.json lies. A process with other mounts finds the file by this record.
 func TestAPlaceIsFoundThroughOtherMounts(t *testing.T) {
 	const plugin = "40 39 0:50 / / rw - overlay overlay rw\n" +
 		`41 40 8:1 /srv/my\040files/plugins/a/propagated-mount /data rw shared:3 - ext4 /dev/sda1 rw` + "\n"

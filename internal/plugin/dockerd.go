@@ -29,8 +29,8 @@ const (
 	compareTime  = 10 * time.Second       // longest that one comparison may take: an engine that starts does not answer
 )
 
-// dockerd is the engine that runs this plugin. It may not answer while it waits for a call of ours. So it is asked in
-// the background, and within a call for names alone, for no longer than nameTime.
+// dockerd is the engine that runs this plugin. The engine may answer nobody while it waits for the plugin's answer to a
+// call. So the plugin asks it in the background. Within a call it asks for names only, for no longer than nameTime.
 type dockerd struct {
 	socket string
 	plugin string // id of this plugin there
@@ -95,8 +95,8 @@ func (e dockerd) Container(ctx context.Context, endpoint string) (name, network 
 	return "", "", fmt.Errorf("no running container has endpoint %.12s", endpoint)
 }
 
-// running lists the running containers that have a name and networks. The engine's list waits for no container that is
-// being started.
+// running lists the running containers that have a name and networks. The engine answers this question while it starts a
+// container.
 func (e dockerd) running(ctx context.Context) ([]container.Summary, error) {
 	docker, err := e.dial()
 	if err != nil {
@@ -163,8 +163,8 @@ func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
 	return ids, nil
 }
 
-// names are the names of the running containers by their addresses on these networks, as far as the
-// engine tells them in time: status is as true without them.
+// names are the names of the running containers on these networks, by address. There are none if the engine
+// does not answer in time: status then shows the addresses without names.
 func (e dockerd) names(ctx context.Context, networks []string) map[netip.Addr]string {
 	names := map[netip.Addr]string{}
 	ctx, cancel := context.WithTimeout(ctx, nameTime)

@@ -128,8 +128,8 @@ func TestNamesThatTheEngineTells(t *testing.T) {
 	}
 }
 
-// What holds an address or a port is told by name; and soon, where the engine does not answer while it waits
-// for this very call, by what docker network inspect shows.
+// An error names the container that holds an address or a port. An engine may not answer while it waits for this very
+// call. Then the error comes soon all the same, and tells the EndpointID, which docker network inspect shows.
 func TestAHolderIsNamedThoughTheEngineHangs(t *testing.T) {
 	for _, c := range []struct {
 		name           string

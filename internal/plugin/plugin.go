@@ -1,9 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package plugin is the managed Docker plugin as a process: both of libnetwork's
-// drivers on one socket, until SIGTERM. Its other words, status and uninstall,
-// read and clear the kernel and the files, so they work while the plugin is dead.
-// What an address or a container needs is decided in pool and bridge.
+// Package plugin is the process of the managed Docker plugin. It serves both of libnetwork's drivers on
+// one socket, until SIGTERM. The words status and uninstall read and change the kernel and the files
+// themselves, so they work while no plugin runs. The package decides nothing about addresses or
+// containers: pool and bridge do.
 package plugin
 
 import (
@@ -63,7 +63,7 @@ type places struct {
 	version string // of this program
 }
 
-// Run does what the arguments say, and prints what it says to out. The version is that of the program.
+// Run does what the arguments say, and prints to out. version is the program's.
 func Run(version string, args []string, out io.Writer) error {
 	p := places{version: version}
 	flags := flag.NewFlagSet("azure-vnet-plugin", flag.ContinueOnError)
@@ -173,8 +173,8 @@ func newDrivers(p places, log *logrus.Logger, host *bridge.Host, addresses *pool
 	return networks, ipam
 }
 
-// beSeen holds the lock by which uninstall sees that the plugin runs. An uninstall on
-// its way is let finish: what it takes away is made again then.
+// beSeen takes the lock by which uninstall sees that the plugin runs. It waits for an
+// uninstall that runs. The plugin then makes again what the uninstall removed.
 func beSeen(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()

@@ -37,8 +37,8 @@ type reconciler struct {
 	said map[string]row // by what failed, so that a lasting failure is told once
 }
 
-// begin restores the networks in the background, calls restored, and mends from then on. end stops all of it. It waits a
-// second at most, for a disk may hang.
+// begin restores the networks in the background, calls restored, and then mends until end is called. end waits one second
+// at most, because a disk may hang.
 func (r *reconciler) begin(ctx context.Context, p places, restored func(context.Context)) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
@@ -139,7 +139,7 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collect has leases and containers' links agree.
+// collect makes the leases agree with the links of containers.
 func (r *reconciler) collect(ctx context.Context) error {
 	released, err := upkeep.Release(ctx, r.host, r.pool)
 	for _, lease := range released {
@@ -222,13 +222,13 @@ type row struct {
 	times int
 }
 
-// is reports whether the error is the row's, but for what varies.
-func (w row) is(text string) bool {
+// repeats reports whether text is the row's failure again. Ports, ages and counts in it may differ.
+func (w row) repeats(text string) bool {
 	return upkeep.Reason(w.text) == upkeep.Reason(text)
 }
 
-// tell logs an error when it comes, changes and goes, and not at every round. When it goes or
-// changes, the log has how often it came. What the plugin's stop broke off has not failed.
+// tell logs an error when it comes, changes and goes, and not at every round. When the error goes or
+// changes, tell logs how often it came. An error that the plugin's own stop causes is no failure.
 func (r *reconciler) tell(ctx context.Context, what string, err error) {
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		r.log.WithField("what", what).WithError(err).Debug("broken off: the plugin stops")
@@ -244,7 +244,7 @@ func (r *reconciler) tell(ctx context.Context, what string, err error) {
 	if err != nil {
 		text = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
-	if failed && err != nil && before.is(text) {
+	if failed && err != nil && before.repeats(text) {
 		before.times++
 		r.said[what] = before
 		return

@@ -43,7 +43,7 @@ level=error msg="wireserver: refused" what="ask for addresses"
 	}
 }
 
-// A stop breaks off what the plugin does in the background, and nothing of it has failed.
+// The plugin stops while it works in the background. The log has no error of that.
 func TestAStopAtAnyMomentLogsNoError(t *testing.T) {
 	newVM(t, 2)
 	data := t.TempDir()

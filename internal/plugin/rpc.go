@@ -102,9 +102,9 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	}
 }
 
-// refuseMaking has every call that begins a network or an endpoint answered with why. All others go on: what
-// was begun before ends or is finished as if nothing were wrong, and an engine from 29 leaves a container without any
-// network if Join or ProgramExternalConnectivity fails.
+// refuseMaking answers every call that begins a network or an endpoint with why. All other calls are served. They end or
+// finish networks and endpoints that were begun before. An engine from 29 leaves a container without any network if Join
+// or ProgramExternalConnectivity fails.
 func refuseMaking(all map[string]method, why error) {
 	for _, name := range []string{
 		"IpamDriver.RequestPool", "IpamDriver.RequestAddress",

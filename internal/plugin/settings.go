@@ -32,7 +32,7 @@ var defaultSettings = []struct{ key, value string }{
 const hostRun = "/run"
 
 // readSettings reads the environment. run is the host's /run as this process sees it.
-// The error names all settings that are wrong. These have their defaults.
+// The error names all settings that are wrong. Their defaults are returned in their place.
 func readSettings(getenv func(string) string, run string) (settings, error) {
 	s := settings{level: logrus.InfoLevel, source: "auto", coolDown: 30 * time.Second}
 	var wrong, mended []string
@@ -135,7 +135,7 @@ func leaveSettings(getenv func(string) string, run string) error {
 func leftSettings(run string) (settings, error) {
 	env := map[string]string{}
 	if text, err := os.ReadFile(settingsFile(run)); err == nil {
-		_ = json.Unmarshal(text, &env) // torn only by hand: the defaults then
+		_ = json.Unmarshal(text, &env) // only an edit by hand tears it: then the defaults hold
 	}
 	return readSettings(func(key string) string { return env[key] }, run)
 }

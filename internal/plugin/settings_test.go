@@ -70,8 +70,8 @@ func errorText(err error) string {
 	return err.Error()
 }
 
-// Under a wrong setting the plugin listens, every call that begins a network or an endpoint
-// is refused with the reason, and what was begun before goes on and can be taken away.
+// A plugin with a wrong setting listens. It refuses every call that begins a network or an endpoint, and
+// says why. It serves all calls for networks and endpoints that were begun before.
 func TestAWrongSettingIsTheAnswerToWhatBegins(t *testing.T) {
 	newVM(t, 2)
 	data := t.TempDir()

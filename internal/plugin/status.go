@@ -124,8 +124,8 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 	return nil
 }
 
-// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. That networks.json is not found keeps nothing else
-// from being removed.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. If networks.json is not
+// found, all else is removed, and the error says so.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
 	addresses, err := openPool(p, settings{}, host)

@@ -2,7 +2,8 @@
 
 // Package upkeep keeps the addresses and the links of a host in agreement, whoever asks for it:
 // the managed plugin and a timer every 30 s, a CNI call that finds no free address, an uninstall.
-// It knows neither Docker nor CNI, and logs nothing.
+// It also tells whether two failures are alike, for those who log them. It knows neither Docker nor
+// CNI, and logs nothing.
 package upkeep
 
 import (
@@ -43,8 +44,8 @@ func leasesOf(ctx context.Context, host *bridge.Host, want func(bridge.Attachmen
 	return leases, err
 }
 
-// Release ends the leases that no container has any more, with what else the host has of their
-// addresses. It ends none on a host with containers of a former build, whose links cannot be read.
+// Release ends the leases that no container has any more, and deletes what the host still has of their
+// addresses. It ends no lease on a host with containers of a former build, whose links cannot be read.
 func Release(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (released []pool.Lease, err error) {
 	released, err = addresses.Collect(ctx, host.Away)
 	for _, lease := range released {
@@ -60,8 +61,8 @@ func Adopt(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (adopte
 	})
 }
 
-// Reclaim takes the secondary addresses of the NICs off the host, which would answer for them. It
-// tells taken what it took, NIC by NIC.
+// Reclaim takes the secondary addresses of the NICs off the host. The host would answer in the place of a
+// container that has such an address. Reclaim calls taken for each NIC that it took addresses from.
 func Reclaim(ctx context.Context, host *bridge.Host, nics []pool.NIC, taken func(nic string, addrs []netip.Addr)) error {
 	for _, nic := range nics {
 		addrs, err := host.Reclaim(ctx, nic.MAC, nic.Secondaries())
@@ -75,10 +76,10 @@ func Reclaim(ctx context.Context, host *bridge.Host, nics []pool.NIC, taken func
 	return nil
 }
 
-// varying matches what differs between two failures of one reason: ports, ids, ages and counts have digits.
+// varying matches the words that differ between two failures of one reason. Ports, ids, ages and counts have digits.
 var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
 
-// Reason is a failure's text without what varies from one time to the next, so that a log can count those that are alike.
+// Reason is a failure's text without ports, ids, ages and counts. Two failures with one Reason are alike.
 func Reason(failure string) string { return varying.ReplaceAllString(failure, "#") }
 
 // PluginLock is the lock that the managed plugin holds while it runs. run is the host's /run.
@@ -92,10 +93,11 @@ type Removal struct {
 }
 
 // Uninstall removes all bridges, rules and files, and returns the names of the bridges. A link that no
-// container took, or that came back from one, is removed too. An error keeps everything: while a
-// container is attached; while an address is held that no link proves, for it would be lent again; while
-// the managed plugin runs, which would make all of it again; and where a bridge of a former build stands,
-// whose containers' leases would be forgotten.
+// container took, or that came back from a container, is removed too.
+//
+// Uninstall removes nothing, and is an error, in each of these cases. A container is attached. An address is
+// held that no link proves, and would be lent again. The managed plugin runs, and would make everything
+// again. A bridge of a former build stands, and the leases of its containers would be forgotten.
 func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r Removal) (removed []string, err error) {
 	unlock, ok, err := statefile.TryLock(PluginLock(r.Run), "uninstall")
 	if err != nil {

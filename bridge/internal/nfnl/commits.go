@@ -12,12 +12,12 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// Commits tells whether transactions were committed in this namespace, by whomever. Its zero value is ready for use.
+// Commits tells whether anybody committed a transaction of nf_tables in this namespace. Its zero value is ready for use.
 type Commits struct {
 	socket *nl.SocketHandle
 }
 
-// Count is a number that each commit changes. It is 0 where the kernel does not tell.
+// Count is a number that each commit changes. It is 0 if the kernel does not tell the number.
 func (c *Commits) Count() uint32 {
 	if c.socket == nil {
 		s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)

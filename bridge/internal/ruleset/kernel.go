@@ -144,7 +144,7 @@ func Stands(n Network, parts ...Part) (bool, error) {
 		if part == ForBridges {
 			ok, err = nfnl.ChainExists(byte(bridgeTable.Family), Name, "prerouting")
 		} else {
-			ok, err = nfnl.ChainExists(byte(ipTable.Family), Name, "prerouting") // the arp table is older
+			ok, err = nfnl.ChainExists(byte(ipTable.Family), Name, "prerouting") // written last, so the arp table is there too
 		}
 	}
 	return ok, err

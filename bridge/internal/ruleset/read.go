@@ -18,11 +18,12 @@ import (
 // readTries bounds how often a reading is repeated.
 const readTries = 20
 
-// read is the table as the kernel holds it. One that is not there has no chains.
+// read reads the table from the kernel. A table that does not exist has no chains.
 //
-// The kernel lists a table in parts. A transaction between two parts may make the list lack something, even if it
-// changes another table. So a reading counts where no transaction was committed meanwhile. Where others commit all
-// the time, two readings in a row that are alike count too. The library hides the kernel's own mark for such a list.
+// The kernel lists a table in parts. If somebody commits a transaction between two parts, the list may lack something,
+// even if the transaction changes another table. The kernel marks such a list, but the library hides the mark. So read
+// repeats a reading until nobody committed a transaction during it. If somebody commits all the time, read takes a
+// reading that equals the one before it.
 func read(is *nftables.Table) (t *table, err error) {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {

@@ -61,8 +61,8 @@ func (c Config) bridgeTable() *table {
 		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(2), etherDaddr(14), ipSaddr(3), inSet("own"), accept()),
 		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(2), etherDaddr(14), arpSaddrEther(3), arpSaddrIP(18), inSet("own_arp"), accept()),
 		rule(iifgroup(GroupBridge), drop()))
-	// The kernel tells a container a shorter way to another one of its bridge. There
-	// is none: it reaches both by the host.
+	// The kernel tells a container that another container of its bridge is reached without
+	// the gateway. That is wrong: no frame goes from one port to another by itself.
 	t.base("output", filter, nftables.ChainHookOutput, atFilter,
 		rule(oifgroup(GroupBridge), etherType(unix.ETH_P_IP), icmpType(5), drop()))
 	c.fill(t)
@@ -114,8 +114,8 @@ func (c Config) ipTable() *table {
 	return t
 }
 
-// prerouting checks what comes up from transparent links, before any rule of others. All
-// packets of the host pass it, so it stands only where there are such links.
+// prerouting checks packets from transparent links, before any rule of others. All packets of the host pass this
+// chain. So the chain exists only if there are such links.
 func prerouting(t *table) {
 	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
 		// With route_localnet a container would reach the host's 127.0.0.1.
