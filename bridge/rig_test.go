@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,7 +21,6 @@ import (
 	"azurevnet/internal/vnetsim"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 )
 
 // host is a VM of a simulated VNet, with its bridge package.
@@ -457,17 +455,9 @@ func inNamespace(t testing.TB, f func()) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make network namespaces")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends, and the namespace with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Errorf("new network namespace: %v", err)
-			return
-		}
-		f()
-	}()
-	<-done
+	if err := vnetsim.InNewNamespace(f); err != nil {
+		t.Error(err)
+	}
 }
 
 // shell runs a command in the calling thread's namespace.

@@ -11,12 +11,13 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
 	"azurevnet/internal/dump"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // ourProtocol marks the routes, rules and neighbour entries that we made.

@@ -14,7 +14,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/vnetsim"
 )
 
 func TestAnInterruptedListingIsRepeatedAndOthersAreNot(t *testing.T) {
@@ -53,14 +54,7 @@ func TestListsAreWholeWhileLinksComeAndGo(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make network namespaces")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends, and the namespace with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Errorf("new network namespace: %v", err)
-			return
-		}
+	err := vnetsim.InNewNamespace(func() {
 		const stand = 100
 		for i := range stand {
 			pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("a%d", i)}, PeerName: fmt.Sprintf("b%d", i)}
@@ -92,8 +86,10 @@ func TestListsAreWholeWhileLinksComeAndGo(t *testing.T) {
 		if interrupted == 0 {
 			t.Error("no listing was interrupted: this test is blind")
 		}
-	}()
-	<-done
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // comeAndGo makes and deletes pairs of links in the namespace of the calling thread.

@@ -202,3 +202,23 @@ func (n *Namespace) close() error {
 	n.holder = nil
 	return err
 }
+
+// InNewNamespace runs f on a thread of its own in a new network namespace. The thread ends with f, and the namespace with
+// the thread. f starts no goroutine that needs the namespace. An error says that the namespace could not be made: root is
+// needed.
+func InNewNamespace(f func()) error {
+	done := make(chan struct{})
+	var err error
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked, so that the thread ends
+		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
+			f()
+		}
+	}()
+	<-done
+	if err != nil {
+		return fmt.Errorf("new network namespace: %w", err)
+	}
+	return nil
+}

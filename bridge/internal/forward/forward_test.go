@@ -7,13 +7,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/vnetsim"
 )
 
 // inNamespace runs f on a thread of its own in a new network namespace, which ends with it.
@@ -22,17 +22,9 @@ func inNamespace(t *testing.T, f func()) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make network namespaces")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends, and the namespace with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Errorf("new network namespace: %v", err)
-			return
-		}
-		f()
-	}()
-	<-done
+	if err := vnetsim.InNewNamespace(f); err != nil {
+		t.Error(err)
+	}
 }
 
 // run runs a line of the shell in the calling thread's namespace.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -15,44 +16,32 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// readTries bounds how often a reading is repeated.
-const readTries = 20
-
 // read reads the table from the kernel. A table that does not exist has no chains.
-//
-// The kernel lists a table in parts. If somebody commits a transaction between two parts, the list may lack something,
-// even if the transaction changes another table. The kernel marks such a list, but the library hides the mark. So read
-// repeats a reading until nobody committed a transaction during it. If somebody commits all the time, read takes a
-// reading that equals the one before it.
-func read(is *nftables.Table) (t *table, err error) {
+func read(is *nftables.Table) (*table, error) {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, noModule(err)
 	}
 	defer func() { _ = c.CloseLasting() }()
-	var commits nfnl.Commits
-	defer commits.Close()
-	for range readTries {
-		before, last := commits.Count(), t
-		t, err = readParts(c, is)
-		if commits.Count() == before || err == nil && last != nil && t.same(last) && last.same(t) {
-			break
-		}
-	}
-	return t, err
-}
-
-// readParts reads the table once.
-func readParts(c *nftables.Conn, is *nftables.Table) (*table, error) {
 	t := &table{is: is, sets: map[string]*set{}}
-	chains, err := c.ListChainsOfTableFamily(is.Family)
+	tables, err := c.ListTablesOfFamily(is.Family)
 	if err != nil {
 		return nil, noModule(err)
 	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == is.Name })
+	if i < 0 {
+		return t, nil
+	}
+	sets, err := c.GetSets(is)
+	if err != nil {
+		return nil, err
+	}
+	// The kernel counts objects and flowtables too (NFTA_TABLE_USE, nf_tables_api.c). The tables of azure-vnet have none.
+	chains, err := readChains(c, is, int(tables[i].Use)-len(sets))
+	if err != nil {
+		return nil, err
+	}
 	for _, ch := range chains {
-		if ch.Table.Name != is.Name {
-			continue
-		}
 		rules, err := c.GetRules(is, ch)
 		if err != nil {
 			return nil, err
@@ -62,13 +51,6 @@ func readParts(c *nftables.Conn, is *nftables.Table) (*table, error) {
 			tc.rules = append(tc.rules, r.Exprs)
 		}
 		t.chains = append(t.chains, tc)
-	}
-	if len(t.chains) == 0 {
-		return t, nil
-	}
-	sets, err := c.GetSets(is)
-	if err != nil {
-		return nil, err
 	}
 	for _, s := range sets {
 		s.Table = is
@@ -83,6 +65,28 @@ func readParts(c *nftables.Conn, is *nftables.Table) (*table, error) {
 		t.sets[s.Name] = ts
 	}
 	return t, nil
+}
+
+// chainsTime bounds how long the list of chains is repeated.
+const chainsTime = 2 * time.Second
+
+// readChains lists the chains of the table, of which the kernel counts n.
+//
+// The kernel lists the chains of all tables of a family in one list, which it sends in parts. If somebody commits a
+// transaction to another table between two parts, the list may lack chains of ours. The kernel marks such a list, but the
+// library hides the mark. So readChains repeats the list until it has n chains, or nobody committed a transaction
+// meanwhile. The lists of rules, sets and elements are of our table alone, which nobody changes without the bridge's lock.
+func readChains(c *nftables.Conn, is *nftables.Table, n int) (own []*nftables.Chain, err error) {
+	var commits nfnl.Commits
+	defer commits.Close()
+	for start := time.Now(); ; {
+		before := commits.Count()
+		all, err := c.ListChainsOfTableFamily(is.Family)
+		own = slices.DeleteFunc(all, func(ch *nftables.Chain) bool { return ch.Table.Name != is.Name })
+		if err == nil && len(own) == n || commits.Count() == before || time.Since(start) > chainsTime {
+			return own, err
+		}
+	}
 }
 
 // valueOf spells an element's value as set.elems does. The kernel gives a verdict

@@ -9,14 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"golang.org/x/sys/unix"
+
+	"azurevnet/internal/vnetsim"
 )
 
 var update = flag.Bool("update", false, "write the golden files instead of comparing with them")
@@ -27,17 +27,9 @@ func inNamespace(t testing.TB, f func()) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make network namespaces")
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends, and the namespace with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			t.Errorf("new network namespace: %v", err)
-			return
-		}
-		f()
-	}()
-	<-done
+	if err := vnetsim.InNewNamespace(f); err != nil {
+		t.Error(err)
+	}
 }
 
 func shell(t testing.TB, line string) string {
