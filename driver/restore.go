@@ -107,10 +107,10 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known 
 	return err
 }
 
-// Reserve has every auxiliary address held that can be. It is called before an address
-// of no name is lent: where the source was silent when Restore was, or since, an
-// auxiliary one would else be as good as any. One that cannot be lent delays nobody:
-// it is lent to nobody now.
+// Reserve leases every auxiliary address that is not leased and can be. The IpamDriver calls
+// Reserve before it lends any address. If the source was silent when Restore ran, an auxiliary
+// address may have no lease, and would be lent to a container. Reserve skips an auxiliary
+// address that cannot be leased: nobody else can lease it either.
 func (d *Driver) Reserve(ctx context.Context) error {
 	file, err := d.read()
 	if err != nil {

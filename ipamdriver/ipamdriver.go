@@ -285,10 +285,9 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 			return nil, fmt.Errorf("%s: %w", want, err)
 		}
 	}
-	if !want.IsValid() {
-		if err := d.cfg.Reserve(ctx); err != nil {
-			return nil, err
-		}
+	// If Reserve fails, an address that is asked for by name is lent all the same.
+	if err := d.cfg.Reserve(ctx); err != nil && !want.IsValid() {
+		return nil, err
 	}
 	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
 	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.foreign(ctx, id, want) {

@@ -596,6 +596,10 @@ func TestAuxiliaryAddressesAreNotLentAfterASilentBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		_, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool, Address: "10.240.0.5"})
+		if err == nil {
+			t.Fatal("the auxiliary address is lent to whoever asks for it by name")
+		}
 		got, err := call[ipam.RequestAddressResponse](e, "IpamDriver.RequestAddress", ipam.RequestAddressRequest{PoolID: pool})
 		if err == nil {
 			expect(t, "the first address after the boot", "10.240.0.6/16", got.Address)
