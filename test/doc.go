@@ -1,5 +1,6 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package test holds the product's promises, shown end to end: a real dockerd
-// with the managed plugin in simulated VMs. It has no code of its own.
+// Package test has what the tests of the product's promises share: VMs of a simulated VNet with a real dockerd or with
+// CNI plugins, places to ping and fetch from, and the builds that are tried. The promises themselves are in the
+// packages below it: docker, cni, host and repository. They may run at once.
 package test

@@ -1,0 +1,85 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package docker
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"azurevnet/internal/vnetsim"
+	"azurevnet/test"
+)
+
+// TestPortsBesideASecondNetwork: a published port leads to its container after every connect, disconnect and restart,
+// whichever of its networks comes first and has its default route: Docker's own bridge publishes it then, or we do.
+func TestPortsBesideASecondNetwork(t *testing.T) {
+	t.Parallel()
+	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 4})
+	h := vms[0]
+	h.WithPlugin()
+	h.Network("azure")
+	h.Docker("network", "create", "aa") // goes before azure, and zz after it: an engine's order of gateways
+	h.Docker("network", "create", "zz")
+	const web = "echo from $HOSTNAME >/index.html; httpd -f -p 80 -h /"
+	run := func(network, name, port string) {
+		h.Docker("run", "-d", "--init", "--network", network, "--name", name, "-h", name, "-p", port+":80", "busybox", "sh", "-c", web)
+	}
+	// From the internet: a container whose default route is by Docker's bridge answers VMs of its subnet by our link,
+	// with the bridge's address, as docs/docker.md says.
+	reached := func(name, port, when string) {
+		t.Helper()
+		var out string
+		for end := time.Now().Add(10 * time.Second); out != "from "+name && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			out, _ = internetFetches(t, vnet, "http://"+h.Public.String()+":"+port+"/")
+		}
+		if out != "from "+name {
+			t.Errorf("%s: port %s leads to %q and not to %s", when, port, out, name)
+		}
+	}
+	run("azure", "first", "8200")
+	run("aa", "second", "8201")
+	run("zz", "third", "8202")
+	reached("first", "8200", "run on azure")
+	for _, step := range []struct{ arg, name, port string }{
+		{"network connect aa first", "first", "8200"},
+		{"restart -t 0 first", "first", "8200"},
+		{"network disconnect aa first", "first", "8200"},
+		{"network connect zz first", "first", "8200"},
+		{"restart -t 0 first", "first", "8200"},
+		{"network disconnect azure first", "first", "8200"},
+		{"network connect azure first", "first", "8200"},
+		{"network connect azure second", "second", "8201"},
+		{"restart -t 0 second", "second", "8201"},
+		{"network disconnect aa second", "second", "8201"},
+		{"restart -t 0 second", "second", "8201"},
+		{"network connect azure third", "third", "8202"},
+		{"restart -t 0 third", "third", "8202"},
+		{"network disconnect zz third", "third", "8202"},
+	} {
+		h.Docker(strings.Fields(step.arg)...)
+		reached(step.name, step.port, step.arg)
+	}
+	publishes(h, ":8200->80/tcp", ":8201->80/tcp", ":8202->80/tcp")
+
+	// While a container of ours has a port, none of Docker's bridges is given it, also when the plugin was killed.
+	taken := func(when string) {
+		t.Helper()
+		_, err := h.Try(test.Client, "run", "--rm", "-p", "8201:80", "busybox", "true")
+		if err == nil || !strings.Contains(err.Error(), "address already in use") {
+			t.Errorf("%s: a container of Docker's bridge is given a port of ours: %v", when, err)
+		}
+		reached("second", "8201", when)
+	}
+	taken("while it runs")
+	killPlugin(h)
+	test.Eventually(t, "the plugin holds the port again", 20*time.Second, func() bool {
+		_, err := h.Try(test.Client, "run", "--rm", "-p", "8201:80", "busybox", "true")
+		return err != nil
+	})
+	taken("after the plugin was killed")
+	h.Docker("rm", "-f", "first", "second", "third")
+	h.Docker("run", "--rm", "-p", "8201:80", "busybox", "true")
+	h.Empty()
+	test.NothingDropped(t, vnet)
+}

@@ -1,0 +1,31 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package repository
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"azurevnet/test"
+)
+
+// TestBenchmarksRun: each does, once; what they say is for people.
+func TestBenchmarksRun(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make namespaces: sudo make test")
+	}
+	for _, words := range []string{
+		"test -run ^$ -bench . -benchtime 1x ./pool ./bridge ./internal/statefile",
+		"run ./bench -rounds 1 -standing 3",
+	} {
+		cmd := exec.CommandContext(t.Context(), "go", strings.Fields(words)...)
+		cmd.Dir = test.Top
+		out, err := cmd.CombinedOutput()
+		if err != nil || strings.Contains(string(out), "FAIL") {
+			t.Errorf("go %s: %v\n%s", words, err, out)
+		}
+	}
+}
