@@ -172,7 +172,7 @@ func TestEnsureStandsBesideAMacvlan(t *testing.T) {
 		before := h.sh("ip -d -o link show mv0; ip -o addr show eth0")
 		h.mustEnsure(h.spec(mode))
 		c := h.running(0, mode, Policy{SNAT: true})
-		if !c.try(ping(vnetsim.HostAgentAddr)) {
+		if !c.pings(vnetsim.HostAgentAddr) {
 			t.Error("the container is cut off")
 		}
 		h.whole("beside a macvlan")

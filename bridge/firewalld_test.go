@@ -266,7 +266,7 @@ func TestFirewalld(t *testing.T) {
 			if took := time.Since(begun); took > 2*time.Second {
 				t.Errorf("a container was attached in %v", took)
 			}
-			if !c.try(ping(w.far.addr)) {
+			if !c.pings(w.far.addr) {
 				t.Error("it is cut off")
 			}
 			w.mustDetach(c.endpoint(ModeBridge, Policy{}).Owner)

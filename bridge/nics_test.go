@@ -361,9 +361,9 @@ func TestManyContainers(t *testing.T) {
 			first := h.running(0, mode, Policy{SNAT: true}) // makes the policy's chain
 			h.mustDetach(first.endpoint(mode, Policy{}).Owner)
 			before := h.kernelState()
-			h.sh(fmt.Sprintf("for i in $(seq 1 %d); do ip netns add c0-$i; done", many-1))
 			all := []*container{first}
 			for n := 1; n < many; n++ {
+				h.netns(fmt.Sprintf("c0-%d", n))
 				all = append(all, &container{h, fmt.Sprintf("c0-%d", n), h.NICs()[0], h.Secondaries()[n]})
 			}
 			start := time.Now()

@@ -150,9 +150,11 @@ func (h *host) whole(when string) {
 // ip runs lines of the ip tool.
 func (h *host) ip(lines ...string) {
 	h.t.Helper()
-	for _, line := range lines {
-		h.run("ip", strings.Fields(line)...)
+	if len(lines) == 1 {
+		h.run("ip", strings.Fields(lines[0])...)
+		return
 	}
+	h.run("sh", "-c", `printf '%s\n' "$@" | ip -batch -`, "sh", strings.Join(lines, "\n"))
 }
 
 func (h *host) run(name string, arg ...string) string {
@@ -199,8 +201,16 @@ func (h *host) containerOn(nic, n int) *container {
 	h.t.Helper()
 	is := h.NICs()[nic]
 	c := &container{h, fmt.Sprintf("c%d-%d", nic, n), is, is.Secondaries[n]}
-	h.sh("ip netns add " + c.name + " && ip netns exec " + c.name + " ip link set lo up")
+	h.netns(c.name)
 	return c
+}
+
+// netns makes a network namespace on the VM.
+func (h *host) netns(name string) {
+	h.t.Helper()
+	if err := h.AddNetns(name); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
 // endpoint is the wish for c's interface.
@@ -279,7 +289,8 @@ func (c *container) sh(line string) string {
 
 func (c *container) try(line string) bool { return c.host.try(c.in(line)) }
 
-func ping(to netip.Addr) string { return fmt.Sprintf("busybox ping -q -c 1 -W 1 %s", to) }
+// pings reports whether an address answers the container.
+func (c *container) pings(to netip.Addr) bool { return c.PingsFrom(c.name, to) }
 
 // checks runs what is to succeed and what is to fail at once: what fails takes its time.
 type checks struct {
@@ -297,13 +308,13 @@ func (c *checks) expect(want bool, what string, try func() bool) {
 
 func (c *checks) pings(want bool, from *container, to ...netip.Addr) {
 	for _, a := range to {
-		c.expect(want, fmt.Sprintf("%s on %s pings %s", from.name, from.Name, a), func() bool { return from.try(ping(a)) })
+		c.expect(want, fmt.Sprintf("%s on %s pings %s", from.name, from.Name, a), func() bool { return from.pings(a) })
 	}
 }
 
 func (c *checks) hostPings(want bool, from *host, to ...netip.Addr) {
 	for _, a := range to {
-		c.expect(want, fmt.Sprintf("%s pings %s", from.Name, a), func() bool { return from.try(ping(a)) })
+		c.expect(want, fmt.Sprintf("%s pings %s", from.Name, a), func() bool { return from.Pings(a) })
 	}
 }
 

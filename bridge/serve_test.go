@@ -35,7 +35,7 @@ func (h *host) tunnel(a, b place, addrA, addrB netip.Addr) {
 // room is a network namespace on the VM that is nobody's container.
 func (h *host) room(name string) *container {
 	h.t.Helper()
-	h.sh("ip netns add " + name + " && ip netns exec " + name + " ip link set lo up")
+	h.netns(name)
 	return &container{host: h, name: name}
 }
 

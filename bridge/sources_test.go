@@ -98,7 +98,7 @@ func TestAnInterfaceOfOthersBeside(t *testing.T) {
 		if got := c.sh("ip rule | grep -e 16864 -e proto || true"); strings.Contains(got, "16864") {
 			t.Errorf("rules beside an interface of others: %q", got)
 		}
-		if !c.try(ping(h.Primary) + " && " + ping(netip.MustParseAddr("172.30.0.1"))) {
+		if !c.pings(h.Primary) || !c.pings(netip.MustParseAddr("172.30.0.1")) {
 			t.Error("the container is cut off")
 		}
 	})

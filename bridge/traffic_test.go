@@ -36,7 +36,7 @@ func internet(v *vnetsim.VNet) place { return place{"the internet", v.Internet.D
 // otherNetns makes a network namespace on the VM that is no container of ours.
 func (h *host) otherNetns(name string) place {
 	h.t.Helper()
-	h.sh("ip netns add " + name + " && ip netns exec " + name + " ip link set lo up")
+	h.netns(name)
 	return place{name + " on " + h.Name, func(f func() error) error { return h.inNetns(name, f) }}
 }
 

@@ -148,9 +148,9 @@ func TestNothingOfOthersIsTouched(t *testing.T) {
 		t.Helper()
 		c := &checks{t: t}
 		defer c.wait.Wait()
-		c.expect(false, when+": the peer gets past INPUT -i eth0 -j DROP", func() bool { return peer.try(ping(h.Primary)) })
+		c.expect(false, when+": the peer gets past INPUT -i eth0 -j DROP", func() bool { return peer.Pings(h.Primary) })
 		c.expect(true, when+": the site reaches the internet by -o eth0 -j MASQUERADE", func() bool {
-			return h.try("ip netns exec site " + ping(vnetsim.InternetAddr))
+			return h.PingsFrom("site", vnetsim.InternetAddr)
 		})
 		c.hostPings(true, h, vnetsim.HostAgentAddr, vnetsim.InternetAddr)
 	}

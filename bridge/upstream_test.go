@@ -200,7 +200,7 @@ func TestReconcileLeavesUpstreamsLinks(t *testing.T) {
 		}
 		h.whole("beside them")
 		checkSame(t, "links and routes", links, h.sh(picture))
-		if !pod.try(ping(h.Primary)) {
+		if !pod.pings(h.Primary) {
 			t.Error("the pod is cut off")
 		}
 	})

@@ -3,6 +3,8 @@
 package test
 
 import (
+	"azurevnet/internal/vnetsim"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +12,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -74,6 +78,38 @@ make -s build VERSION=former
 scripts/dist.sh content former "$3" build/cni
 scripts/rootfs.sh build/azure-vnet-plugin build/cni build/plugin/rootfs "$0/build/packages" "$3"
 cp config.json build/plugin/`, Top, dir, former, runtime.GOARCH))
+})
+
+// engineDisk makes /var/lib/docker of an engine that has the image busybox and the plugin, not enabled. To pack the plugin
+// is most of what an engine does in a short test, so it is done once.
+var engineDisk = Once("engine", func(dir string) (err error) {
+	if _, err := BuildPlugin(); err != nil {
+		return err
+	}
+	vnet, err := vnetsim.New(vnetsim.Config{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, vnet.Close()) }()
+	vm, err := vnet.AddVM(vnetsim.VMConfig{})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	if err := vm.StartDocker(ctx); err != nil {
+		return err
+	}
+	if err := vm.ImportBusybox(ctx); err != nil {
+		return err
+	}
+	if _, err := vm.Docker(ctx, "plugin", "create", Plugin, filepath.Join(Top, "build", "plugin")); err != nil {
+		return err
+	}
+	if err := vm.StopDocker(ctx, syscall.SIGTERM); err != nil {
+		return err
+	}
+	return output(exec.Command("sh", "-euc", `rm -rf "$1"; cp -a "$0" "$1"`, fmt.Sprintf("/proc/%d/root/var/lib/docker", vm.PidOne()), dir))
 })
 
 // Once returns a function that builds something into the directory that it returns. Packages of tests run at once: the

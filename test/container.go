@@ -4,41 +4,21 @@ package test
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"runtime"
-	"slices"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
 
 	"azurevnet/internal/vnetsim"
 )
-
-// InNamespace runs f on a thread in a network namespace. The sockets that f opens
-// belong to the namespace for as long as they live.
-func InNamespace(ns netns.NsHandle, f func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with this goroutine
-		if err := unix.Setns(int(ns), unix.CLONE_NEWNET); err != nil {
-			done <- err
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
 
 // OpenNamespace opens the network namespace of a VM or of the internet.
 func OpenNamespace(t *testing.T, n *vnetsim.Namespace) netns.NsHandle {
@@ -50,55 +30,12 @@ func OpenNamespace(t *testing.T, n *vnetsim.Namespace) netns.NsHandle {
 	return ns
 }
 
-// echoRequest is an ICMP echo request with its checksum.
-func echoRequest(id uint16) []byte {
-	p := []byte{8, 0, 0, 0, byte(id >> 8), byte(id), 0, 1}
-	var sum uint32
-	for i := 0; i < len(p); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(p[i:]))
-	}
-	for sum > 0xffff {
-		sum = sum>>16 + sum&0xffff
-	}
-	binary.BigEndian.PutUint16(p[2:], ^uint16(sum))
-	return p
-}
+// fileOf names the file of an open namespace.
+func fileOf(ns netns.NsHandle) string { return fmt.Sprintf("/proc/self/fd/%d", int(ns)) }
 
-// Ping asks several addresses at once from a namespace, and again and again until
-// all have answered or the time is over. It returns the addresses that are silent.
+// Ping is vnetsim's, from an open namespace.
 func Ping(ns netns.NsHandle, within time.Duration, to ...netip.Addr) (silent []netip.Addr, err error) {
-	var conn net.PacketConn
-	err = InNamespace(ns, func() (err error) {
-		conn, err = net.ListenPacket("ip4:icmp", "0.0.0.0")
-		return err
-	})
-	if err != nil {
-		return to, err
-	}
-	defer conn.Close()
-	id, wait := uint16(rand.N(1<<16)), map[netip.Addr]bool{}
-	for _, addr := range to {
-		wait[addr] = true
-	}
-	request, answer := echoRequest(id), make([]byte, 1500)
-	for end := time.Now().Add(within); len(wait) > 0 && time.Now().Before(end); {
-		for addr := range wait {
-			// A destination that is unreachable now may be reachable at the next try.
-			_, _ = conn.WriteTo(request, &net.IPAddr{IP: addr.AsSlice()})
-		}
-		again := time.Now().Add(200 * time.Millisecond)
-		for len(wait) > 0 && time.Now().Before(again) {
-			if err := conn.SetReadDeadline(again); err != nil {
-				return to, err
-			}
-			n, from, err := conn.ReadFrom(answer)
-			if err == nil && n >= 8 && answer[0] == 0 && binary.BigEndian.Uint16(answer[4:]) == id {
-				addr, _ := netip.AddrFromSlice(from.(*net.IPAddr).IP)
-				delete(wait, addr.Unmap())
-			}
-		}
-	}
-	return slices.SortedFunc(maps.Keys(wait), netip.Addr.Compare), nil
+	return vnetsim.Ping(fileOf(ns), within, to...)
 }
 
 const (
@@ -127,7 +64,7 @@ func (c *Container) Listen(port uint16) error {
 		return nil
 	}
 	var l net.Listener
-	err := InNamespace(c.Ns, func() (err error) {
+	err := vnetsim.InNamespace(fileOf(c.Ns), func() (err error) {
 		l, err = net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", port))
 		return err
 	})
@@ -165,7 +102,7 @@ func (c *Container) Close() {
 // Greeting connects from a namespace and reads what the container says there.
 func Greeting(ns netns.NsHandle, to netip.AddrPort) (string, error) {
 	var conn net.Conn
-	err := InNamespace(ns, func() error {
+	err := vnetsim.InNamespace(fileOf(ns), func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), PingTime)
 		defer cancel()
 		var err error
@@ -209,7 +146,7 @@ func NewContainer() (*Container, error) {
 		return nil, err
 	}
 	c := &Container{Ns: ns, Listeners: map[uint16]net.Listener{}}
-	err = InNamespace(ns, func() error {
+	err = vnetsim.InNamespace(fileOf(ns), func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err

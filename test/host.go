@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -142,20 +143,32 @@ func (h Host) StartEngine(arg ...string) {
 	}
 }
 
-// WithPlugin starts a dockerd with the plugin enabled; settings are KEY=value.
+// WithPlugin starts a dockerd that has the busybox image, with the plugin enabled; settings are KEY=value.
 func (h Host) WithPlugin(settings ...string) {
 	h.T.Helper()
-	h.WithEngine()
-	h.EnablePlugin(settings...)
+	disk, err := engineDisk()
+	if err == nil {
+		err = output(exec.Command("cp", "-a", disk+"/.", fmt.Sprintf("/proc/%d/root/var/lib/docker", h.PidOne())))
+	}
+	if err != nil {
+		h.T.Fatal(err)
+	}
+	h.StartEngine()
+	h.enable(settings)
 }
 
-// EnablePlugin gives the plugin to the engine.
+// EnablePlugin gives the plugin to the engine, and enables it.
 func (h Host) EnablePlugin(settings ...string) {
 	h.T.Helper()
 	if _, err := BuildPlugin(); err != nil {
 		h.T.Fatal(err)
 	}
 	h.Docker("plugin", "create", Plugin, filepath.Join(Top, "build", "plugin"))
+	h.enable(settings)
+}
+
+func (h Host) enable(settings []string) {
+	h.T.Helper()
 	if len(settings) > 0 {
 		h.Docker(append([]string{"plugin", "set", Plugin}, settings...)...)
 	}

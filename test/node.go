@@ -101,11 +101,20 @@ func Azure(more ...string) string {
 	return `{"type":"azure-vnet","ipam":{"type":"azure-vnet-ipam"}` + strings.Join(append([]string{""}, more...), ",") + `}`
 }
 
+// Netns makes network namespaces whose lo is up, as the loopback plugin has it.
+func (n Node) Netns(names ...string) {
+	n.T.Helper()
+	for _, name := range names {
+		if err := n.AddNetns(name); err != nil {
+			n.T.Fatal(err)
+		}
+	}
+}
+
 // Pod makes a network namespace for a container of that name.
 func (n Node) Pod(id string) *libcni.RuntimeConf {
 	n.T.Helper()
-	n.Must("ip", "netns", "add", id)
-	n.Must("ip", "-n", id, "link", "set", "lo", "up") // as the loopback plugin does
+	n.Netns(id)
 	return &libcni.RuntimeConf{ContainerID: id, NetNS: "/run/netns/" + id, IfName: "eth0", Args: [][2]string{
 		{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", id}, {"K8S_POD_INFRA_CONTAINER_ID", id}, {"K8S_POD_UID", "u-" + id},
 	}}

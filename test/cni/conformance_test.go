@@ -434,7 +434,7 @@ func TestConformance(t *testing.T) {
 				t.Run(must.name, func(t *testing.T) {
 					s, j := s, &judge{T: t}
 					s.t, s.n = j, n.In(t)
-					s.n.Must("sh", "-c", "for c in c1 c2; do ip netns add $c && ip -n $c link set lo up; done")
+					s.n.Netns("c1", "c2")
 					why, known := s.deviates[must.name]
 					j.known = known
 					j.try(must.test, s)

@@ -143,7 +143,9 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 	t.Run("200 at once", func(t *testing.T) {
 		n := n.In(t)
 		const count = 200
-		n.Must("sh", "-c", fmt.Sprintf("for i in $(seq %d); do ip netns add at$i; done", count))
+		for i := range count {
+			n.Netns(fmt.Sprintf("at%d", i+1))
+		}
 		type got struct {
 			id   string
 			addr netip.Addr
@@ -200,7 +202,9 @@ func TestPodsComeAndGoInOddWays(t *testing.T) {
 	t.Run("killed at any moment", func(t *testing.T) {
 		n := n.In(t)
 		keeper, _ := n.Add(l, n.Pod("keeper2"))
-		n.Must("sh", "-c", "for i in $(seq 30); do ip netns add kill$i; done")
+		for i := range 30 {
+			n.Netns(fmt.Sprintf("kill%d", i+1))
+		}
 		for i := range 30 {
 			id, conf := fmt.Sprintf("kill%d", i+1), conf
 			if i%4 > 1 {

@@ -87,7 +87,7 @@ func TestADDsOfOneInterfaceAtOnce(t *testing.T) {
 				n := n.In(t)
 				path := "CNI_PATH=" + n.Dir + ":/run/sticky"
 				id := fmt.Sprintf("one%d", round)
-				n.Must("sh", "-c", "ip netns add "+id+" && ip -n "+id+" link set lo up")
+				n.Netns(id)
 				won := addsAtOnce(n, id, conf, 20, killed, path)
 				if len(won) > 1 || len(won) == 0 && killed == 0 {
 					t.Errorf("%v won", won)
@@ -121,7 +121,7 @@ func TestADDsOfOneInterfaceAtOnce(t *testing.T) {
 	t.Run("ADDs and DELs of one interface at once", func(t *testing.T) {
 		n := n.In(t)
 		conf := test.Stdin("1.1.0", "azure", test.Azure(), nil)
-		n.Must("sh", "-c", "ip netns add both && ip -n both link set lo up")
+		n.Netns("both")
 		var wait sync.WaitGroup
 		for i := range 20 {
 			wait.Go(func() {
@@ -256,7 +256,7 @@ func TestGCLeavesARunningADDAlone(t *testing.T) {
 	n, plain := test.OnNode(vms[0]), test.OnHost(vms[1])
 	l := n.List("1.1.0", "azure", test.Azure())
 	n.Add(l, n.Pod("first")) // so that all else stands
-	n.Must("ip", "netns", "add", "slow")
+	n.Netns("slow")
 	cmd := n.Command(t.Context(), filepath.Join(n.Dir, "azure-vnet"))
 	cmd.Env, cmd.Stdin = n.Environ("ADD", "slow", "/run/netns/slow"), strings.NewReader(string(test.Stdin("1.1.0", "azure", test.Azure(), nil)))
 	unlock := holdLock(n, "/run/azure-vnet/bridge.lock") // at which the ADD waits, with its lease
