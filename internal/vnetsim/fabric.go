@@ -103,7 +103,10 @@ func (v *VNet) fabricUp() error {
 		link set lo up
 		link add net0 type veth peer name net0 netns %d
 		address add 192.0.2.0/31 dev net0
-		link set net0 up`, v.Internet.PidOne())); err != nil {
+		link set net0 up
+		route add %s via 192.0.2.1
+		route add %s via 192.0.2.1
+		route add default via 192.0.2.1`, v.Internet.PidOne(), HostAgentAddr, IMDSAddr)); err != nil {
 		return err
 	}
 	if err := v.Internet.ip(fmt.Sprintf(`
@@ -114,12 +117,6 @@ func (v *VNet) fabricUp() error {
 		address add %s/32 dev net0
 		link set net0 up
 		route add default via 192.0.2.0`, InternetAddr, HostAgentAddr, IMDSAddr)); err != nil {
-		return err
-	}
-	if err := v.fabric.ip(fmt.Sprintf(`
-		route add %s via 192.0.2.1
-		route add %s via 192.0.2.1
-		route add default via 192.0.2.1`, HostAgentAddr, IMDSAddr)); err != nil {
 		return err
 	}
 	return v.fabric.nft(fabricRules)
@@ -201,13 +198,11 @@ func (v *VNet) plug(n *nic, pid int) error {
 	if err := v.fabric.sysctl(conf+"/proxy_arp=1", conf+"/proxy_arp_pvlan=1", "ipv4/neigh/"+n.port+"/proxy_delay=0"); err != nil {
 		return err
 	}
-	if err := v.fabric.nft(fmt.Sprintf(portRules, n.port, n.MAC, FabricMAC, linkLocal(n.MAC))); err != nil {
+	entries, sets := delivery(n.port, NIC{}, n.NIC)
+	if err := v.fabric.nft(fmt.Sprintf(portRules, n.port, n.MAC, FabricMAC, linkLocal(n.MAC)) + sets); err != nil {
 		return err
 	}
-	if err := v.fabric.ip("link set " + n.port + " up"); err != nil {
-		return err
-	}
-	return v.deliver(n.port, NIC{}, n.NIC)
+	return v.fabric.ip("link set " + n.port + " up\n" + entries)
 }
 
 // unplug removes the port, and with it the NIC and the routes. The table stays
@@ -222,6 +217,15 @@ func (v *VNet) unplug(n *nic) error {
 // to its MAC, instead of the old ones. It adds before it deletes, so that an
 // address that stays is reached all the time.
 func (v *VNet) deliver(port string, old, now NIC) error {
+	entries, sets := delivery(port, old, now)
+	if err := v.fabric.ip(entries); err != nil {
+		return err
+	}
+	return v.fabric.nft(sets)
+}
+
+// delivery is what deliver tells ip and nft.
+func delivery(port string, old, now NIC) (entries, sets string) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "neighbor replace %s lladdr %s dev %s nud permanent\n", now.Primary, now.MAC, port)
 	fmt.Fprintf(&b, "route replace %s/32 dev %s scope link\n", now.Primary, port)
@@ -238,14 +242,11 @@ func (v *VNet) deliver(port string, old, now NIC) error {
 	if old.Primary.IsValid() && old.Primary != now.Primary {
 		fmt.Fprintf(&b, "neighbor del %s dev %s\n", old.Primary, port)
 	}
-	if err := v.fabric.ip(b.String()); err != nil {
-		return err
-	}
-	return v.fabric.nft(fmt.Sprintf(`
+	return b.String(), fmt.Sprintf(`
 		flush set netdev %[1]s own
 		add element netdev %[1]s own { %[2]s }
 		flush set netdev %[1]s primary
-		add element netdev %[1]s primary { %[3]s }`, port, strings.Join(own, ", "), now.Primary))
+		add element netdev %[1]s primary { %[3]s }`, port, strings.Join(own, ", "), now.Primary)
 }
 
 // linkLocal is the IPv6 address that an interface gives itself.

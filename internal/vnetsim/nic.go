@@ -339,6 +339,9 @@ func (m *VM) renew(n *nic, old NIC) error {
 // appended, as a DHCP client does: those of others stay.
 func (m *VM) dhcp(n *nic) string {
 	var b strings.Builder
+	if n.index == 0 {
+		b.WriteString("link set lo up\n")
+	}
 	fmt.Fprintf(&b, "address replace %s/%d broadcast + dev %s metric %d\n", n.Primary, n.Prefix.Bits(), n.Name, 100*(n.index+1)) // as cloud-init has it
 	if m.hold && n.index == 0 {
 		for _, a := range n.Secondaries {

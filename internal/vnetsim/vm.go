@@ -184,9 +184,6 @@ func (m *VM) boot() (err error) {
 	if err := m.sysctl("ipv6/conf/default/addr_gen_mode=1", "ipv6/conf/default/accept_dad=0", "ipv6/conf/default/accept_ra=0"); ignoreMissing(err) != nil {
 		return err
 	}
-	if err := m.ip("link set lo up"); err != nil {
-		return err
-	}
 	for _, n := range m.nics {
 		if err := m.start(n); err != nil {
 			return err
