@@ -1,0 +1,105 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package repository
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// retired are names that meant two things, by package, each with the name that is used instead. docs/words.md says what
+// each word means.
+var retired = map[string]map[string]string{}
+
+// TestNamesMeanOneThing: no name of ours hides one of Go's own, and no retired name comes back.
+func TestNamesMeanOneThing(t *testing.T) {
+	found := map[string]int{}
+	for _, p := range packages(t) {
+		here := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
+		for _, name := range p.GoFiles {
+			files := token.NewFileSet()
+			f, err := parser.ParseFile(files, filepath.Join(p.Dir, name), nil, parser.SkipObjectResolution)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, id := range declared(f) {
+				found[here]++
+				if types.Universe.Lookup(id.name.Name) != nil && !id.member {
+					t.Errorf("%s: %s hides Go's own", files.Position(id.name.Pos()), id.name.Name)
+				}
+				if now := retired[here][id.name.Name]; now != "" {
+					t.Errorf("%s: %s is called %s", files.Position(id.name.Pos()), id.name.Name, now)
+				}
+			}
+		}
+	}
+	for here := range retired {
+		if found[here] == 0 {
+			t.Errorf("%s declares nothing: its retired names are for nobody", here)
+		}
+	}
+	if found["bridge"] < 500 {
+		t.Errorf("%d names are declared in bridge: this test is blind", found["bridge"])
+	}
+}
+
+// declaration is a name where it is declared. A member is a field or a method, which hides nothing.
+type declaration struct {
+	name   *ast.Ident
+	member bool
+}
+
+func declared(f *ast.File) (all []declaration) {
+	add := func(member bool, names ...*ast.Ident) {
+		for _, id := range names {
+			all = append(all, declaration{id, member})
+		}
+	}
+	ast.Inspect(f, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.FuncDecl:
+			add(n.Recv != nil, n.Name)
+		case *ast.TypeSpec:
+			add(false, n.Name)
+		case *ast.ValueSpec:
+			add(false, n.Names...)
+		case *ast.StructType:
+			for _, field := range n.Fields.List {
+				add(true, field.Names...)
+			}
+		case *ast.FuncType:
+			for _, list := range []*ast.FieldList{n.Params, n.Results} {
+				if list != nil {
+					for _, field := range list.List {
+						add(false, field.Names...)
+					}
+				}
+			}
+		case *ast.InterfaceType:
+			for _, method := range n.Methods.List {
+				add(true, method.Names...)
+			}
+		case *ast.AssignStmt:
+			if n.Tok == token.DEFINE {
+				for _, e := range n.Lhs {
+					if id, ok := e.(*ast.Ident); ok {
+						add(false, id)
+					}
+				}
+			}
+		case *ast.RangeStmt:
+			for _, e := range []ast.Expr{n.Key, n.Value} {
+				if id, ok := e.(*ast.Ident); ok && n.Tok == token.DEFINE {
+					add(false, id)
+				}
+			}
+		}
+		return true
+	})
+	return all
+}
