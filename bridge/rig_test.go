@@ -147,14 +147,10 @@ func (h *host) whole(when string) {
 	}
 }
 
-// ip runs lines of the ip tool.
+// ip runs lines of the ip tool, up to the first that fails.
 func (h *host) ip(lines ...string) {
 	h.t.Helper()
-	if len(lines) == 1 {
-		h.run("ip", strings.Fields(lines[0])...)
-		return
-	}
-	h.run("sh", "-c", `printf '%s\n' "$@" | ip -batch -`, "sh", strings.Join(lines, "\n"))
+	h.sh("set -e\nip " + strings.Join(lines, "\nip "))
 }
 
 func (h *host) run(name string, arg ...string) string {

@@ -89,7 +89,7 @@ func Ping(file string, within time.Duration, to ...netip.Addr) (silent []netip.A
 	return slices.SortedFunc(maps.Keys(wait), netip.Addr.Compare), nil
 }
 
-// Pings reports whether an address answers a ping from the namespace within a second.
+// Pings reports whether an address answers a ping from the namespace within two seconds.
 func (n *Namespace) Pings(to netip.Addr) bool { return n.PingsFrom("", to) }
 
 // PingsFrom reports the same of a namespace that ip netns add made in this one; none is this one itself.
@@ -98,7 +98,7 @@ func (n *Namespace) PingsFrom(name string, to netip.Addr) bool {
 	if name != "" {
 		file = fmt.Sprintf("/proc/%d/root/run/netns/%s", n.PidOne(), name)
 	}
-	silent, err := Ping(file, time.Second, to)
+	silent, err := Ping(file, 2*time.Second, to)
 	return err == nil && len(silent) == 0
 }
 

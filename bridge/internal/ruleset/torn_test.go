@@ -5,6 +5,7 @@ package ruleset
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"runtime"
 	"testing"
 
@@ -70,7 +71,11 @@ func TestATableIsReadWholeWhileOthersCommit(t *testing.T) {
 		}
 		stop := othersCommit(t)
 		defer stop()
-		for range 100 {
+		readings := 25
+		if os.Getenv("SOAK") != "" {
+			readings = 500
+		}
+		for range readings {
 			if is, err := c.Differences(); err != nil || len(is) > 0 {
 				t.Fatalf("the tables stand, and are read as if not: %q %v", is, err)
 			}
