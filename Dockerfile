@@ -1,7 +1,7 @@
-# The plugin's root file system, as `make rootfs` makes it.
+# This builds the plugin's root file system, as `make rootfs` does on Debian or Ubuntu.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-# BASE is a Debian or Ubuntu with Go and make:
+# BASE is an image of Debian or Ubuntu with Go and make:
 #
 #   docker build --build-arg BASE=golang:1.26-bookworm -t azure-vnet-rootfs .
 #   mkdir -p build/plugin/rootfs && cp config.json build/plugin/

@@ -1,29 +1,31 @@
 #!/bin/sh
-# docker-run.sh: a Docker container with its own address of the Azure virtual network.
+# docker-run.sh: run a Docker container with its own address of the Azure virtual network.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
 #   docker-run.sh <container-name> <container-namespace> <image> [command…]
 #
-# It needs no other file. On stdout is the container's address and nothing else.
-# docker-del.sh <container-name> <container-namespace> removes it.
+# It needs no other file. It prints the container's address to stdout, and nothing else.
+# docker-del.sh <container-name> <container-namespace> removes the container.
 #
-# With the managed plugin azure-vnet:latest enabled, the container joins the
-# network "azure", which is made if it is missing, and is found there by others
-# as <container-name>.<container-namespace>. Without it the CNI package does
-# (install-cni-plugin.sh): a small container holds the network, the whole
-# conflist runs on it, then the image joins it. That outlives docker restart, but
-# neither a reboot nor a restart of the engine: remove it and run it again then.
+# If the managed plugin azure-vnet:latest is enabled, the container joins the
+# network "azure". The script makes this network if it is missing. Other containers
+# find the container there as <container-name>.<container-namespace>.
 #
-# A command that ends within a second has failed: it is removed, and its last
-# lines are shown.
+# If not, the script uses the CNI package (install-cni-plugin.sh). A small container
+# holds the network namespace. The whole conflist runs on it, and then the image
+# joins it. The network outlives docker restart. It does not outlive a reboot or a
+# restart of the engine: then run docker-del.sh and this script again.
 #
-#   DOCKER_RUN_ARGS='-e KEY=value -v /a:/b'   further options of docker run, parted by blanks
+# A command that ends within a second has failed: the script shows its last lines,
+# and removes the container.
 #
-# Exit status, and nothing is left behind but for 0, and for a holder whose
-# address CNI did not take back: docker-del.sh removes it.
-#   0 it runs          3 the name is taken             6 the command does not start, or ended at once
+#   DOCKER_RUN_ARGS='-e KEY=value -v /a:/b'   further options of docker run, separated by blanks
+#
+# Exit status. After a failure nothing is left behind, with one exception: a holder
+# whose address CNI did not take back. docker-del.sh removes it.
+#   0 it runs              3 the name is taken         6 the command does not start, or ended at once
 #   1 the engine failed    4 there is no such image    7 no engine answers, or neither plugin nor CNI
-#   2 wrong usage      5 no network or no address      128+n ended by signal n, such as 130 by Ctrl-C
+#   2 wrong usage          5 no network or no address  128+n ended by signal n, such as 130 by Ctrl-C
 set -euf
 
 plugin=azure-vnet:latest

@@ -1,11 +1,11 @@
 #!/bin/sh
-# dist.sh: the CNI package.
+# dist.sh: build the CNI package.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
 #   dist.sh content <version> <architecture> <directory>   its files
 #   dist.sh archives <version> <directory> [architecture…] its archives, and SHA256SUMS
 #
-# The same source and Go make the same bytes, whoever runs it where and when.
+# The same source and the same Go give the same bytes, on every machine and at any time.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)

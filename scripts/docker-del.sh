@@ -4,7 +4,7 @@
 #
 #   docker-del.sh <container-name> <container-namespace>
 #
-# It needs no other file. One that is not there is success.
+# It needs no other file. It succeeds if there is no such container.
 #
 # Exit status: 0 it is gone, 1 the engine or CNI failed: run it again, 2 wrong usage, 7 no engine answers
 set -euf

@@ -1,14 +1,14 @@
 #!/bin/sh
-# fresh.sh: the README on a machine that has nothing yet.
+# fresh.sh: run the demo and the tests on a machine that has only Go, git and make.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-# Makes a bare Debian with debootstrap, puts Go, git and make into it, clones
-# the committed project there and runs `make demo` and `make test`. Nothing of
-# this machine's file system is seen inside but the Go tree; the mounts live in
-# a mount namespace that ends with the script.
+# It makes the root of a bare Debian with debootstrap, clones the committed
+# project there, and runs `make demo` and `make test` in it. Inside, of this
+# machine's files only a copy of Go, and its settings for names and certificates,
+# are there. The mounts are in a mount namespace, which ends with the script.
 #
-#   FRESH_TARGETS="demo test"   what to make inside
-#   FRESH_MIRROR=URL            Debian mirror; default: this machine's first
+#   FRESH_TARGETS="demo test"   the targets to make
+#   FRESH_MIRROR=URL            Debian mirror; default: the first of this machine
 set -eu
 
 [ "$(id -u)" = 0 ] || { echo "fresh.sh: root is needed: use sudo" >&2; exit 1; }

@@ -1,24 +1,26 @@
 #!/bin/sh
-# install-cni-plugin.sh: pods of this node get addresses of the Azure virtual network.
+# install-cni-plugin.sh: install the CNI plugins that give pods addresses of the Azure virtual network.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
 #   install-cni-plugin.sh [options] [<version> | <archive.tgz> | <directory> | --from-plugin]
 #
 #   (nothing)       the latest release
-#   <version>       that release, such as v1.0.0
+#   <version>       this release, such as v1.0.0
 #   <archive.tgz>   a local archive, with the release's SHA256SUMS beside it
-#   <directory>     the files themselves, as `make cni` leaves them in build/cni
+#   <directory>     the files in a directory, such as build/cni, where make cni puts them
 #   --from-plugin   the files that the managed Docker plugin azure-vnet:latest carries
-#   --uninstall     removes all that was installed, and what it made of the host's network
-#   --root <dir>    works on a file system that is not running, such as an image's
+#   --uninstall     removes the files, and azure-vnet's bridges, routes and rules
+#   --root <dir>    works on another file system, such as that of an image
 #
-#   RELEASES=<url>  where the releases are; https://github.com/azure-vnet/azure-vnet/releases
+#   RELEASES=<url>  the site of the releases; default: https://github.com/azure-vnet/azure-vnet/releases
 #
-# It needs no other file, a POSIX shell and, for a release, curl or wget. The
-# directories are those that containerd or CRI-O are configured with, k3s' and RKE2's
-# too; else /opt/cni/bin and /etc/cni/net.d. It may be run again, to repair and to
-# upgrade. What can fail is done beside the places, then all is renamed at once.
-# What others write over its files is theirs: it is kept, and uninstall leaves it.
+# It needs a POSIX shell and, for a release, curl or wget. It needs no other file.
+#
+# It uses the directories that containerd or CRI-O are configured with (k3s and
+# RKE2 too), else /opt/cni/bin and /etc/cni/net.d. Run it again to repair and to
+# upgrade. It prepares all files beside their places, where a failure harms
+# nothing, and then renames all of them. A file that another package wrote over
+# one of its files belongs to that package: it is kept, and uninstall leaves it.
 set -euf
 umask 022
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# needs.sh: install what the tests and the demo use, where it is missing.
+# needs.sh: install the packages that the tests and the demo use, where they are missing.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-# Debian and Ubuntu only. A container engine that is there is left alone, and
-# apt is kept from starting any daemon: the tests run their own, in namespaces
-# of their own.
+# For Debian and Ubuntu only. A container engine that is installed stays as it is.
+# No daemon is started on this machine: the tests run their own daemons, in
+# namespaces of their own.
 set -eu
 
 [ "$(id -u)" = 0 ] || { echo "needs.sh: root is needed, for packages and network namespaces: use sudo" >&2; exit 1; }

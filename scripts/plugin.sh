@@ -1,14 +1,14 @@
 #!/bin/sh
-# plugin.sh: the managed plugin in the engine at hand.
+# plugin.sh: create, install, push or uninstall the managed plugin in this machine's engine.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-#   plugin.sh create <plugin>                    azure-vnet:latest, disabled
-#   plugin.sh install <plugin> <binary> <prefix> the same, enabled, with what belongs beside it
-#   plugin.sh push <plugin> <host:port/name:tag> to a registry, by way of the engine
-#   plugin.sh uninstall <binary> <prefix>        as if it had never been there
+#   plugin.sh create <plugin>                    makes azure-vnet:latest, disabled
+#   plugin.sh install <plugin> <binary> <prefix> the same, and enables it; installs the tool and the cloud-init drop-in
+#   plugin.sh push <plugin> <host:port/name:tag> pushes it to a registry, through the engine
+#   plugin.sh uninstall <binary> <prefix>        removes everything that install made
 #
-# <plugin> holds config.json and rootfs/. A plugin that is there already is
-# replaced; the networks and settings it has are carried over.
+# <plugin> is a directory with config.json and rootfs/. A plugin that exists
+# already is replaced, and keeps its networks and settings.
 set -eu
 
 name=azure-vnet:latest

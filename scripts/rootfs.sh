@@ -4,13 +4,15 @@
 #
 #   rootfs.sh <azure-vnet-plugin> <files of the CNI package> <rootfs> <cache> <architecture>
 #
-# The CNI package lies in /cni, where install-cni-plugin.sh --from-plugin takes it from.
+# The CNI package goes to /cni. install-cni-plugin.sh --from-plugin takes it from there.
 #
-# No registry and no container build: apt-get brings iptables and the libraries
-# that it names as its dependencies, dpkg-deb unpacks them, and of those just the
-# two back-ends, their extensions for IPv4 and the libraries that they load are taken.
-# Nothing of another architecture is run, and apt works in <cache>, where the
-# packages stay: the machine's own lists and architectures are not touched.
+# This needs no registry and no container build. apt-get downloads iptables and
+# the packages that it depends on, and dpkg-deb unpacks them. The root file system
+# gets only the two back-ends of iptables, their extensions for IPv4 and the
+# libraries that they load.
+#
+# No program of another architecture is run. apt works in <cache>, where the
+# packages stay, so the machine's own lists and architectures do not change.
 set -eu
 
 binary=$1 cni=$2 final=$3 cache=$4 arch=$5 rootfs=$3.new

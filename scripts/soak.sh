@@ -1,10 +1,10 @@
 #!/bin/sh
-# soak.sh: what takes longer than a change may wait for.
+# soak.sh: run the long tests: random crashes, and fuzzing.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-#   SOAK=10m      how long misfortunes go on
+#   SOAK=10m      how long the random crashes go on
 #   FUZZ=30s      how long each fuzz target runs
-#   SOAK_SEED=N   repeats a run of misfortunes
+#   SOAK_SEED=N   repeats the random crashes of an earlier run
 set -eu
 cd "$(dirname "$0")/.."
 go=$(command -v go || echo /usr/local/go/bin/go)

@@ -1,8 +1,8 @@
 #!/bin/sh
-# test.sh: the whole proof. One summary, one exit status.
+# test.sh: run all tests but the long ones, with one summary and one exit status.
 # Copyright (c) The azure-vnet authors. MIT licence.
 #
-# Words are passed to go test: scripts/test.sh -run TestReadme ./test/docker
+# Arguments are passed on to go test: scripts/test.sh -run TestReadme ./test/docker
 set -eu
 cd "$(dirname "$0")/.."
 go=$(command -v go || echo /usr/local/go/bin/go)

@@ -5,8 +5,9 @@
 #   go test -exec "$PWD/scripts/young.sh" ./pool
 #
 # The command sees a machine that has just booted: CLOCK_BOOTTIME and /proc/uptime
-# are those of a new time namespace. AZURE_VNET_YOUNG tells it so: "yes", or why
-# this machine cannot do that. Then the command runs by the machine's own clock.
+# are those of a new time namespace. Then AZURE_VNET_YOUNG is "yes". If this machine
+# cannot do that, the command runs with the machine's own clock, and
+# AZURE_VNET_YOUNG gives the reason.
 set -eu
 
 # The kernel counts the offset from the first time namespace, and not from the
