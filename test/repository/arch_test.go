@@ -9,6 +9,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
@@ -16,6 +17,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"azurevnet/test"
 )
 
 const module = "azurevnet"
@@ -113,6 +119,41 @@ func TestPackagesImportOnlyWhatTheDesignDraws(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestTheDrawingHasTheSameArrows: the drawing in docs/design.md is what people read.
+func TestTheDrawingHasTheSameArrows(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(test.Top, "docs", "design.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, drawing, _ := strings.Cut(string(text), "## The packages\n")
+	_, drawing, _ = strings.Cut(drawing, "```\n")
+	drawing, _, _ = strings.Cut(drawing, "```\n")
+	drawn, here, column := map[string][]string{}, "", 0
+	for line := range strings.Lines(drawing) {
+		row := []rune(strings.TrimRight(line, "\n"))
+		if row[0] != ' ' {
+			here = strings.TrimSuffix(module+"/"+strings.Fields(line)[0], "/.")
+			drawn[here] = []string{}
+		}
+		if i := slices.Index(row, '→'); i >= 0 {
+			column = i
+		}
+		if len(row) <= column {
+			continue
+		}
+		for _, arrow := range strings.Fields(strings.Trim(string(row[column:]), "→ ")) {
+			arrow = strings.Replace(strings.Trim(arrow, ","), "…/", "bridge/internal/", 1)
+			if arrow != "nothing" {
+				drawn[here] = append(drawn[here], arrow)
+			}
+		}
+	}
+	sorted := cmpopts.SortSlices(strings.Compare)
+	if diff := cmp.Diff(arrows, drawn, sorted, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("docs/design.md draws other arrows (- here, + there):\n%s", diff)
 	}
 }
 
