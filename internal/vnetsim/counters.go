@@ -4,6 +4,7 @@ package vnetsim
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -134,4 +135,26 @@ func (v *VNet) portTables(vm, what string) ([]tableEntry, error) {
 		owner, ok := v.ports[t.Counter.Table+t.Set.Table] // one of the two is empty
 		return !ok || vm != "" && owner != vm
 	}), nil
+}
+
+// Proved returns an error if the fabric refused a frame, which Azure would drop, or carried none from one of the addresses:
+// then nothing was shown of that address.
+func (v *VNet) Proved(used ...netip.Addr) error {
+	refused, err := v.Violations()
+	if err != nil {
+		return err
+	}
+	carried, err := v.Accepted()
+	if err != nil {
+		return err
+	}
+	if len(refused) > 0 {
+		err = fmt.Errorf("the fabric refused frames that break Azure's rules: %v", refused)
+	}
+	for _, addr := range used {
+		if carried[addr] == 0 {
+			err = errors.Join(err, fmt.Errorf("the fabric carried nothing from %s: its rules were not tried", addr))
+		}
+	}
+	return err
 }
