@@ -58,8 +58,8 @@ func hashed(owner string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// is reports whether the alias is of that owner.
-func (a alias) is(owner string) bool { return a.owner == owner || a.owner == hashed(owner) }
+// isOf reports whether the alias is of that owner.
+func (a alias) isOf(owner string) bool { return a.owner == owner || a.owner == hashed(owner) }
 
 // String is the alias as the link carries it, at most 255 bytes. What can be derived
 // is left out. The pod gives way first, for it is there for people only. The owner gives
@@ -151,8 +151,8 @@ func (a alias) label() string {
 	return a.addr.Addr().String() + ", pod " + a.pod
 }
 
-// holder names the owner in a sentence, with the pod if it is known.
-func (a alias) holder() string {
+// ownerText names the owner in a sentence, with the pod if it is known.
+func (a alias) ownerText() string {
 	if a.pod == "" {
 		return a.owner
 	}
@@ -167,8 +167,8 @@ func (a alias) group() uint32 {
 	return ruleset.GroupBridge
 }
 
-// endpointOf reads the alias of a link that is the host end of an endpoint.
-func endpointOf(l netlink.Link) (alias, bool) {
+// endpointAliasOf reads the alias of a link that is the host end of an endpoint.
+func endpointAliasOf(l netlink.Link) (alias, bool) {
 	a, ok := parseAlias(l.Attrs().Alias)
 	return a, ok && strings.HasPrefix(l.Attrs().Name, hostPrefix)
 }

@@ -29,19 +29,19 @@ var ErrAttached = errors.New("a running container has this interface: end that c
 // what a crash left and succeeds. It fails with ErrAttached where a container has the endpoint, and
 // with an error that names the other where another owner's link has the address or the MAC.
 func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
-	a, err := e.normal()
+	a, err := e.checkedAlias()
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %q: %w", e.Owner, err)
 	}
-	at := &attach{h: h, e: e, a: a}
-	at.link, at.peer = linkNames(e.Owner)
-	at.e.Ports, _ = normalPorts(e.Ports) // looked at by normal
-	defer at.close()
-	out, err := at.run(ctx)
+	at := &attacher{host: h, wish: e, alias: a}
+	at.hostEnd, at.containerEnd = linkNames(e.Owner)
+	at.wish.Ports, _ = normalizedPorts(e.Ports) // looked at by normal
+	defer at.closeSockets()
+	out, err := at.attachLocked(ctx)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %s: %w", e.Owner, err)
 	}
-	if out.Away {
+	if out.InContainer {
 		at.awaitCarrier()
 	}
 	return out, nil
@@ -50,8 +50,8 @@ func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 // awaitCarrier waits, without the lock, until the kernel has taken note that the container's link is up, and that the
 // bridge has a port that is. It does so a moment after they are, later while it is busy with links of others, and drops
 // what is sent meanwhile. Nearly always it has by now.
-func (at *attach) awaitCarrier() {
-	for _, index := range []int{at.index, at.bridge} {
+func (a *attacher) awaitCarrier() {
+	for _, index := range []int{a.hostEndIndex, a.bridgeIndex} {
 		for range 100 {
 			l, err := netlink.LinkByIndex(index)
 			if index == 0 || err != nil || l.Attrs().OperState == netlink.OperUp {
@@ -62,8 +62,8 @@ func (at *attach) awaitCarrier() {
 	}
 }
 
-// normal checks the wish, and returns what the endpoint's link will say.
-func (e Endpoint) normal() (alias, error) {
+// checkedAlias checks the wish, and returns what the endpoint's link will say.
+func (e Endpoint) checkedAlias() (alias, error) {
 	if e.Lease == "" {
 		e.Lease = e.Owner
 	}
@@ -91,138 +91,138 @@ func (e Endpoint) normal() (alias, error) {
 	if strings.ContainsFunc(e.Pod, bad) {
 		e.Pod = "" // no pod has such a name, and the alias cannot keep it
 	}
-	ports, err := normalPorts(e.Ports)
+	ports, err := normalizedPorts(e.Ports)
 	return alias{addr: e.Addr, mac: e.MAC, nic: nic.String(), bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(ports), pod: e.Pod}, err
 }
 
-// attach is one Attach on its way.
-type attach struct {
-	h    *Host
-	e    Endpoint
-	a    alias
-	link string // name of the host end
-	peer string // name of the container end, while it lies here
+// attacher is one Attach on its way.
+type attacher struct {
+	host         *Host
+	wish         Endpoint
+	alias        alias
+	hostEnd      string // name of the host end
+	containerEnd string // name of the container end, while it lies here
 
-	ns     netns.NsHandle   // the container's; not open if the container end stays here
-	bridge int              // index of the bridge; 0: transparent
-	mtu    int              // bytes
-	ports  []Port           // claimed
-	rules  ruleset.Endpoint // the endpoint as the nft tables take it
+	ns              netns.NsHandle   // the container's; not open if the container end stays here
+	bridgeIndex     int              // index of the bridge; 0: transparent
+	mtu             int              // bytes
+	ports           []PublishedPort  // claimed
+	rulesetEndpoint ruleset.Endpoint // the endpoint as the nft tables take it
 
-	index, peerIndex int // of the ends, once they are made; peerIndex is of ns
-	nsID             int // the host's number for ns
-	undo             []func() error
+	hostEndIndex, containerEndIndex int // of the ends, once they are made; peerIndex is of ns
+	nsID                            int // the host's number for ns
+	undo                            []func() error
 
 	nft   ruleset.Conn
 	flows conntrack.Conn
 }
 
-// close comes after the lock was given back: see ruleset.Conn.
-func (at *attach) close() {
-	at.nft.Close()
-	at.flows.Close()
-	if at.ns.IsOpen() {
-		at.ns.Close()
+// closeSockets comes after the lock was given back: see ruleset.Conn.
+func (a *attacher) closeSockets() {
+	a.nft.Close()
+	a.flows.Close()
+	if a.ns.IsOpen() {
+		a.ns.Close()
 	}
 }
 
-func (at *attach) run(ctx context.Context) (Attachment, error) {
-	at.ns = netns.None()
-	if at.e.Netns != "" {
+func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
+	a.ns = netns.None()
+	if a.wish.Netns != "" {
 		var err error
-		if at.ns, err = OpenNetns(at.e.Netns); err != nil {
+		if a.ns, err = OpenNetns(a.wish.Netns); err != nil {
 			return Attachment{}, err
 		}
 	}
-	unlock, err := at.h.lock(ctx, "attach "+at.e.Owner)
+	unlock, err := a.host.lockHost(ctx, "attach "+a.wish.Owner)
 	if err != nil {
 		return Attachment{}, err
 	}
 	defer unlock()
-	if err := at.clearOld(ctx); err != nil {
+	if err := a.removeLeftovers(ctx); err != nil {
 		return Attachment{}, err
 	}
-	secondNIC, err := at.decide(ctx)
+	secondNIC, err := a.decideParts(ctx)
 	if err != nil {
 		return Attachment{}, err
 	}
 	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
-	if err := at.act(secondNIC); err != nil {
-		return Attachment{}, errors.Join(err, at.undoAll())
+	if err := a.makeParts(secondNIC); err != nil {
+		return Attachment{}, errors.Join(err, a.undoAll())
 	}
-	out := Attachment{Owner: at.a.owner, Lease: at.a.lease, Pod: at.a.pod, Link: at.link, Peer: at.peer, Bridge: at.a.bridge, NIC: at.a.nic, Addr: at.a.addr,
-		MAC: at.a.mac, MTU: at.mtu, Ports: at.ports, Away: at.ns.IsOpen()}
-	if out.Away {
+	out := Attachment{Owner: a.alias.owner, Lease: a.alias.lease, Pod: a.alias.pod, Link: a.hostEnd, Peer: a.containerEnd, Bridge: a.alias.bridge, NIC: a.alias.nic, Addr: a.alias.addr,
+		MAC: a.alias.mac, MTU: a.mtu, Ports: a.ports, InContainer: a.ns.IsOpen()}
+	if out.InContainer {
 		out.Peer = ""
 	}
 	return out, nil
 }
 
-// clearOld takes away what an earlier attach or half a detach of this owner left.
-func (at *attach) clearOld(ctx context.Context) error {
-	l, err := netlink.LinkByName(at.link)
-	if rtnl.NotThere(err) {
+// removeLeftovers takes away what an earlier attach or half a detach of this owner left.
+func (a *attacher) removeLeftovers(ctx context.Context) error {
+	l, err := netlink.LinkByName(a.hostEnd)
+	if rtnl.IsNotExist(err) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("look for %s: %w", at.link, err)
+		return fmt.Errorf("look for %s: %w", a.hostEnd, err)
 	}
-	old, whole := endpointOf(l)
+	old, whole := endpointAliasOf(l)
 	switch {
 	case !whole && halfMade(l): // nobody was told of it
-		return delLink(l)
+		return deleteLink(l)
 	case !whole:
-		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end the container that it leads to", at.link)
-	case !old.is(at.e.Owner):
-		return fmt.Errorf("the link %s is of %s, whose name has the same hash: remove this container and make it anew, so that it gets another id", at.link, old.owner)
+		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end the container that it leads to", a.hostEnd)
+	case !old.isOf(a.wish.Owner):
+		return fmt.Errorf("the link %s is of %s, whose name has the same hash: remove this container and make it anew, so that it gets another id", a.hostEnd, old.owner)
 	case l.Attrs().NetNsID >= 0:
-		return fmt.Errorf("%s with %s: %w", at.link, old.addr, ErrAttached)
+		return fmt.Errorf("%s with %s: %w", a.hostEnd, old.addr, ErrAttached)
 	}
-	d := &detach{h: at.h, link: l, a: old}
-	defer d.close()
+	d := &detacher{host: a.host, link: l, alias: old}
+	defer d.closeSockets()
 	if err := d.removeParts(ctx); err != nil {
 		return err
 	}
-	return delLink(l)
+	return deleteLink(l)
 }
 
 // syncTables makes the tables what the host needs and the endpoint will.
-func (at *attach) syncTables(v *view) error {
-	c := v.ruleset()
-	c.Endpoints = append(c.Endpoints, at.rules)
+func (a *attacher) syncTables(v *view) error {
+	c := v.rulesetConfig()
+	c.Endpoints = append(c.Endpoints, a.rulesetEndpoint)
 	_, err := c.Sync()
 	return err
 }
 
-// config is as much of the tables' input as the endpoint's own elements rest on.
-func (at *attach) config() ruleset.Config {
-	return ruleset.Config{Networks: []ruleset.Network{at.e.Policy.network()}}
+// rulesetConfig is as much of the tables' input as the endpoint's own elements rest on.
+func (a *attacher) rulesetConfig() ruleset.Config {
+	return ruleset.Config{Networks: []ruleset.Network{a.wish.Policy.rulesetNetwork()}}
 }
 
-func (at *attach) undoAll() error {
+func (a *attacher) undoAll() error {
 	var errs []error
-	for _, undo := range slices.Backward(at.undo) {
+	for _, undo := range slices.Backward(a.undo) {
 		errs = append(errs, undo())
 	}
-	at.undo = nil
+	a.undo = nil
 	return errors.Join(errs...)
 }
 
-// act makes what decide found to be possible.
-func (at *attach) act(secondNIC bool) error {
+// makeParts makes what decide found to be possible.
+func (a *attacher) makeParts(secondNIC bool) error {
 	for _, step := range []struct {
 		name string
 		do   func() error
 	}{
-		{"elements", at.addElements},
-		{"link", at.makeLink},
-		{"port", at.plug},
-		{"route", at.addRoutes},
-		{"namespace", at.configure},
-		{"flows", at.forgetDatagrams},
-		{"alias", at.sign},
+		{"elements", a.addElements},
+		{"link", a.makeLink},
+		{"port", a.setUpHostEnd},
+		{"route", a.addRoutes},
+		{"namespace", a.setUpContainerEnd},
+		{"flows", a.deleteUDPFlows},
+		{"alias", a.writeAlias},
 	} {
-		if err := at.h.hook(step.name); err != nil {
+		if err := a.host.beforeStep(step.name); err != nil {
 			return err
 		}
 		if err := step.do(); err != nil {
@@ -230,106 +230,106 @@ func (at *attach) act(secondNIC bool) error {
 		}
 	}
 	if secondNIC {
-		return at.h.mendRouting()
+		return a.host.mendRouting()
 	}
 	return nil
 }
 
-func (at *attach) addElements() error {
-	at.undo = append(at.undo, func() error { return at.nft.Remove(at.config(), at.rules) })
-	if at.nft.Add(at.config(), at.rules) == nil {
+func (a *attacher) addElements() error {
+	a.undo = append(a.undo, func() error { return a.nft.Remove(a.rulesetConfig(), a.rulesetEndpoint) })
+	if a.nft.Add(a.rulesetConfig(), a.rulesetEndpoint) == nil {
 		return nil
 	}
 	// An element that a killed process left for this address is in the way.
-	v, err := at.h.readEndpoints()
+	v, err := a.host.readEndpoints()
 	if err != nil {
 		return err
 	}
-	return at.syncTables(v)
+	return a.syncTables(v)
 }
 
 // makeLink makes the pair, with the container end in its namespace.
-func (at *attach) makeLink() error {
-	pair := rtnl.Veth{Name: at.link, MAC: hostMAC(at.a.addr.Addr()), Group: at.a.group(), Master: at.bridge, Up: at.bridge != 0,
-		PeerName: at.peer, PeerMAC: at.a.mac, PeerNS: -1, MTU: at.mtu}
-	if at.ns.IsOpen() {
-		pair.PeerName, pair.PeerNS = at.e.IfName, int(at.ns)
+func (a *attacher) makeLink() error {
+	pair := rtnl.Veth{Name: a.hostEnd, MAC: hostMAC(a.alias.addr.Addr()), Group: a.alias.group(), Master: a.bridgeIndex, Up: a.bridgeIndex != 0,
+		PeerName: a.containerEnd, PeerMAC: a.alias.mac, PeerNS: -1, MTU: a.mtu}
+	if a.ns.IsOpen() {
+		pair.PeerName, pair.PeerNS = a.wish.IfName, int(a.ns)
 	}
 	err := pair.Create()
 	switch {
-	case errors.Is(err, unix.EEXIST) && at.ns.IsOpen():
-		return fmt.Errorf("make %s: %w: if %s is in %s already, remove it or ask for another name", at.link, err, pair.PeerName, at.e.Netns)
+	case errors.Is(err, unix.EEXIST) && a.ns.IsOpen():
+		return fmt.Errorf("make %s: %w: if %s is in %s already, remove it or ask for another name", a.hostEnd, err, pair.PeerName, a.wish.Netns)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return fmt.Errorf("make %s: %w: the kernel has no veth: load the module veth", at.link, err)
-	case errors.Is(err, unix.EXFULL) || errors.Is(err, unix.EBUSY) && at.bridge != 0:
-		return fmt.Errorf("make %s a port of %s: %w: a bridge takes 1,023 ports: end other containers, or use mode transparent, which has no bridge", at.link, at.a.bridge, err)
+		return fmt.Errorf("make %s: %w: the kernel has no veth: load the module veth", a.hostEnd, err)
+	case errors.Is(err, unix.EXFULL) || errors.Is(err, unix.EBUSY) && a.bridgeIndex != 0:
+		return fmt.Errorf("make %s a port of %s: %w: a bridge takes 1,023 ports: end other containers, or use mode transparent, which has no bridge", a.hostEnd, a.alias.bridge, err)
 	case err != nil:
-		return fmt.Errorf("make %s and %s: %w", at.link, pair.PeerName, err)
+		return fmt.Errorf("make %s and %s: %w", a.hostEnd, pair.PeerName, err)
 	}
-	l, err := netlink.LinkByName(at.link)
+	l, err := netlink.LinkByName(a.hostEnd)
 	if err != nil {
-		return fmt.Errorf("find %s again: %w", at.link, err)
+		return fmt.Errorf("find %s again: %w", a.hostEnd, err)
 	}
-	at.undo = append(at.undo, func() error { return delLink(l) })
-	at.index, at.peerIndex, at.nsID = l.Attrs().Index, l.Attrs().ParentIndex, l.Attrs().NetNsID
+	a.undo = append(a.undo, func() error { return deleteLink(l) })
+	a.hostEndIndex, a.containerEndIndex, a.nsID = l.Attrs().Index, l.Attrs().ParentIndex, l.Attrs().NetNsID
 	return nil
 }
 
-// plug makes the host end a well-behaved port, or, transparent, a link that stands alone.
-func (at *attach) plug() error {
-	if at.bridge != 0 {
-		if err := at.h.setSysctl(noIPv6(at.link)); err != nil {
+// setUpHostEnd makes the host end a well-behaved port, or, transparent, a link that stands alone.
+func (a *attacher) setUpHostEnd() error {
+	if a.bridgeIndex != 0 {
+		if err := a.host.setSysctl(noIPv6(a.hostEnd)); err != nil {
 			return err
 		}
-		if err := rtnl.SetPortFlags(at.index, portFlags); err != nil {
-			return fmt.Errorf("set up the port %s: %w", at.link, err)
+		if err := rtnl.SetPortFlags(a.hostEndIndex, bridgePortFlags); err != nil {
+			return fmt.Errorf("set up the port %s: %w", a.hostEnd, err)
 		}
-		if err := rtnl.AddForwarding(rtnl.ForwardingEntry{Port: at.index, MAC: at.a.mac}); err != nil {
-			return fmt.Errorf("forwarding entry of %s: %w", at.a.mac, err)
+		if err := rtnl.AddForwarding(rtnl.ForwardingEntry{Port: a.hostEndIndex, MAC: a.alias.mac}); err != nil {
+			return fmt.Errorf("forwarding entry of %s: %w", a.alias.mac, err)
 		}
 		return nil
 	}
-	for _, s := range linkSysctls(at.link) { // before it is up
-		if err := at.h.setSysctl(s); err != nil {
+	for _, s := range linkSysctls(a.hostEnd) { // before it is up
+		if err := a.host.setSysctl(s); err != nil {
 			return err
 		}
 	}
-	if err := netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.index}}); err != nil {
-		return fmt.Errorf("set %s up: %w", at.link, err)
+	if err := netlink.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: a.hostEndIndex}}); err != nil {
+		return fmt.Errorf("set %s up: %w", a.hostEnd, err)
 	}
 	return nil
 }
 
 // addRoutes tells the host its way to the container.
-func (at *attach) addRoutes() error {
-	link := at.bridge
+func (a *attacher) addRoutes() error {
+	link := a.bridgeIndex
 	if link == 0 {
-		link = at.index
+		link = a.hostEndIndex
 	}
-	n := rtnl.Neighbour{Link: link, Addr: at.a.addr.Addr(), MAC: at.a.mac, Protocol: ourProtocol}
+	n := rtnl.Neighbour{Link: link, Addr: a.alias.addr.Addr(), MAC: a.alias.mac, Protocol: ourProtocol}
 	if err := rtnl.PutNeighbour(n); err != nil {
 		return fmt.Errorf("neighbour entry of %s: %w", n.Addr, err)
 	}
-	at.undo = append(at.undo, func() error { return ignoreMissing(rtnl.DelNeighbour(n)) })
+	a.undo = append(a.undo, func() error { return ignoreMissing(rtnl.DeleteNeighbour(n)) })
 	for _, table := range containerTables {
-		r := at.a.route(table, link, at.mtu)
+		r := a.alias.containerRoute(table, link, a.mtu)
 		if err := putRoute(r); err != nil {
 			return err
 		}
-		at.undo = append(at.undo, func() error { return delRoute(r) })
+		a.undo = append(a.undo, func() error { return deleteRoute(r) })
 	}
 	return nil
 }
 
-func (at *attach) forgetDatagrams() error { return forgetDatagrams(&at.flows, live(at.ports)) }
+func (a *attacher) deleteUDPFlows() error { return deleteUDPFlows(&a.flows, notIdle(a.ports)) }
 
-// sign says that the interface is whole.
-func (at *attach) sign() error {
-	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.index}}, at.a.String())
+// writeAlias says that the interface is whole.
+func (a *attacher) writeAlias() error {
+	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: a.hostEndIndex}}, a.alias.String())
 }
 
 func ignoreMissing(err error) error {
-	if rtnl.NotThere(err) {
+	if rtnl.IsNotExist(err) {
 		return nil
 	}
 	return err

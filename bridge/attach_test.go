@@ -26,7 +26,7 @@ func TestAttachRefuses(t *testing.T) {
 		e := c.endpoint(mode, Policy{SNAT: true})
 		a := h.mustAttach(e)
 		link, _ := linkNames(e.Owner)
-		want := Attachment{Owner: e.Owner, Lease: e.Owner, Link: link, Bridge: e.Bridge, NIC: h.MAC, Addr: e.Addr, MAC: MACFor(c.addr), MTU: 1500, Away: true}
+		want := Attachment{Owner: e.Owner, Lease: e.Owner, Link: link, Bridge: e.Bridge, NIC: h.MAC, Addr: e.Addr, MAC: MACFor(c.addr), MTU: 1500, InContainer: true}
 		if diff := cmp.Diff(want, a, cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
 			t.Errorf("the attachment (-want +got):\n%s", diff)
 		}

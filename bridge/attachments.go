@@ -20,22 +20,22 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := h.state()
+	state, err := h.readState()
 	if err != nil {
 		return nil, err
 	}
 	var out []Attachment
 	for _, l := range links {
-		a, ok := endpointOf(l)
+		a, ok := endpointAliasOf(l)
 		if !ok {
 			continue
 		}
 		at := attachmentOf(l, a)
-		if p := links.Index(l.Attrs().ParentIndex); p != nil && !at.Away {
+		if p := links.ByIndex(l.Attrs().ParentIndex); p != nil && !at.InContainer {
 			at.Peer = p.Attrs().Name
 		}
 		if a.ports > 0 {
-			at.Ports = live(state.Ports[at.Link])
+			at.Ports = notIdle(state.Ports[at.Link])
 		}
 		out = append(out, at)
 	}
@@ -44,7 +44,7 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 
 func attachmentOf(l netlink.Link, a alias) Attachment {
 	return Attachment{Owner: a.owner, Lease: a.lease, Pod: a.pod, Link: l.Attrs().Name, Bridge: a.bridge, NIC: a.nic, Addr: a.addr, MAC: a.mac,
-		MTU: l.Attrs().MTU, Away: l.Attrs().NetNsID >= 0}
+		MTU: l.Attrs().MTU, InContainer: l.Attrs().NetNsID >= 0}
 }
 
 // Attachment finds what owner has attached, with less to read than Attachments. It does not tell the
@@ -52,26 +52,26 @@ func attachmentOf(l netlink.Link, a alias) Attachment {
 func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
 	host, peer := linkNames(owner)
 	l, err := netlink.LinkByName(host)
-	if rtnl.NotThere(err) {
+	if rtnl.IsNotExist(err) {
 		return Attachment{}, false, nil
 	}
 	if err != nil {
 		return Attachment{}, false, fmt.Errorf("look for %s: %w", host, err)
 	}
-	a, ok := endpointOf(l)
-	if !ok || !a.is(owner) {
+	a, ok := endpointAliasOf(l)
+	if !ok || !a.isOf(owner) {
 		return Attachment{}, false, nil
 	}
 	at := attachmentOf(l, a)
-	if !at.Away {
+	if !at.InContainer {
 		at.Peer = peer
 	}
 	return at, true, nil
 }
 
-// Away is the set of addresses whose container end lies in another namespace: containers have them.
+// AddrsInContainers is the set of addresses whose container end lies in another namespace: containers have them.
 // On a host with containers of an earlier build it is an error, for their links do not tell.
-func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
+func (h *Host) AddrsInContainers(ctx context.Context) (map[netip.Addr]bool, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return nil, err
@@ -81,25 +81,25 @@ func (h *Host) Away(ctx context.Context) (map[netip.Addr]bool, error) {
 	}
 	away := map[netip.Addr]bool{}
 	for _, l := range links {
-		if a, ok := endpointOf(l); ok && l.Attrs().NetNsID >= 0 {
+		if a, ok := endpointAliasOf(l); ok && l.Attrs().NetNsID >= 0 {
 			away[a.addr.Addr()] = true
 		}
 	}
 	return away, nil
 }
 
-// Forget deletes the flows of addresses whose links died with their containers' namespaces, before
+// DeleteFlows deletes the flows of addresses whose links died with their containers' namespaces, before
 // Detach could: they would mislead the next containers that have the addresses. None is success.
-func (h *Host) Forget(addrs ...netip.Addr) error {
+func (h *Host) DeleteFlows(addrs ...netip.Addr) error {
 	var flows conntrack.Conn
 	defer flows.Close()
-	if err := forgetFlows(&flows, addrs...); err != nil {
+	if err := deleteFlows(&flows, addrs...); err != nil {
 		return fmt.Errorf("forget the flows of %v: %w", addrs, err)
 	}
 	return nil
 }
 
-func forgetFlows(c *conntrack.Conn, addrs ...netip.Addr) error {
+func deleteFlows(c *conntrack.Conn, addrs ...netip.Addr) error {
 	var all []conntrack.Flows
 	for _, addr := range addrs {
 		all = append(all, conntrack.Flows{From: addr}, conntrack.Flows{Answerer: addr})

@@ -48,7 +48,7 @@ func benchHost(b *testing.B, mode Mode, n int) (h *Host, wish Endpoint) {
 func BenchmarkAttachDetach(b *testing.B) {
 	for _, mode := range Modes {
 		for _, others := range []int{0, 250} {
-			for _, ports := range [][]Port{nil, {{Proto: "tcp", HostPort: 8080, Port: 80}}} {
+			for _, ports := range [][]PublishedPort{nil, {{Proto: "tcp", HostPort: 8080, Port: 80}}} {
 				b.Run(fmt.Sprintf("%s/beside=%d/ports=%d", mode, others, len(ports)), func(b *testing.B) {
 					inNamespace(b, func() {
 						h, e := benchHost(b, mode, others)
@@ -100,15 +100,15 @@ func BenchmarkSyncTables250(b *testing.B) {
 			b.Run(fmt.Sprintf("%s/flushed=%v", mode, flush), func(b *testing.B) {
 				inNamespace(b, func() {
 					h, _ := benchHost(b, mode, 250)
-					v, err := h.read()
+					v, err := h.readView()
 					if err != nil {
 						b.Error(err)
 						return
 					}
-					c := v.ruleset()
+					c := v.rulesetConfig()
 					for b.Loop() {
 						if flush {
-							if err := ruleset.Drop(); err != nil {
+							if err := ruleset.DeleteTables(); err != nil {
 								b.Error(err)
 							}
 						}

@@ -80,23 +80,23 @@ type Endpoint struct {
 	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that an address keeps its MAC
 	MTU     int              // bytes, of both ends; 0: the NIC's
 	Policy  Policy
-	Ports   []Port // of the host that lead to it; those that are Idle are claimed for it, until Publish has them lead to it
-	Netns   string // path of the container's network namespace; empty: the container end stays here for the caller to move
-	IfName  string // name in Netns; required with Netns
+	Ports   []PublishedPort // of the host that lead to it; those that are Idle are claimed for it, until Publish has them lead to it
+	Netns   string          // path of the container's network namespace; empty: the container end stays here for the caller to move
+	IfName  string          // name in Netns; required with Netns
 }
 
 // Attachment is a container's interface as the kernel holds it.
 type Attachment struct {
-	Owner  string // as given; sha256:<hex> where it did not fit the alias
-	Lease  string // owner of its address's lease
-	Pod    string // namespace/name; empty: none, not known, or it did not fit the alias
-	Link   string // host end
-	Peer   string // container end while it lies in the host's namespace, else empty
-	Bridge string // as asked for, also while the link is not in it; empty: transparent
-	NIC    string // MAC, lower case with colons
-	Addr   netip.Prefix
-	MAC    net.HardwareAddr // container's
-	MTU    int              // bytes
-	Ports  []Port           // published: they lead to it
-	Away   bool             // the container end lies in another namespace: a container has it
+	Owner       string // as given; sha256:<hex> where it did not fit the alias
+	Lease       string // owner of its address's lease
+	Pod         string // namespace/name; empty: none, not known, or it did not fit the alias
+	Link        string // host end
+	Peer        string // container end while it lies in the host's namespace, else empty
+	Bridge      string // as asked for, also while the link is not in it; empty: transparent
+	NIC         string // MAC, lower case with colons
+	Addr        netip.Prefix
+	MAC         net.HardwareAddr // container's
+	MTU         int              // bytes
+	Ports       []PublishedPort  // published: they lead to it
+	InContainer bool             `json:"Away"` // the container end lies in another network namespace, so a container has it. The key is that of earlier releases' status
 }

@@ -13,24 +13,24 @@ import (
 // nothing. It returns nil if all stands. It holds the lock meanwhile, since what another call has half
 // made is not broken.
 func (h *Host) Check(ctx context.Context, owner string) error {
-	unlock, err := h.lock(ctx, "check "+owner)
+	unlock, err := h.lockHost(ctx, "check "+owner)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := h.check(owner); err != nil {
+	if err := h.checkLocked(owner); err != nil {
 		return fmt.Errorf("check %s: %w", owner, err)
 	}
 	return nil
 }
 
-func (h *Host) check(owner string) error {
-	v, err := h.read()
+func (h *Host) checkLocked(owner string) error {
+	v, err := h.readView()
 	if err != nil {
 		return err
 	}
 	name, _ := linkNames(owner)
-	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.link.Name == name && e.is(owner) })
+	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.link.Name == name && e.isOf(owner) })
 	if i < 0 {
 		return fmt.Errorf("its link %s is gone: end the container and start it again", name)
 	}
@@ -39,14 +39,14 @@ func (h *Host) check(owner string) error {
 	for _, f := range slices.Concat(h.nicFaults(v, e.nic), h.sysctlFault(ipForward), h.bridgeFaults(v, e.nic), h.endpointFaults(v, e), e.containerFaults(), routingFaults(v)) {
 		errs = append(errs, errors.New(f.what))
 	}
-	if e.bridge != "" && v.linkTo(e) == 0 && len(errs) == 0 {
+	if e.bridge != "" && v.linkToContainer(e) == 0 && len(errs) == 0 {
 		errs = append(errs, fmt.Errorf("%s is half made: azure-vnet mends it within 30 s", e.bridge))
 	}
-	ports := v.ports()[name]
+	ports := v.publishedPorts()[name]
 	if e.ports > 0 && len(ports) == 0 {
 		errs = append(errs, errors.New("its published ports are not written down any more: end the container and start it again"))
 	}
-	missing, err := v.ruleset().Missing(v.rulesOf(e.alias, name, ports))
+	missing, err := v.rulesetConfig().Missing(v.rulesetEndpoint(e.alias, name, ports))
 	for _, what := range missing {
 		errs = append(errs, errors.New(what))
 	}

@@ -45,74 +45,74 @@ func OpenNetns(path string) (netns.NsHandle, error) {
 	return ns, nil
 }
 
-// configure gives the container end its address and, unless its network is internal, its routes. All
+// setUpContainerEnd gives the container end its address and, unless its network is internal, its routes. All
 // goes by the gateway, the subnet too: so the container holds one neighbour entry, and all that it
 // sends meets in the host's IP layer. lo is the runtime's.
-func (at *attach) configure() error {
-	if !at.ns.IsOpen() {
+func (a *attacher) setUpContainerEnd() error {
+	if !a.ns.IsOpen() {
 		return nil
 	}
-	if err := at.configureIn(at.ns); err != nil {
-		return fmt.Errorf("%s in %s: %w", at.e.IfName, at.e.Netns, err)
+	if err := a.setUpContainerEndIn(a.ns); err != nil {
+		return fmt.Errorf("%s in %s: %w", a.wish.IfName, a.wish.Netns, err)
 	}
 	return nil
 }
 
-func (at *attach) configureIn(ns netns.NsHandle) error {
+func (a *attacher) setUpContainerEndIn(ns netns.NsHandle) error {
 	in, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
 	// A router advertisement would give the container another gateway.
-	if err := doIn(ns, func() error { return writeIfThere("/proc/sys/net/ipv6/conf/"+at.e.IfName+"/accept_ra", "0") }); err != nil {
+	if err := runInNamespace(ns, func() error { return writeIfExists("/proc/sys/net/ipv6/conf/"+a.wish.IfName+"/accept_ra", "0") }); err != nil {
 		return err
 	}
-	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: at.peerIndex, Name: at.e.IfName}}
-	if err := in.AddrAdd(l, &netlink.Addr{IPNet: ipNet(at.e.Addr), Flags: unix.IFA_F_NOPREFIXROUTE}); err != nil {
-		return fmt.Errorf("address %s: %w", at.e.Addr, err)
+	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: a.containerEndIndex, Name: a.wish.IfName}}
+	if err := in.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a.wish.Addr), Flags: unix.IFA_F_NOPREFIXROUTE}); err != nil {
+		return fmt.Errorf("address %s: %w", a.wish.Addr, err)
 	}
 	if err := in.LinkSetUp(l); err != nil {
 		return fmt.Errorf("up: %w", err)
 	}
-	if !at.e.Gateway.Is4() {
+	if !a.wish.Gateway.Is4() {
 		return nil
 	}
-	gateway := &netlink.Neigh{LinkIndex: at.peerIndex, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: at.e.Gateway.AsSlice(), HardwareAddr: at.gatewayMAC()}
+	gateway := &netlink.Neigh{LinkIndex: a.containerEndIndex, Family: unix.AF_INET, State: netlink.NUD_PERMANENT, IP: a.wish.Gateway.AsSlice(), HardwareAddr: a.gatewayMAC()}
 	if err := in.NeighSet(gateway); err != nil {
 		return fmt.Errorf("neighbour entry of the gateway: %w", err)
 	}
 	routes := []netlink.Route{
-		{Dst: ipNet(netip.PrefixFrom(at.e.Gateway, 32)), Scope: netlink.SCOPE_LINK},
-		{Dst: ipNet(at.e.Addr.Masked()), Gw: at.e.Gateway.AsSlice()},
+		{Dst: ipNet(netip.PrefixFrom(a.wish.Gateway, 32)), Scope: netlink.SCOPE_LINK},
+		{Dst: ipNet(a.wish.Addr.Masked()), Gw: a.wish.Gateway.AsSlice()},
 	}
-	if !at.e.Policy.Internal {
-		routes = append(routes, netlink.Route{Gw: at.e.Gateway.AsSlice()})
+	if !a.wish.Policy.Internal {
+		routes = append(routes, netlink.Route{Gw: a.wish.Gateway.AsSlice()})
 	}
 	for _, r := range routes {
-		r.LinkIndex, r.Src = at.peerIndex, at.e.Addr.Addr().AsSlice()
+		r.LinkIndex, r.Src = a.containerEndIndex, a.wish.Addr.Addr().AsSlice()
 		err := in.RouteAdd(&r)
 		if errors.Is(err, unix.EEXIST) { // of another interface of the container, which goes before
-			r.Priority = at.peerIndex
+			r.Priority = a.containerEndIndex
 			err = in.RouteAdd(&r)
 		}
 		if err != nil {
 			return fmt.Errorf("route to %s: %w", prefixOf(r.Dst), err)
 		}
 	}
-	return at.routeBySource(in)
+	return a.routeBySource(in)
 }
 
 // gatewayMAC answers the container for Azure's gateway.
-func (at *attach) gatewayMAC() []byte {
-	if at.bridge == 0 {
-		return hostMAC(at.a.addr.Addr())
+func (a *attacher) gatewayMAC() []byte {
+	if a.bridgeIndex == 0 {
+		return hostMAC(a.alias.addr.Addr())
 	}
-	return at.rules.BridgeMAC
+	return a.rulesetEndpoint.BridgeMAC
 }
 
-// doIn runs f on a thread in the namespace. f starts no goroutine.
-func doIn(ns netns.NsHandle, f func() error) error {
+// runInNamespace runs f on a thread in the namespace. f starts no goroutine.
+func runInNamespace(ns netns.NsHandle, f func() error) error {
 	runtime.LockOSThread()
 	own, err := netns.Get()
 	if err != nil {
@@ -132,8 +132,8 @@ func doIn(ns netns.NsHandle, f func() error) error {
 	return err
 }
 
-// writeIfThere writes a setting that the kernel may not have.
-func writeIfThere(file, value string) error {
+// writeIfExists writes a setting that the kernel may not have.
+func writeIfExists(file, value string) error {
 	err := os.WriteFile(file, []byte(value), 0)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.EINVAL) {
 		return nil

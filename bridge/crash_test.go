@@ -135,7 +135,7 @@ func TestHalfDoneIsFinished(t *testing.T) {
 		in := h.container(0).endpoint(mode, Policy{SNAT: true})
 		here := in
 		here.Netns, here.IfName = "", ""
-		here.Ports = []Port{{Proto: "udp", HostPort: 5353, Port: 53}, {Proto: "tcp", Port: 80}}
+		here.Ports = []PublishedPort{{Proto: "udp", HostPort: 5353, Port: 53}, {Proto: "tcp", Port: 80}}
 		for i, e := range []Endpoint{in, here} {
 			if inShare(i, mode) {
 				t.Run([]string{"in its namespace", "left here, with ports"}[i], func(t *testing.T) { checkHalfDone(t, h, e) })
@@ -210,7 +210,7 @@ func TestKilledCallIsFinished(t *testing.T) {
 		ensureSteps := h.steps(func() { h.mustEnsure(h.spec(mode)) })
 		prepared := h.kernelState()
 		e := h.container(0).endpoint(mode, Policy{SNAT: true})
-		e.Ports = []Port{{Proto: "tcp", HostPort: 8080, Port: 80}}
+		e.Ports = []PublishedPort{{Proto: "tcp", HostPort: 8080, Port: 80}}
 		attachSteps := h.steps(func() { h.mustAttach(e) })
 		whole := h.kernelState()
 		detachSteps := h.steps(func() { h.mustDetach(e.Owner) })

@@ -19,42 +19,42 @@ import (
 // its elements are gone. When all else is gone the alias is cleared: from there on the link is nobody's, and
 // whoever comes deletes it. The link itself goes last and without the lock, since the kernel takes some 20 ms.
 func (h *Host) Detach(ctx context.Context, owner string) error {
-	d := &detach{h: h}
-	defer d.close()
-	if err := d.run(ctx, owner); err != nil {
+	d := &detacher{host: h}
+	defer d.closeSockets()
+	if err := d.detachOwner(ctx, owner); err != nil {
 		return fmt.Errorf("detach %s: %w", owner, err)
 	}
 	return nil
 }
 
-type detach struct {
-	h     *Host
+type detacher struct {
+	host  *Host
 	link  netlink.Link
-	a     alias
+	alias alias
 	nft   ruleset.Conn
 	flows conntrack.Conn
 }
 
-// close comes after the lock was given back: see ruleset.Conn.
-func (d *detach) close() {
+// closeSockets comes after the lock was given back: see ruleset.Conn.
+func (d *detacher) closeSockets() {
 	d.nft.Close()
 	d.flows.Close()
 }
 
-func (d *detach) run(ctx context.Context, owner string) error {
-	err := d.clearLocked(ctx, owner)
+func (d *detacher) detachOwner(ctx context.Context, owner string) error {
+	err := d.removePartsLocked(ctx, owner)
 	if err != nil || d.link == nil {
 		return err
 	}
-	if err := d.h.hook("detach link"); err != nil {
+	if err := d.host.beforeStep("detach link"); err != nil {
 		return err
 	}
-	return delLink(d.link)
+	return deleteLink(d.link)
 }
 
-// clearLocked finds the owner's link, and clears it under the lock. d.link is nil if there is none.
-func (d *detach) clearLocked(ctx context.Context, owner string) error {
-	unlock, err := d.h.lock(ctx, "detach "+owner)
+// removePartsLocked finds the owner's link, and clears it under the lock. d.link is nil if there is none.
+func (d *detacher) removePartsLocked(ctx context.Context, owner string) error {
+	unlock, err := d.host.lockHost(ctx, "detach "+owner)
 	if err != nil {
 		return err
 	}
@@ -65,8 +65,8 @@ func (d *detach) clearLocked(ctx context.Context, owner string) error {
 		return ignoreMissing(err)
 	}
 	var whole bool
-	switch d.a, whole = endpointOf(d.link); {
-	case whole && d.a.is(owner):
+	switch d.alias, whole = endpointAliasOf(d.link); {
+	case whole && d.alias.isOf(owner):
 		return d.removeParts(ctx)
 	case !halfMade(d.link): // not ours, or of an owner with the same hash
 		d.link = nil
@@ -75,8 +75,8 @@ func (d *detach) clearLocked(ctx context.Context, owner string) error {
 }
 
 // removeParts takes away all that was attached with the link, and the alias. The caller holds the lock.
-func (d *detach) removeParts(ctx context.Context) error {
-	state, err := d.h.state()
+func (d *detacher) removeParts(ctx context.Context) error {
+	state, err := d.host.readState()
 	if err != nil {
 		return err
 	}
@@ -86,50 +86,50 @@ func (d *detach) removeParts(ctx context.Context) error {
 	}{
 		{"detach elements", func() error { return d.removeElements(state) }},
 		{"detach routes", func() error { return d.removeRoutes(state) }},
-		{"detach flows", d.forgetFlows},
+		{"detach flows", d.deleteFlows},
 		{"detach ports", func() error {
-			if d.a.ports == 0 {
+			if d.alias.ports == 0 {
 				return nil
 			}
-			return d.h.releasePorts(ctx, d.link.Attrs().Name)
+			return d.host.releasePorts(ctx, d.link.Attrs().Name)
 		}},
 		{"detach alias", func() error { return netlink.LinkSetAlias(d.link, "") }},
 	} {
-		if err := d.h.hook(step.name); err != nil {
+		if err := d.host.beforeStep(step.name); err != nil {
 			return err
 		}
-		if err := step.do(); err != nil && !rtnl.NotThere(err) {
+		if err := step.do(); err != nil && !rtnl.IsNotExist(err) {
 			return err
 		}
 	}
 	return nil
 }
 
-func (d *detach) removeElements(state *hostState) error {
+func (d *detacher) removeElements(state *hostState) error {
 	v := &view{state: state}
-	nic := nicByName(state, d.a.nic)
-	if nic == nil && d.a.ports > 0 { // renamed, or host.json was lost: the ports' elements have the NIC's name
+	nic := nicByName(state, d.alias.nic)
+	if nic == nil && d.alias.ports > 0 { // renamed, or host.json was lost: the ports' elements have the NIC's name
 		if links, err := rtnl.ReadLinks(); err == nil {
-			nic, _ = findNIC(links, d.a.nic, state.NICs[d.a.nic].Name)
+			nic, _ = findNIC(links, d.alias.nic, state.NICs[d.alias.nic].Name)
 		}
 	}
 	if nic != nil {
-		v.nics = map[string]netlink.Link{d.a.nic: nic}
+		v.nics = map[string]netlink.Link{d.alias.nic: nic}
 	}
-	n := policyOf(state.Policies, d.a.policy).network()
-	n.ID = d.a.policy
-	v.endpoints = []endpoint{{d.a, d.link.Attrs()}}
-	ports := state.leadable(d.link.Attrs().Name, v.ports()[d.link.Attrs().Name])
-	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesOf(d.a, d.link.Attrs().Name, ports))
+	n := policyOf(state.Policies, d.alias.policy).rulesetNetwork()
+	n.ID = d.alias.policy
+	v.endpoints = []endpoint{{d.alias, d.link.Attrs()}}
+	ports := state.mayHaveElements(d.link.Attrs().Name, v.publishedPorts()[d.link.Attrs().Name])
+	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
 }
 
 // removeRoutes takes away the host's way to the container, and the rules that a transparent one has of its
 // own.
-func (d *detach) removeRoutes(state *hostState) error {
+func (d *detacher) removeRoutes(state *hostState) error {
 	link := d.link.Attrs().Index
-	if d.a.bridge != "" {
-		b, err := netlink.LinkByName(d.a.bridge)
-		if rtnl.NotThere(err) {
+	if d.alias.bridge != "" {
+		b, err := netlink.LinkByName(d.alias.bridge)
+		if rtnl.IsNotExist(err) {
 			return nil // and its routes with it
 		}
 		if err != nil {
@@ -138,15 +138,15 @@ func (d *detach) removeRoutes(state *hostState) error {
 		link = b.Attrs().Index
 	}
 	for _, table := range containerTables {
-		if err := delRoute(d.a.route(table, link, 0)); err != nil {
+		if err := deleteRoute(d.alias.containerRoute(table, link, 0)); err != nil {
 			return err
 		}
 	}
-	n := rtnl.Neighbour{Link: link, Addr: d.a.addr.Addr(), MAC: d.a.mac, Protocol: ourProtocol}
-	if err := ignoreMissing(rtnl.DelNeighbour(n)); err != nil {
+	n := rtnl.Neighbour{Link: link, Addr: d.alias.addr.Addr(), MAC: d.alias.mac, Protocol: ourProtocol}
+	if err := ignoreMissing(rtnl.DeleteNeighbour(n)); err != nil {
 		return fmt.Errorf("delete the neighbour entry of %s: %w", n.Addr, err)
 	}
-	if d.a.bridge != "" || !state.needsOwnRules(d.a.nic) {
+	if d.alias.bridge != "" || !state.needsOwnRules(d.alias.nic) {
 		return nil
 	}
 	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
@@ -159,4 +159,4 @@ func (d *detach) removeRoutes(state *hostState) error {
 	return errors.Join(append(errs, err)...)
 }
 
-func (d *detach) forgetFlows() error { return forgetFlows(&d.flows, d.a.addr.Addr()) }
+func (d *detacher) deleteFlows() error { return deleteFlows(&d.flows, d.alias.addr.Addr()) }

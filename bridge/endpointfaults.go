@@ -14,13 +14,13 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// portFlags are what a container's bridge port differs in from a new one. Nothing is learnt
+// bridgePortFlags are what a container's bridge port differs in from a new one. Nothing is learnt
 // from it and nothing is flooded to it: its MAC is in the forwarding table. With hairpin,
 // br_netfilter can lead a service back to the container that asked. The mask has frames to the
 // reserved groups (01:80:c2:00:00:00 to 0f) take the way of all others, where the nft rules drop
 // them. Else the kernel hands them to the host by the port itself, past every rule, and a router
 // advertisement in one would give the host a default route. Bit 1, PAUSE, is always dropped.
-var portFlags = []rtnl.PortFlag{
+var bridgePortFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_MODE, Name: "hairpin", Value: 1},
 	{Kind: nl.IFLA_BRPORT_LEARNING, Name: "learning", Value: 0},
 	{Kind: nl.IFLA_BRPORT_UNICAST_FLOOD, Name: "flood", Value: 0},
@@ -29,28 +29,28 @@ var portFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_GROUP_FWD_MASK, Name: "group_fwd_mask", Value: 0xfffd},
 }
 
-// portDefaults are flags that a new port has and that a container's must keep. A kernel that
+// bridgePortDefaults are flags that a new port has and that a container's must keep. A kernel that
 // does not have such a flag tells none. With br_netfilter the bridge itself leads what was sent
 // to a service from port to port, which an isolated port does not get.
-var portDefaults = []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_ISOLATED, Name: "isolated", Value: 0}}
+var bridgePortDefaults = []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_ISOLATED, Name: "isolated", Value: 0}}
 
 const portForwards = 3 // BR_STATE_FORWARDING
 
 // bridgePortFaults are those of a host end as a port of its bridge.
 func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, mend func() error)) {
-	has := v.flags[e.link.Index]
-	for _, f := range portFlags {
+	has := v.bridgePortFlags[e.link.Index]
+	for _, f := range bridgePortFlags {
 		if is, ok := has[f.Kind]; !ok || is != f.Value {
-			add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portFlags) })
+			add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, bridgePortFlags) })
 			break
 		}
 	}
-	for _, f := range portDefaults {
-		add(has[f.Kind] != f.Value, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, portDefaults) })
+	for _, f := range bridgePortDefaults {
+		add(has[f.Kind] != f.Value, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, bridgePortDefaults) })
 	}
 	state, told := has[nl.IFLA_BRPORT_STATE]
 	blocked := told && state != portForwards && e.link.OperState == netlink.OperUp // else its container's end is down
-	add(blocked && !v.settings[e.link.MasterIndex].STP, "its port does not forward", func() error {
+	add(blocked && !v.bridgeSettings[e.link.MasterIndex].STP, "its port does not forward", func() error {
 		return rtnl.SetPortFlags(e.link.Index, []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_STATE, Value: portForwards}})
 	})
 }
@@ -60,7 +60,7 @@ func (e endpoint) containerFaults() []fault {
 	if e.link.NetNsID < 0 {
 		return nil
 	}
-	name, mac, found, err := rtnl.ReadFar(e.link.NetNsID, e.link.ParentIndex)
+	name, mac, found, err := rtnl.ReadLinkInNamespace(e.link.NetNsID, e.link.ParentIndex)
 	if err != nil || !found || mac.String() == e.mac.String() {
 		return nil // the container may be on its way out
 	}
@@ -77,7 +77,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 			all = append(all, fault{what: name + " (" + e.label() + "): " + what, mend: mend})
 		}
 	}
-	if dev := v.holds(addr); dev != "" && !v.isOurs(dev) {
+	if dev := v.linkWithAddress(addr); dev != "" && !v.isOurs(dev) {
 		add(true, fmt.Sprintf("%s holds its address too, so the host answers in its place: ip addr del %s dev %s, or have it reclaimed: RECLAIM=on of the Docker plugin, reclaim of the CNI configuration", dev, addr, dev), nil)
 	}
 	if nic := v.nics[e.nic]; nic != nil && e.link.MTU > nic.Attrs().MTU {
@@ -108,11 +108,11 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	}
 	all = append(all, addressFaults(v, l)...)
 	add(e.link.Flags&net.FlagUp == 0, "down", func() error { return netlink.LinkSetUp(l) })
-	n := rtnl.Neighbour{Link: v.linkTo(e), Addr: addr, MAC: e.mac, Protocol: ourProtocol}
-	add(!slices.ContainsFunc(v.neighbours, n.Same), "no neighbour entry", func() error { return rtnl.PutNeighbour(n) })
+	n := rtnl.Neighbour{Link: v.linkToContainer(e), Addr: addr, MAC: e.mac, Protocol: ourProtocol}
+	add(!slices.ContainsFunc(v.neighbours, n.Equal), "no neighbour entry", func() error { return rtnl.PutNeighbour(n) })
 	for _, table := range containerTables {
-		r := e.route(table, n.Link, e.link.MTU)
-		there := slices.ContainsFunc(v.routes, func(o netlink.Route) bool { return sameRoute(r, o) })
+		r := e.containerRoute(table, n.Link, e.link.MTU)
+		there := slices.ContainsFunc(v.ourRoutes, func(o netlink.Route) bool { return sameRoute(r, o) })
 		add(!there, fmt.Sprintf("no route in table %d", table), func() error { return putRoute(r) })
 	}
 	return all
@@ -120,32 +120,32 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 
 // isOurs reports whether that link bears our mark.
 func (v *view) isOurs(name string) bool {
-	l := v.links.Named(name)
+	l := v.links.ByName(name)
 	if l == nil {
 		return false
 	}
-	_, ours := bridgeOf(l)
-	_, end := endpointOf(l)
+	_, ours := bridgeAliasOf(l)
+	_, end := endpointAliasOf(l)
 	return ours || end
 }
 
 // forwardingFault is what ails the entry that leads the bridge's frames to the container.
 func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, mend func() error) {
-	i := slices.IndexFunc(v.forwarding, func(f rtnl.ForwardingEntry) bool {
+	i := slices.IndexFunc(v.forwardingEntries, func(f rtnl.ForwardingEntry) bool {
 		return f.Bridge == br.Index && f.MAC.String() == e.mac.String()
 	})
 	own := rtnl.ForwardingEntry{Port: e.link.Index, MAC: e.mac}
 	switch {
 	case i < 0:
 		return "no forwarding entry", func() error { return rtnl.AddForwarding(own) }
-	case v.forwarding[i].Port != e.link.Index:
-		other := v.forwarding[i]
+	case v.forwardingEntries[i].Port != e.link.Index:
+		other := v.forwardingEntries[i]
 		what = fmt.Sprintf("its MAC %s is %s's", e.mac, v.nameOf(other.Port))
 		if v.hasMAC(other.Port, e.mac) {
 			return what, nil
 		}
 		return what, func() error { // somebody moved the entry
-			if err := rtnl.DelForwarding(other); err != nil && !rtnl.NotThere(err) {
+			if err := rtnl.DeleteForwarding(other); err != nil && !rtnl.IsNotExist(err) {
 				return err
 			}
 			return rtnl.AddForwarding(own)
@@ -157,16 +157,16 @@ func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, 
 // hasMAC reports whether the MAC is rightly that of a port: of the link itself, or of
 // the container behind it.
 func (v *view) hasMAC(port int, mac net.HardwareAddr) bool {
-	l := v.links.Index(port)
+	l := v.links.ByIndex(port)
 	if l == nil {
 		return true
 	}
-	a, ours := endpointOf(l)
+	a, ours := endpointAliasOf(l)
 	return ours && a.mac.String() == mac.String() || l.Attrs().HardwareAddr.String() == mac.String()
 }
 
 func (v *view) nameOf(index int) string {
-	if l := v.links.Index(index); l != nil {
+	if l := v.links.ByIndex(index); l != nil {
 		return l.Attrs().Name
 	}
 	return fmt.Sprintf("link %d", index)

@@ -22,14 +22,14 @@ import (
 // The error is ErrTaken for a NIC that is in a bridge.
 func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	mended := h.reconcileIfNobodyDoes(ctx)
-	b, stands := h.stands(spec)
+	b, stands := h.findPrepared(spec)
 	if !stands {
-		unlock, err := h.lock(ctx, "prepare the NIC "+spec.MAC)
+		unlock, err := h.lockHost(ctx, "prepare the NIC "+spec.MAC)
 		if err != nil {
 			return Bridge{}, err
 		}
 		defer unlock()
-		if b, err = h.ensure(ctx, spec); err != nil {
+		if b, err = h.ensureLocked(ctx, spec); err != nil {
 			return Bridge{}, fmt.Errorf("prepare the NIC %s: %w", spec.MAC, err)
 		}
 	}
@@ -37,9 +37,9 @@ func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	return b, nil
 }
 
-// stands reports whether all that spec asks for stands, from as few reads as can tell.
-func (h *Host) stands(spec Spec) (Bridge, bool) {
-	s, err := h.state()
+// findPrepared reports whether all that spec asks for stands, from as few reads as can tell.
+func (h *Host) findPrepared(spec Spec) (Bridge, bool) {
+	s, err := h.readState()
 	if err != nil || slices.ContainsFunc(spec.NICs, func(mac string) bool { _, known := s.NICs[mac]; return !known }) {
 		return Bridge{}, false
 	}
@@ -56,24 +56,24 @@ func (h *Host) stands(spec Spec) (Bridge, bool) {
 	}
 	b := Bridge{MTU: nic.Attrs().MTU, NIC: nic.Attrs().Name, NICMAC: spec.MAC}
 	if spec.Mode == ModeTransparent {
-		ok, err := ruleset.Stands(ruleset.Network{}, ruleset.ForTransparent)
+		ok, err := ruleset.TablesExist(ruleset.Network{}, ruleset.ForTransparent)
 		return b, err == nil && ok
 	}
 	l, err := netlink.LinkByName(n.Bridge)
 	if err != nil || spec.Name != "" && spec.Name != n.Bridge {
 		return Bridge{}, false
 	}
-	mac, ours := bridgeOf(l)
+	mac, ours := bridgeAliasOf(l)
 	if a := l.Attrs(); !ours || mac != spec.MAC || a.HardwareAddr.String() != bridgeMAC(nic.Attrs().HardwareAddr).String() ||
 		a.Flags&net.FlagUp == 0 || a.MTU != b.MTU {
 		return Bridge{}, false
 	}
 	b.Name, b.MAC = n.Bridge, l.Attrs().HardwareAddr
-	ok, err := ruleset.Stands(ruleset.Network{}, ruleset.ForBridges)
+	ok, err := ruleset.TablesExist(ruleset.Network{}, ruleset.ForBridges)
 	return b, err == nil && ok
 }
 
-func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
+func (h *Host) ensureLocked(ctx context.Context, spec Spec) (Bridge, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return Bridge{}, err
@@ -83,7 +83,7 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	mac := hw.String()
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil {
 		return Bridge{}, err
 	}
@@ -101,19 +101,19 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 			return Bridge{}, err
 		}
 	}
-	if err := h.hook("ask"); err != nil {
+	if err := h.beforeStep("ask"); err != nil {
 		return Bridge{}, err
 	}
-	if err := h.ask(ctx, nic, name, spec); err != nil {
+	if err := h.recordAsked(ctx, nic, name, spec); err != nil {
 		return Bridge{}, err
 	}
 	h.noteRound() // this is one, and the first call of a host found no directory to note its own in
-	_, err, _ = h.mendAll(ctx)
+	_, err, _ = h.mendHost(ctx)
 	if err == nil {
 		err = h.notePrepared(ctx, mac)
 	}
 	if err != nil && before.Bridge == "" && !before.Transparent {
-		err = errors.Join(err, h.unask(context.WithoutCancel(ctx), mac, before))
+		err = errors.Join(err, h.withdrawAsked(context.WithoutCancel(ctx), mac, before))
 	}
 	if err != nil {
 		return Bridge{}, err
@@ -125,8 +125,8 @@ func (h *Host) ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	return b, nil
 }
 
-// ask writes down what spec asks for.
-func (h *Host) ask(ctx context.Context, nic netlink.Link, bridge string, spec Spec) error {
+// recordAsked writes down what spec asks for.
+func (h *Host) recordAsked(ctx context.Context, nic netlink.Link, bridge string, spec Spec) error {
 	mac := nic.Attrs().HardwareAddr.String()
 	return h.updateState(ctx, "prepare the NIC "+mac, func(s *hostState) error {
 		for _, other := range spec.NICs {
@@ -152,7 +152,7 @@ func (h *Host) ask(ctx context.Context, nic netlink.Link, bridge string, spec Sp
 // notePrepared notes that all that was asked for stands. An Ensure that dies before
 // leaves a table or a bridge, and its repeat must not take these for all of it.
 func (h *Host) notePrepared(ctx context.Context, mac string) error {
-	if err := h.hook("note"); err != nil {
+	if err := h.beforeStep("note"); err != nil {
 		return err
 	}
 	return h.updateState(ctx, "prepare the NIC "+mac, func(s *hostState) error {
@@ -163,10 +163,10 @@ func (h *Host) notePrepared(ctx context.Context, mac string) error {
 	})
 }
 
-// unask takes back what was asked of a NIC that nothing is attached to, with all that was made for
+// withdrawAsked takes back what was asked of a NIC that nothing is attached to, with all that was made for
 // it. The errors of those who failed to make it say enough.
-func (h *Host) unask(ctx context.Context, mac string, before nicState) error {
-	v, err := h.read()
+func (h *Host) withdrawAsked(ctx context.Context, mac string, before nicState) error {
+	v, err := h.readView()
 	if err != nil || slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.nic == mac }) {
 		return err
 	}
@@ -174,15 +174,15 @@ func (h *Host) unask(ctx context.Context, mac string, before nicState) error {
 	if err := h.updateState(ctx, "take back what was asked of "+mac, func(s *hostState) error { s.NICs[mac] = before; return nil }); err != nil {
 		return err
 	}
-	if err := h.hook("unask"); err != nil {
+	if err := h.beforeStep("unask"); err != nil {
 		return err
 	}
 	if b != nil {
-		if err := delLink(&netlink.Device{LinkAttrs: *b}); err != nil {
+		if err := deleteLink(&netlink.Device{LinkAttrs: *b}); err != nil {
 			return err
 		}
 	}
-	return h.sweep(ctx)
+	return h.removeUnasked(ctx)
 }
 
 // firstBridge is the name of the primary NIC's bridge, unless another is asked for.
@@ -192,7 +192,7 @@ const firstBridge = "azure0"
 func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (string, error) {
 	mac, name := nic.Attrs().HardwareAddr.String(), spec.Name
 	has := s.NICs[mac].Bridge
-	for _, b := range bridgesIn(links) {
+	for _, b := range ourBridges(links) {
 		if has == "" && b.NICMAC == mac {
 			has = b.Name
 		}
@@ -215,11 +215,11 @@ func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (
 			return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, other)
 		}
 	}
-	l := links.Named(name)
+	l := links.ByName(name)
 	if l == nil || halfMade(l) {
 		return name, nil
 	}
-	if mac, ours := bridgeOf(l); ours {
+	if mac, ours := bridgeAliasOf(l); ours {
 		return "", fmt.Errorf("%s is the bridge of the NIC %s already: give this one another name", name, mac)
 	}
 	return "", refuseNamesake(links, l)

@@ -146,7 +146,7 @@ func TestEnsureRefusesATakenHost(t *testing.T) {
 			_, err := h.ensure(h.spec(ModeTransparent))
 			if tt.taken {
 				refused("ensure transparent", err)
-				refused("ready", h.Do(func() error { return h.Ready(t.Context(), h.MAC) }))
+				refused("ready", h.Do(func() error { return h.CheckReady(t.Context(), h.MAC) }))
 			}
 			if tt.taken {
 				checkSame(t, "the host", before, h.sh(wholeHost))
@@ -189,7 +189,7 @@ func TestEnsureWaitsForNobodyAndIsNotBlind(t *testing.T) {
 	h := hosts[0]
 	h.mustEnsure(h.spec(ModeBridge))
 	var unlock func()
-	if err := h.Do(func() (err error) { unlock, err = h.lock(t.Context(), "a slow attach"); return err }); err != nil {
+	if err := h.Do(func() (err error) { unlock, err = h.lockHost(t.Context(), "a slow attach"); return err }); err != nil {
 		t.Fatal(err)
 	}
 	start := time.Now()

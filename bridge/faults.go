@@ -27,26 +27,26 @@ type fault struct {
 	bearable bool         // containers can be attached in spite of it
 }
 
-// faults says what is wrong with the host. This is the one place that says what ought to
+// listFaults says what is wrong with the host. This is the one place that says what ought to
 // stand: Ensure, Reconcile, Check and status all go by it. Mending a fault may bring others
 // to light, such as the ports of a bridge that was gone, so whoever mends reads again.
 //
 // The order is that of mending: what restricts comes before what opens.
-func (h *Host) faults(v *view, z zones) (all []fault, err error) {
+func (h *Host) listFaults(v *view, z zoneReading) (all []fault, err error) {
 	add := func(more ...fault) { all = append(all, more...) }
 	for _, l := range v.links {
 		if halfMade(l) {
-			add(fault{what: fmt.Sprintf("%s is half made and nobody's", l.Attrs().Name), mend: func() error { return delLink(l) }})
+			add(fault{what: fmt.Sprintf("%s is half made and nobody's", l.Attrs().Name), mend: func() error { return deleteLink(l) }})
 		}
 	}
-	if !v.state.asked() {
+	if !v.state.isAsked() {
 		return all, nil
 	}
 	for _, mac := range v.macs() {
 		add(h.nicFaults(v, mac)...)
 	}
 	add(h.sysctlFault(ipForward)...)
-	tables, err := v.ruleset().Differences()
+	tables, err := v.rulesetConfig().Differences()
 	if err != nil {
 		return all, err
 	}
@@ -68,10 +68,10 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 	}
 	addBearable(strayFaults(v)...)
 	addBearable(h.stateFaults(v)...)
-	addBearable(h.portFaults(v)...)
-	accepts, err := v.forward().Differences()
+	addBearable(h.publishedPortFaults(v)...)
+	accepts, err := v.forwardConfig().Differences()
 	for _, what := range accepts {
-		add(fault{what: what, mend: func() error { _, err := v.forward().Sync(); return err }})
+		add(fault{what: what, mend: func() error { _, err := v.forwardConfig().Sync(); return err }})
 	}
 	if errors.Is(err, forward.ErrUnreadable) {
 		add(fault{what: err.Error()})
@@ -79,7 +79,7 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 		add(fault{what: err.Error(), mend: func() error { return errForward }, bearable: !forward.PolicyDrops()})
 	}
 	addBearable(h.zoneFaults(v, z)...)
-	chains, err := v.forward().Foreign()
+	chains, err := v.forwardConfig().DroppingChains()
 	for _, what := range chains {
 		addBearable(fault{what: what})
 	}
@@ -94,7 +94,7 @@ func (h *Host) faults(v *view, z zones) (all []fault, err error) {
 // flow that began while the tables were gone would go on without them for as long as it is used. So such flows are
 // deleted, and the kernel decides on the next datagram. A TCP client begins a new connection by itself.
 func mendTables(v *view) error {
-	c := v.ruleset()
+	c := v.rulesetConfig()
 	if _, err := c.Sync(); err != nil {
 		return err
 	}
@@ -169,7 +169,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 		return []fault{{what: err.Error()}}
 	}
 	want := bridgeMAC(hw)
-	l := v.links.Named(name)
+	l := v.links.ByName(name)
 	switch {
 	case l == nil && nic == nil:
 		return nil // said already
@@ -198,7 +198,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 		attrs.Name, attrs.Index = name, a.Index
 		return netlink.BridgeSetMcastSnoop(&netlink.Bridge{LinkAttrs: attrs}, false)
 	})
-	is := v.settings[a.Index]
+	is := v.bridgeSettings[a.Index]
 	add(is.STP, name+" speaks the spanning tree protocol, and holds new containers up for 30 s", func() error { return rtnl.StopSTP(a.Index) })
 	add(is.VLANFiltering, name+" filters VLANs, and has no way to containers in any", func() error { return rtnl.StopVLANFiltering(a.Index) })
 	add(a.MasterIndex != 0, name+" is in "+v.nameOf(a.MasterIndex), func() error { return netlink.LinkSetNoMaster(l) })
@@ -214,7 +214,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 // Setting the value that it already has does not count, so it is made one byte smaller and
 // then set.
 func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) error {
-	if err := h.hook("bridge"); err != nil {
+	if err := h.beforeStep("bridge"); err != nil {
 		return err
 	}
 	off := false
@@ -243,12 +243,12 @@ func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) err
 		}},
 		{"bridge up", func() error { return netlink.LinkSetUp(l) }},
 	} {
-		err := h.hook(step.name)
+		err := h.beforeStep(step.name)
 		if err == nil {
 			err = step.do()
 		}
 		if err != nil {
-			return errors.Join(fmt.Errorf("set up the bridge %s: %w", name, err), delLink(l))
+			return errors.Join(fmt.Errorf("set up the bridge %s: %w", name, err), deleteLink(l))
 		}
 	}
 	return nil
@@ -261,7 +261,7 @@ func addressFaults(v *view, l netlink.Link) (all []fault) {
 	for _, a := range v.addrs {
 		if a.LinkIndex == l.Attrs().Index {
 			all = append(all, fault{what: fmt.Sprintf("%s has the address %s", l.Attrs().Name, a.IPNet), mend: func() error {
-				if err := netlink.AddrDel(l, &a); err != nil && !rtnl.NotThere(err) {
+				if err := netlink.AddrDel(l, &a); err != nil && !rtnl.IsNotExist(err) {
 					return err
 				}
 				return nil
@@ -275,7 +275,7 @@ func addressFaults(v *view, l netlink.Link) (all []fault) {
 func routingFaults(v *view) (all []fault) {
 	want := v.wantedRules()
 	for _, r := range v.wantedRoutes() {
-		if r.Table > nicTables && !slices.ContainsFunc(v.routes, func(o netlink.Route) bool { return sameRoute(r, o) }) {
+		if r.Table > nicTables && !slices.ContainsFunc(v.ourRoutes, func(o netlink.Route) bool { return sameRoute(r, o) }) {
 			way := "out by " + v.nameOf(r.LinkIndex)
 			if r.Type == unix.RTN_UNREACHABLE {
 				way = "to nowhere"
@@ -284,7 +284,7 @@ func routingFaults(v *view) (all []fault) {
 		}
 	}
 	for _, r := range want {
-		if !slices.ContainsFunc(v.rules, func(o netlink.Rule) bool { return sameRule(r, o) }) {
+		if !slices.ContainsFunc(v.ourRoutingRules, func(o netlink.Rule) bool { return sameRule(r, o) }) {
 			all = append(all, fault{what: "no routing rule " + ruleText(r), mend: func() error {
 				if err := netlink.RuleAdd(&r); err != nil && !errors.Is(err, unix.EEXIST) {
 					return fmt.Errorf("add the routing rule %s: %w", ruleText(r), err)
@@ -294,11 +294,11 @@ func routingFaults(v *view) (all []fault) {
 		}
 	}
 	seen := []netlink.Rule{}
-	for _, r := range v.rules {
+	for _, r := range v.ourRoutingRules {
 		same := func(o netlink.Rule) bool { return sameRule(r, o) }
 		if !slices.ContainsFunc(want, same) || slices.ContainsFunc(seen, same) {
 			all = append(all, fault{what: "the routing rule " + ruleText(r) + " is nobody's", mend: func() error {
-				if err := netlink.RuleDel(&r); err != nil && !rtnl.NotThere(err) {
+				if err := netlink.RuleDel(&r); err != nil && !rtnl.IsNotExist(err) {
 					return fmt.Errorf("delete the routing rule %s: %w", ruleText(r), err)
 				}
 				return nil
@@ -313,16 +313,16 @@ func routingFaults(v *view) (all []fault) {
 // they name the bridge, and do not die with the container's link.
 func strayFaults(v *view) (all []fault) {
 	routes := v.wantedRoutes()
-	for _, r := range v.routes {
+	for _, r := range v.ourRoutes {
 		if !slices.ContainsFunc(routes, func(w netlink.Route) bool { return samePlace(w, r) }) {
-			all = append(all, fault{what: fmt.Sprintf("the route to %s in table %d is nobody's", prefixOf(r.Dst), r.Table), mend: func() error { return delRoute(r) }})
+			all = append(all, fault{what: fmt.Sprintf("the route to %s in table %d is nobody's", prefixOf(r.Dst), r.Table), mend: func() error { return deleteRoute(r) }})
 		}
 	}
 	for _, n := range v.neighbours {
-		wanted := slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.addr.Addr() == n.Addr && v.linkTo(e) == n.Link })
+		wanted := slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.addr.Addr() == n.Addr && v.linkToContainer(e) == n.Link })
 		if n.Protocol == ourProtocol && !wanted {
 			all = append(all, fault{what: fmt.Sprintf("the neighbour entry of %s on %s is nobody's", n.Addr, v.nameOf(n.Link)), mend: func() error {
-				if err := rtnl.DelNeighbour(n); err != nil && !rtnl.NotThere(err) {
+				if err := rtnl.DeleteNeighbour(n); err != nil && !rtnl.IsNotExist(err) {
 					return err
 				}
 				return nil
@@ -332,8 +332,8 @@ func strayFaults(v *view) (all []fault) {
 	return all
 }
 
-func delLink(l netlink.Link) error {
-	if err := netlink.LinkDel(l); err != nil && !rtnl.NotThere(err) {
+func deleteLink(l netlink.Link) error {
+	if err := netlink.LinkDel(l); err != nil && !rtnl.IsNotExist(err) {
 		return fmt.Errorf("delete %s: %w", l.Attrs().Name, err)
 	}
 	return nil
@@ -341,7 +341,7 @@ func delLink(l netlink.Link) error {
 
 // mendRouting makes the rules and the ways out by other NICs what they should be.
 func (h *Host) mendRouting() error {
-	v, err := h.read()
+	v, err := h.readView()
 	if err != nil {
 		return err
 	}

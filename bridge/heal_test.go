@@ -135,7 +135,7 @@ func TestReconcileHeals(t *testing.T) {
 		h.mustEnsure(h.spec(mode))
 		c := h.container(0)
 		e := c.endpoint(mode, Policy{SNAT: true})
-		e.Ports = []Port{{Proto: "udp", HostAddr: netip.MustParseAddr("127.0.0.1"), HostPort: 5353, Port: 53}, {Proto: "tcp", HostPort: 8080, Port: 80}}
+		e.Ports = []PublishedPort{{Proto: "udp", HostAddr: netip.MustParseAddr("127.0.0.1"), HostPort: 5353, Port: 53}, {Proto: "tcp", HostPort: 8080, Port: 80}}
 		a := h.mustAttach(e)
 		other := h.running(1, mode, Policy{SNAT: true})
 		otherLink, _ := linkNames(other.endpoint(mode, Policy{}).Owner)
@@ -314,7 +314,7 @@ func TestALostPolicyIsLearntAgain(t *testing.T) {
 					t.Error("the container of the lost policy is cut off")
 				}
 			}
-			if err := h.Do(func() error { return h.Learn(t.Context(), own) }); err != nil {
+			if err := h.Do(func() error { return h.LearnPolicy(t.Context(), own) }); err != nil {
 				t.Fatal(err)
 			}
 			checkSame(t, order, whole, h.settled())

@@ -36,7 +36,7 @@ func New(cfg Config) *Host {
 	return &Host{cfg: cfg}
 }
 
-func (h *Host) hook(step string) error {
+func (h *Host) beforeStep(step string) error {
 	if h.testHook == nil {
 		return nil
 	}
@@ -52,11 +52,11 @@ func (h *Host) path(elem ...string) string {
 // of CNI has 30 s: of 200 ADDs at once on a busy node, the last ones wait long.
 const lockWait = 20 * time.Second
 
-// lock holds the host's network alone: whoever reads it in order to change it holds
+// lockHost holds the host's network alone: whoever reads it in order to change it holds
 // the lock from the reading to the change. who is told to those who wait in vain. While
 // it is held, only host.json's lock is taken, iptables' own, and at uninstall that of
 // the leases.
-func (h *Host) lock(ctx context.Context, who string) (unlock func(), err error) {
+func (h *Host) lockHost(ctx context.Context, who string) (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
 	unlock, err = statefile.Lock(ctx, h.path("bridge.lock"), who)

@@ -26,7 +26,7 @@ func (c *container) do(f func() error) {
 		c.t.Fatal(err)
 	}
 	defer ns.Close()
-	if err := doIn(ns, f); err != nil {
+	if err := runInNamespace(ns, f); err != nil {
 		c.t.Fatalf("in %s: %v", c.name, err)
 	}
 }

@@ -51,7 +51,7 @@ func (c *checks) carries(from place, to netip.Addr, port uint16) {
 }
 
 // withMTU makes the n-th container, attaches it with that MTU, and has it answer.
-func (h *host) withMTU(n int, mode Mode, mtu int, ports ...Port) *container {
+func (h *host) withMTU(n int, mode Mode, mtu int, ports ...PublishedPort) *container {
 	h.t.Helper()
 	c := h.container(n)
 	e := publishing(c.endpoint(mode, Policy{SNAT: true}), ports...)

@@ -21,9 +21,9 @@ func CheckLinkName(name string) error {
 	return nil
 }
 
-// checkStandingBridge refuses what no bridge of ours can have as its name. Earlier builds took more names than
+// checkExistingBridgeName refuses what no bridge of ours can have as its name. Earlier builds took more names than
 // CheckBridgeName does, and their bridges stand.
-func checkStandingBridge(name string) error {
+func checkExistingBridgeName(name string) error {
 	if len(name) > 15 || name == "." || name == ".." || strings.HasPrefix(name, hostPrefix) || strings.HasPrefix(name, peerPrefix) ||
 		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`/\:"'%*?[];+!`, r) }) {
 		return fmt.Errorf("%q cannot be the name of a bridge of azure-vnet", name)

@@ -15,8 +15,8 @@ import (
 // The drop-ins that keep systemd-networkd and NetworkManager from addressing our links. They
 // lie under /run and so end with the boot, as the links do. The NIC stays theirs.
 const (
-	networkd       = "systemd/network/05-azure-vnet.network"
-	networkManager = "NetworkManager/conf.d/azure-vnet.conf"
+	networkdDropIn       = "systemd/network/05-azure-vnet.network"
+	networkManagerDropIn = "NetworkManager/conf.d/azure-vnet.conf"
 )
 
 // dropIns are the texts of the drop-ins, by path below /run. NetworkManager's is left out
@@ -30,9 +30,9 @@ func (h *Host) dropIns(v *view) map[string]string {
 	}
 	slices.Sort(names)
 	const head = "# Written by azure-vnet while its links stand.\n"
-	all := map[string]string{networkd: head + "[Match]\nName=" + strings.Join(names, " ") + "\n\n[Link]\nUnmanaged=yes\n"}
-	if _, err := os.Stat(filepath.Join(h.cfg.Run, filepath.Dir(filepath.Dir(networkManager)))); err == nil {
-		all[networkManager] = head + "[keyfile]\nunmanaged-devices+=interface-name:" + strings.Join(names, ";interface-name:") + "\n"
+	all := map[string]string{networkdDropIn: head + "[Match]\nName=" + strings.Join(names, " ") + "\n\n[Link]\nUnmanaged=yes\n"}
+	if _, err := os.Stat(filepath.Join(h.cfg.Run, filepath.Dir(filepath.Dir(networkManagerDropIn)))); err == nil {
+		all[networkManagerDropIn] = head + "[keyfile]\nunmanaged-devices+=interface-name:" + strings.Join(names, ";interface-name:") + "\n"
 	}
 	return all
 }
@@ -60,7 +60,7 @@ func (h *Host) dropInFaults(v *view) (all []fault) {
 // removeDropIns removes them. None is success.
 func (h *Host) removeDropIns() error {
 	var errs []error
-	for _, name := range []string{networkd, networkManager} {
+	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
 		if err := os.Remove(filepath.Join(h.cfg.Run, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}

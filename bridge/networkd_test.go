@@ -129,7 +129,7 @@ func TestUninstallRemovesDropIns(t *testing.T) {
 	files := func() string { return h.sh("cd " + h.cfg.Run + " && find NetworkManager systemd -type f | sort") }
 	before := files()
 	h.mustEnsure(h.spec(ModeBridge))
-	for _, name := range []string{networkd, networkManager} {
+	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
 		text, err := os.ReadFile(filepath.Join(h.cfg.Run, name))
 		if err != nil || !strings.Contains(string(text), "azure*") || !strings.Contains(string(text), "azv*") {
 			t.Errorf("%s: %q %v", name, text, err)

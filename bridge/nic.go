@@ -44,7 +44,7 @@ func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 			strings.HasPrefix(a.Name, hostPrefix) || strings.HasPrefix(a.Name, peerPrefix) {
 			continue
 		}
-		if m := links.Index(a.MasterIndex); a.MasterIndex != 0 && (m == nil || !takesPorts(m)) {
+		if m := links.ByIndex(a.MasterIndex); a.MasterIndex != 0 && (m == nil || !hasPorts(m)) {
 			continue // a virtual function under its synthetic device
 		}
 		found = append(found, l)
@@ -78,16 +78,16 @@ func nicByName(s *hostState, mac string) netlink.Link {
 	return l
 }
 
-// takesPorts tells links that have ports from a NIC that has a virtual function.
-func takesPorts(l netlink.Link) bool {
+// hasPorts tells links that have ports from a NIC that has a virtual function.
+func hasPorts(l netlink.Link) bool {
 	return slices.Contains([]string{"bridge", "bond", "team", "openvswitch", "vrf"}, l.Type())
 }
 
 // refuseTaken is an error if the NIC is a port of any bridge. Nobody can have its
 // addresses both ways, and whoever put it there relies on it.
 func refuseTaken(links rtnl.Links, nic netlink.Link) error {
-	m := links.Index(nic.Attrs().MasterIndex)
-	if m == nil || !takesPorts(m) {
+	m := links.ByIndex(nic.Attrs().MasterIndex)
+	if m == nil || !hasPorts(m) {
 		return nil
 	}
 	name, master := nic.Attrs().Name, m.Attrs().Name
@@ -118,21 +118,21 @@ func refuseNamesake(links rtnl.Links, l netlink.Link) error {
 // ErrNotPermitted is in the error for a process that may not change the host's network.
 var ErrNotPermitted = errors.New("the host's network may not be changed")
 
-// Permitted is ErrNotPermitted where all that Ensure and Attach do would fail for want of a right.
-func (h *Host) Permitted() error {
-	if rtnl.MayChange() {
+// CheckPermitted is ErrNotPermitted where all that Ensure and Attach do would fail for want of a right.
+func (h *Host) CheckPermitted() error {
+	if rtnl.HasNetAdmin() {
 		return nil
 	}
 	return fmt.Errorf("%w: azure-vnet runs without CAP_NET_ADMIN over the host's network, as in a rootless container engine, whose user namespace has no right to that network: run the container runtime as root of the host", ErrNotPermitted)
 }
 
-// Present is an error if the NIC with that MAC is not in the network namespace of the calling thread.
-func (h *Host) Present(ctx context.Context, mac string) error {
+// CheckPresent is an error if the NIC with that MAC is not in the network namespace of the calling thread.
+func (h *Host) CheckPresent(ctx context.Context, mac string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return err
 	}
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil {
 		return err
 	}
@@ -149,7 +149,7 @@ func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil {
 		return "", err
 	}
@@ -160,15 +160,15 @@ func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 	return chooseBridge(links, spec, nic, s)
 }
 
-// Ready is nil if containers could be attached to the NICs with these MACs; for none, to all that were told
+// CheckReady is nil if containers could be attached to the NICs with these MACs; for none, to all that were told
 // of. It is ErrTaken where one of them is a port of a bridge, and where a bridge named azure… that is not
 // ours has a port.
-func (h *Host) Ready(ctx context.Context, macs ...string) error {
+func (h *Host) CheckReady(ctx context.Context, macs ...string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return err
 	}
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil {
 		return err
 	}
@@ -212,7 +212,7 @@ func refuseFormer(links rtnl.Links) error {
 // refuseBridges is an error if a bridge that is chosen, and not ours, has a port that is no container's.
 func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error {
 	for _, l := range links {
-		_, ours := bridgeOf(l)
+		_, ours := bridgeAliasOf(l)
 		if l.Type() != "bridge" || ours || !choose(l.Attrs().Name, l.Attrs().Alias) {
 			continue
 		}
@@ -233,13 +233,13 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 	if err != nil {
 		return "", "", err
 	}
-	l := links.Named(nameOrMAC)
+	l := links.ByName(nameOrMAC)
 	if nameOrMAC == "" {
-		index, err := defaultLink()
+		index, err := defaultRouteLink()
 		if err != nil {
 			return "", "", fmt.Errorf("read the default route: %w", err)
 		}
-		if l = links.Index(index); l == nil {
+		if l = links.ByIndex(index); l == nil {
 			return "", "", errors.New("the host has no default route to tell its NIC by: name the NIC, as master")
 		}
 	}
@@ -250,7 +250,7 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 		if l, err = findNIC(links, nameOrMAC, ""); err != nil {
 			return "", "", err
 		}
-	} else if nic, ours := bridgeOf(l); ours {
+	} else if nic, ours := bridgeAliasOf(l); ours {
 		if l, err = findNIC(links, nic, ""); err != nil {
 			return "", "", err
 		}
@@ -258,7 +258,7 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 		return "", "", err
 	}
 	a := l.Attrs()
-	if m := links.Index(a.MasterIndex); m != nil && !takesPorts(m) {
+	if m := links.ByIndex(a.MasterIndex); m != nil && !hasPorts(m) {
 		return m.Attrs().Name, m.Attrs().HardwareAddr.String(), nil
 	}
 	if len(a.HardwareAddr) != 6 || slices.Contains(notNICs, l.Type()) || a.Flags&net.FlagLoopback != 0 {
@@ -267,8 +267,8 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 	return a.Name, a.HardwareAddr.String(), nil
 }
 
-// bridgeOf reads the NIC's MAC off a bridge of ours.
-func bridgeOf(l netlink.Link) (nic string, ours bool) {
+// bridgeAliasOf reads the NIC's MAC off a bridge of ours.
+func bridgeAliasOf(l netlink.Link) (nic string, ours bool) {
 	nic, ours = strings.CutPrefix(l.Attrs().Alias, bridgeAlias)
 	return nic, ours && l.Type() == "bridge"
 }
@@ -276,13 +276,13 @@ func bridgeOf(l netlink.Link) (nic string, ours bool) {
 // Bridges lists the bridges of ours, from the kernel.
 func (h *Host) Bridges(ctx context.Context) ([]Bridge, error) {
 	links, err := rtnl.ReadLinks()
-	return bridgesIn(links), err
+	return ourBridges(links), err
 }
 
-func bridgesIn(links rtnl.Links) []Bridge {
+func ourBridges(links rtnl.Links) []Bridge {
 	var out []Bridge
 	for _, l := range links {
-		mac, ours := bridgeOf(l)
+		mac, ours := bridgeAliasOf(l)
 		if !ours {
 			continue
 		}

@@ -26,7 +26,7 @@ func (h *host) ensureAll(mode Mode) {
 }
 
 // runningOn makes the n-th container of a NIC, attaches it, and has it answer.
-func (h *host) runningOn(nic, n int, mode Mode, p Policy, ports ...Port) *container {
+func (h *host) runningOn(nic, n int, mode Mode, p Policy, ports ...PublishedPort) *container {
 	h.t.Helper()
 	c := h.containerOn(nic, n)
 	h.mustAttach(publishing(c.endpoint(mode, p), ports...))

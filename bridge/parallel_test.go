@@ -22,7 +22,7 @@ func TestAttachAtOnce(t *testing.T) {
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
 		for _, p := range []Policy{{SNAT: true}, {}} { // whose chains stay when their endpoints are gone
-			if err := h.Do(func() error { return h.Learn(t.Context(), p) }); err != nil {
+			if err := h.Do(func() error { return h.LearnPolicy(t.Context(), p) }); err != nil {
 				t.Fatal(err)
 			}
 		}

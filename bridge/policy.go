@@ -45,8 +45,8 @@ func (p Policy) id() string {
 	return hex.EncodeToString(sum[:4])
 }
 
-// network is the policy as the rules take it.
-func (p Policy) network() ruleset.Network {
+// rulesetNetwork is the policy as the rules take it.
+func (p Policy) rulesetNetwork() ruleset.Network {
 	return ruleset.Network{ID: p.id(), SNAT: p.SNAT && !p.Internal, Direct: p.Direct}
 }
 
@@ -67,18 +67,18 @@ func policyOf(known map[string]Policy, id string) Policy {
 	return Policy{SNAT: true}
 }
 
-// Learn writes down the policy of a network whose endpoints may stand already, and makes
+// LearnPolicy writes down the policy of a network whose endpoints may stand already, and makes
 // the rules what they need: should host.json have been lost, links tell the policy's id
 // and no more. A policy that is known costs a read.
-func (h *Host) Learn(ctx context.Context, p Policy) error {
-	s, err := h.state()
+func (h *Host) LearnPolicy(ctx context.Context, p Policy) error {
+	s, err := h.readState()
 	if err != nil {
 		return err
 	}
 	if _, known := s.Policies[p.id()]; known {
 		return nil
 	}
-	unlock, err := h.lock(ctx, "learn a policy")
+	unlock, err := h.lockHost(ctx, "learn a policy")
 	if err != nil {
 		return err
 	}
@@ -90,32 +90,32 @@ func (h *Host) Learn(ctx context.Context, p Policy) error {
 	if err := refuseFormer(links); err != nil {
 		return err // whose files are not ours to change
 	}
-	if err := h.note(ctx, p, links); err != nil {
+	if err := h.recordPolicy(ctx, p, links); err != nil {
 		return err
 	}
-	v, err := h.read()
-	if err != nil || !v.state.asked() {
+	v, err := h.readView()
+	if err != nil || !v.state.isAsked() {
 		return err
 	}
-	_, err = v.ruleset().Sync()
+	_, err = v.rulesetConfig().Sync()
 	return err
 }
 
-// manyPolicies is how many a host may know that no endpoint has. Each has its chain, so
+// maxUnusedPolicies is how many a host may know that no endpoint has. Each has its chain, so
 // that the next container of its network is programmed by its elements alone.
-const manyPolicies = 32
+const maxUnusedPolicies = 32
 
-// note writes a policy down. Where many are known, those that no link has are forgotten:
+// recordPolicy writes a policy down. Where many are known, those that no link has are forgotten:
 // a network without endpoints tells its policy again.
-func (h *Host) note(ctx context.Context, p Policy, links rtnl.Links) error {
+func (h *Host) recordPolicy(ctx context.Context, p Policy, links rtnl.Links) error {
 	used := map[string]bool{}
 	for _, l := range links {
-		if a, ok := endpointOf(l); ok {
+		if a, ok := endpointAliasOf(l); ok {
 			used[a.policy] = true
 		}
 	}
 	err := h.updateState(ctx, "learn a policy", func(s *hostState) error {
-		if len(s.Policies) >= manyPolicies {
+		if len(s.Policies) >= maxUnusedPolicies {
 			maps.DeleteFunc(s.Policies, func(id string, _ Policy) bool { return !used[id] })
 		}
 		s.Policies[p.id()] = p

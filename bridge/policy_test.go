@@ -51,8 +51,8 @@ func TestPoliciesAreForgotten(t *testing.T) {
 	used := Policy{SNAT: true, Direct: prefixes("203.0.113.0/24")}
 	h.running(0, ModeBridge, used)
 	if err := h.Do(func() error {
-		for i := range manyPolicies + 2 {
-			if err := h.Learn(t.Context(), Policy{SNAT: true, Direct: prefixes(fmt.Sprintf("10.%d.0.0/16", i))}); err != nil {
+		for i := range maxUnusedPolicies + 2 {
+			if err := h.LearnPolicy(t.Context(), Policy{SNAT: true, Direct: prefixes(fmt.Sprintf("10.%d.0.0/16", i))}); err != nil {
 				return err
 			}
 		}
@@ -60,11 +60,11 @@ func TestPoliciesAreForgotten(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, known := s.Policies[used.id()]; !known || len(s.Policies) > manyPolicies {
+	if _, known := s.Policies[used.id()]; !known || len(s.Policies) > maxUnusedPolicies {
 		t.Errorf("%d policies are known; the used one: %v", len(s.Policies), known)
 	}
 	h.whole("with many policies")

@@ -15,8 +15,8 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// Port is a port of the host that leads to one of a container.
-type Port struct {
+// PublishedPort is a port of the host that leads to one of a container.
+type PublishedPort struct {
 	Proto       string     `json:"proto"`                 // tcp or udp
 	HostAddr    netip.Addr `json:"hostAddr,omitzero"`     // of the host; none: each of its IPv4 addresses, 127.0.0.1 too, but those of NICs that are not the container's
 	HostPort    uint16     `json:"hostPort"`              // 0 in a wish: a free one of 32768 to 60999
@@ -26,7 +26,7 @@ type Port struct {
 }
 
 // String is the port as docker ps writes it.
-func (p Port) String() string {
+func (p PublishedPort) String() string {
 	host := p.HostAddr
 	if !host.IsValid() {
 		host = netip.IPv4Unspecified()
@@ -37,8 +37,8 @@ func (p Port) String() string {
 // The range that engines take free host ports from, and Linux its own.
 const firstFree, lastFree = 32768, 60999
 
-// normal checks the wish and spells it in one way.
-func (p Port) normal() (Port, error) {
+// normalized checks the wish and spells it in one way.
+func (p PublishedPort) normalized() (PublishedPort, error) {
 	p.HostAddr = p.HostAddr.Unmap()
 	if p.HostAddr == netip.IPv4Unspecified() {
 		p.HostAddr = netip.Addr{}
@@ -57,10 +57,10 @@ func (p Port) normal() (Port, error) {
 	return p, nil
 }
 
-func normalPorts(ports []Port) ([]Port, error) {
-	var out []Port
+func normalizedPorts(ports []PublishedPort) ([]PublishedPort, error) {
+	var out []PublishedPort
 	for _, p := range ports {
-		p, err := p.normal()
+		p, err := p.normalized()
 		if err != nil {
 			return nil, fmt.Errorf("publish: %w", err)
 		}
@@ -71,44 +71,44 @@ func normalPorts(ports []Port) ([]Port, error) {
 
 // conflicts reports whether p wants a port that o has. A claim that is idle yields: its container's default route leads
 // to another network, which may be ours too.
-func (p Port) conflicts(o Port) bool {
+func (p PublishedPort) conflicts(o PublishedPort) bool {
 	return (!o.Idle || p.Idle) && p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
 }
 
 // choosePorts finds ports of the host for the endpoint behind link. Who listens at one that it has already is not asked
 // again.
-func (v *view) choosePorts(owner, nic, link string, wishes []Port) ([]Port, error) {
+func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]PublishedPort, error) {
 	for _, p := range wishes {
 		if err := v.checkHostAddr(p, nic); err != nil {
 			return nil, err
 		}
 	}
-	sockets, err := listen.Sockets()
+	sockets, err := listen.ReadSockets()
 	if err != nil {
 		return nil, err
 	}
-	taken := v.ports()
+	taken := v.publishedPorts()
 	had := taken[link]
 	delete(taken, link)
-	var mine []Port
+	var mine []PublishedPort
 	for i, wish := range wishes {
 		if n := slices.IndexFunc(had, wish.isMetBy); n >= 0 {
 			got := had[n]
 			got.Idle = wish.Idle
-			if err := v.published(got, taken); err != nil { // another took it while it was idle
+			if err := v.refusePublished(got, taken); err != nil { // another took it while it was idle
 				return nil, refusedPort(got, err)
 			}
 			had, mine = slices.Delete(slices.Clone(had), n, n+1), append(mine, got)
 			continue
 		}
-		got, err := choosePort(wish, owner, i, func(p Port) error {
+		got, err := choosePort(wish, owner, i, func(p PublishedPort) error {
 			if i := slices.IndexFunc(mine, p.conflicts); i >= 0 {
 				return fmt.Errorf("it is asked for twice, for %d and %d", mine[i].Port, p.Port)
 			}
-			if err := v.published(p, taken); err != nil {
+			if err := v.refusePublished(p, taken); err != nil {
 				return err
 			}
-			return listens(sockets, p)
+			return refuseListening(sockets, p)
 		})
 		if err != nil {
 			return nil, err
@@ -119,21 +119,21 @@ func (v *view) choosePorts(owner, nic, link string, wishes []Port) ([]Port, erro
 }
 
 // claimPorts writes down that the endpoint behind link has the ports, and forgets claims that a crash left.
-func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []Port) error {
-	taken := v.ports()
+func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []PublishedPort) error {
+	taken := v.publishedPorts()
 	taken[link] = ports
 	return h.updateState(ctx, "claim ports for "+link, func(s *hostState) error { s.Ports = taken; return nil })
 }
 
 // isMetBy reports whether a port that is held is one that p wishes for.
-func (p Port) isMetBy(held Port) bool {
+func (p PublishedPort) isMetBy(held PublishedPort) bool {
 	return p.Proto == held.Proto && p.HostAddr == held.HostAddr && p.Port == held.Port && (p.HostPort == 0 || p.HostPort <= held.HostPort && held.HostPort <= p.HostPortEnd)
 }
 
 // choosePort finds the wished port of the host, or the first of several, that refuse has nothing
 // against. Where any will do, the search begins at a place that depends on the owner, so that a
 // repeat finds the same.
-func choosePort(wish Port, owner string, nth int, refuse func(Port) error) (Port, error) {
+func choosePort(wish PublishedPort, owner string, nth int, refuse func(PublishedPort) error) (PublishedPort, error) {
 	first, last, skip := uint32(wish.HostPort), uint32(wish.HostPortEnd), uint32(0)
 	if wish.HostPort == 0 {
 		first, last = firstFree, lastFree
@@ -155,31 +155,31 @@ func choosePort(wish Port, owner string, nth int, refuse func(Port) error) (Port
 	return wish, fmt.Errorf("publish a port %d-%d/%s of the host: none is free; of the last, %w", first, last, wish.Proto, why)
 }
 
-func refusedPort(p Port, why error) error {
+func refusedPort(p PublishedPort, why error) error {
 	return fmt.Errorf("publish port %d/%s of the host: %w; publish another, or none: containers are reached at their own addresses", p.HostPort, p.Proto, why)
 }
 
-// published says which endpoint has p already.
-func (v *view) published(p Port, taken map[string][]Port) error {
+// refusePublished says which endpoint has p already.
+func (v *view) refusePublished(p PublishedPort, taken map[string][]PublishedPort) error {
 	for link, ports := range taken {
 		if !slices.ContainsFunc(ports, p.conflicts) {
 			continue
 		}
 		for _, e := range v.endpoints {
 			if e.link.Name == link {
-				return &HeldError{Owner: e.owner, text: fmt.Sprintf("it is published to %s already (%s)", e.addr.Addr(), e.holder())}
+				return &InUseError{Owner: e.owner, text: fmt.Sprintf("it is published to %s already (%s)", e.addr.Addr(), e.ownerText())}
 			}
 		}
 	}
 	return nil
 }
 
-func listens(sockets []listen.Socket, p Port) error {
+func refuseListening(sockets []listen.Socket, p PublishedPort) error {
 	for _, s := range sockets {
-		if s.Proto != p.Proto || s.At.Port() != p.HostPort {
+		if s.Proto != p.Proto || s.Addr.Port() != p.HostPort {
 			continue
 		}
-		if s.At.Addr().IsUnspecified() || !p.HostAddr.IsValid() || s.At.Addr() == p.HostAddr {
+		if s.Addr.Addr().IsUnspecified() || !p.HostAddr.IsValid() || s.Addr.Addr() == p.HostAddr {
 			return fmt.Errorf("the host itself listens at %s", s)
 		}
 	}
@@ -188,11 +188,11 @@ func listens(sockets []listen.Socket, p Port) error {
 
 // checkHostAddr refuses an address that is not the host's, and one of another NIC: the answers
 // would leave by the container's own.
-func (v *view) checkHostAddr(p Port, nic string) error {
+func (v *view) checkHostAddr(p PublishedPort, nic string) error {
 	if !p.HostAddr.IsValid() || p.HostAddr.IsLoopback() {
 		return nil
 	}
-	dev := v.holds(p.HostAddr)
+	dev := v.linkWithAddress(p.HostAddr)
 	if dev == "" {
 		var held []netip.Addr
 		for _, a := range v.addrs {
@@ -208,10 +208,10 @@ func (v *view) checkHostAddr(p Port, nic string) error {
 	return nil
 }
 
-// ports are the published ports of the endpoints that stand, by host end. host.json knows them; where
+// publishedPorts are the published ports of the endpoints that stand, by host end. host.json knows them; where
 // it was lost, the table still does.
-func (v *view) ports() map[string][]Port {
-	out := map[string][]Port{}
+func (v *view) publishedPorts() map[string][]PublishedPort {
+	out := map[string][]PublishedPort{}
 	var table map[netip.Addr][]ruleset.Port
 	for _, e := range v.endpoints {
 		if e.ports == 0 {
@@ -220,10 +220,10 @@ func (v *view) ports() map[string][]Port {
 		ports, known := v.state.Ports[e.link.Name]
 		if !known {
 			if table == nil {
-				table, _ = ruleset.Published() // unreadable: keepPorts says which are lost
+				table, _ = ruleset.ReadPublished() // unreadable: keepPorts says which are lost
 			}
 			for _, p := range table[e.addr.Addr()] {
-				ports = append(ports, Port{Proto: map[bool]string{true: "udp", false: "tcp"}[p.UDP], HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
+				ports = append(ports, PublishedPort{Proto: map[bool]string{true: "udp", false: "tcp"}[p.UDP], HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
 			}
 		}
 		if len(ports) > 0 {
@@ -233,10 +233,10 @@ func (v *view) ports() map[string][]Port {
 	return out
 }
 
-// portFaults are what host.json says of published ports too much or too little: claims that a crash
+// publishedPortFaults are what host.json says of published ports too much or too little: claims that a crash
 // left, and those that it lost and the table still tells.
-func (h *Host) portFaults(v *view) (all []fault) {
-	ports := v.ports()
+func (h *Host) publishedPortFaults(v *view) (all []fault) {
+	ports := v.publishedPorts()
 	if !maps.EqualFunc(v.state.Ports, ports, slices.Equal) {
 		all = append(all, fault{what: "host.json does not say which ports are published", mend: func() error {
 			return h.updateState(context.Background(), "keep ports", func(s *hostState) error { s.Ports = ports; return nil })

@@ -17,56 +17,56 @@ import (
 
 // Publish has ports of the host lead to owner's endpoint, and no others. For none, those that Attach claimed stay
 // claimed and lead nowhere. A repeat changes nothing. It returns the ports that lead to the endpoint now.
-func (h *Host) Publish(ctx context.Context, owner string, ports []Port) ([]Port, error) {
-	wishes, err := normalPorts(ports)
+func (h *Host) Publish(ctx context.Context, owner string, ports []PublishedPort) ([]PublishedPort, error) {
+	wishes, err := normalizedPorts(ports)
 	if err != nil {
 		return nil, err
 	}
-	if l, err := netlink.LinkByName(hostEndOf(owner)); len(wishes) == 0 && (rtnl.NotThere(err) || err == nil && hasNoPorts(l)) {
+	if l, err := netlink.LinkByName(hostEndOf(owner)); len(wishes) == 0 && (rtnl.IsNotExist(err) || err == nil && hasNoPorts(l)) {
 		return nil, nil // as nearly always, at the end of a container
 	}
-	p := &publish{h: h}
+	p := &publisher{host: h}
 	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back: see ruleset.Conn
-	unlock, err := h.lock(ctx, "publish ports of "+owner)
+	unlock, err := h.lockHost(ctx, "publish ports of "+owner)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := p.run(ctx, owner, wishes); err != nil {
+	if err := p.publishLocked(ctx, owner, wishes); err != nil {
 		return nil, fmt.Errorf("publish ports of %s: %w", owner, err)
 	}
-	return live(p.ports), nil
+	return notIdle(p.ports), nil
 }
 
-// publish is one Publish on its way.
-type publish struct {
-	h     *Host
-	e     endpoint
-	had   []Port
-	ports []Port // claimed from now on
-	nft   ruleset.Conn
-	flows conntrack.Conn
+// publisher is one Publish on its way.
+type publisher struct {
+	host     *Host
+	endpoint endpoint
+	before   []PublishedPort
+	ports    []PublishedPort // claimed from now on
+	nft      ruleset.Conn
+	flows    conntrack.Conn
 }
 
-func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
-	v, err := p.h.readEndpoints()
+func (p *publisher) publishLocked(ctx context.Context, owner string, wishes []PublishedPort) error {
+	v, err := p.host.readEndpoints()
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.is(owner) })
+	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.isOf(owner) })
 	if i < 0 {
 		if len(wishes) == 0 {
 			return nil // it is gone, and its ports with it
 		}
 		return errors.New("it is not attached: start its container again")
 	}
-	p.e, p.had = v.endpoints[i], v.ports()[v.endpoints[i].link.Name]
-	for _, had := range p.had {
+	p.endpoint, p.before = v.endpoints[i], v.publishedPorts()[v.endpoints[i].link.Name]
+	for _, had := range p.before {
 		had.Idle = true
 		p.ports = append(p.ports, had)
 	}
 	if len(wishes) > 0 {
-		if p.ports, err = v.choosePorts(owner, p.e.nic, p.e.link.Name, wishes); err != nil {
+		if p.ports, err = v.choosePorts(owner, p.endpoint.nic, p.endpoint.link.Name, wishes); err != nil {
 			return err
 		}
 	}
@@ -75,12 +75,12 @@ func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
 		name string
 		do   func() error
 	}{
-		{"publish alias", p.sign},
-		{"publish claims", func() error { return p.h.claimPorts(ctx, v, p.e.link.Name, p.ports) }},
-		{"publish elements", func() error { return p.elements(v) }},
-		{"publish flows", func() error { return forgetDatagrams(&p.flows, slices.Concat(live(p.had), live(p.ports))) }},
+		{"publish alias", p.writeAlias},
+		{"publish claims", func() error { return p.host.claimPorts(ctx, v, p.endpoint.link.Name, p.ports) }},
+		{"publish elements", func() error { return p.changeElements(v) }},
+		{"publish flows", func() error { return deleteUDPFlows(&p.flows, slices.Concat(notIdle(p.before), notIdle(p.ports))) }},
 	} {
-		if err := p.h.hook(step.name); err != nil {
+		if err := p.host.beforeStep(step.name); err != nil {
 			return err
 		}
 		if err := step.do(); err != nil {
@@ -90,13 +90,13 @@ func (p *publish) run(ctx context.Context, owner string, wishes []Port) error {
 	return nil
 }
 
-// sign says in the alias how many ports there are, where it says fewer.
-func (p *publish) sign() error {
-	if p.e.ports >= len(p.ports) {
+// writeAlias says in the alias how many ports there are, where it says fewer.
+func (p *publisher) writeAlias() error {
+	if p.endpoint.ports >= len(p.ports) {
 		return nil
 	}
-	p.e.ports = len(p.ports)
-	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.e.link}, p.e.alias.String())
+	p.endpoint.ports = len(p.ports)
+	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.endpoint.link}, p.endpoint.alias.String())
 }
 
 func hostEndOf(owner string) string {
@@ -106,15 +106,17 @@ func hostEndOf(owner string) string {
 
 // hasNoPorts reports whether a link is a whole host end without a published or claimed port.
 func hasNoPorts(l netlink.Link) bool {
-	a, whole := endpointOf(l)
+	a, whole := endpointAliasOf(l)
 	return whole && a.ports == 0
 }
 
-// elements takes away the elements of ports that do not lead to the endpoint any more, and adds those of the ones that
+// changeElements takes away the elements of ports that do not lead to the endpoint any more, and adds those of the ones that
 // do. host.json does not tell which of these stand: who died here wrote it before.
-func (p *publish) elements(v *view) error {
-	of := func(ports []Port) ruleset.Endpoint { return v.rulesOf(p.e.alias, p.e.link.Name, ports) }
-	over := slices.DeleteFunc(v.state.leadable(p.e.link.Name, p.had), func(had Port) bool { return slices.Contains(p.ports, had) })
+func (p *publisher) changeElements(v *view) error {
+	of := func(ports []PublishedPort) ruleset.Endpoint {
+		return v.rulesetEndpoint(p.endpoint.alias, p.endpoint.link.Name, ports)
+	}
+	over := slices.DeleteFunc(v.state.mayHaveElements(p.endpoint.link.Name, p.before), func(had PublishedPort) bool { return slices.Contains(p.ports, had) })
 	if err := p.nft.RemovePorts(of(over)); err != nil {
 		return err
 	}
@@ -122,20 +124,20 @@ func (p *publish) elements(v *view) error {
 		return nil
 	}
 	// An element that a killed process left for such a port is in the way.
-	v, err := p.h.readEndpoints()
+	v, err := p.host.readEndpoints()
 	if err == nil {
-		_, err = v.ruleset().Sync()
+		_, err = v.rulesetConfig().Sync()
 	}
 	return err
 }
 
-// leadable are those ports of an endpoint whose elements may lead to it, whatever host.json says of them: a Publish that
+// mayHaveElements are those ports of an endpoint whose elements may lead to it, whatever host.json says of them: a Publish that
 // died may have left the element of one that is idle. An idle one that leads to another endpoint by now is not among them.
-func (s *hostState) leadable(link string, ports []Port) (out []Port) {
+func (s *hostState) mayHaveElements(link string, ports []PublishedPort) (out []PublishedPort) {
 	for _, p := range ports {
 		elsewhere := false
 		for other, theirs := range s.Ports {
-			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o Port) bool { return !o.Idle && p.conflicts(o) })
+			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o PublishedPort) bool { return !o.Idle && p.conflicts(o) })
 		}
 		if !p.Idle || !elsewhere {
 			p.Idle = false
@@ -145,14 +147,14 @@ func (s *hostState) leadable(link string, ports []Port) (out []Port) {
 	return out
 }
 
-// live are the ports that lead to a container.
-func live(ports []Port) []Port {
-	return slices.DeleteFunc(slices.Clone(ports), func(p Port) bool { return p.Idle })
+// notIdle are the ports that lead to a container.
+func notIdle(ports []PublishedPort) []PublishedPort {
+	return slices.DeleteFunc(slices.Clone(ports), func(p PublishedPort) bool { return p.Idle })
 }
 
-// forgetDatagrams deletes the flows of datagrams to UDP ports. Else a client that keeps sending would reach whoever had
+// deleteUDPFlows deletes the flows of datagrams to UDP ports. Else a client that keeps sending would reach whoever had
 // the port before.
-func forgetDatagrams(c *conntrack.Conn, ports []Port) error {
+func deleteUDPFlows(c *conntrack.Conn, ports []PublishedPort) error {
 	var all []conntrack.Flows
 	for _, p := range ports {
 		if p.Proto == "udp" {

@@ -11,7 +11,7 @@ import (
 )
 
 // publish is the package's, on the VM.
-func (h *host) publish(owner string, ports ...Port) (got []Port, err error) {
+func (h *host) publish(owner string, ports ...PublishedPort) (got []PublishedPort, err error) {
 	err = h.Do(func() (err error) { got, err = h.Publish(h.t.Context(), owner, ports); return err })
 	return got, err
 }
@@ -24,8 +24,8 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))
 		ports := tcpAndUDP(netip.Addr{}, 8080, 5353)
-		idle := func() []Port {
-			var all []Port
+		idle := func() []PublishedPort {
+			var all []PublishedPort
 			for _, p := range ports {
 				p.Idle = true
 				all = append(all, p)
@@ -55,7 +55,7 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 			t.Errorf("a claimed port is claimed again: %v", err)
 		}
 		for _, step := range []string{"publish alias", "publish claims", "publish elements", "publish flows", ""} {
-			for _, wish := range [][]Port{ports, nil} {
+			for _, wish := range [][]PublishedPort{ports, nil} {
 				if step != "" {
 					h.crash(step, func() { _, _ = h.publish(owner, wish...) })
 					if len(wish) == 0 { // an engine does not repeat it: the round, or the container's end, does

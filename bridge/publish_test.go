@@ -20,14 +20,14 @@ import (
 var loopback = netip.MustParseAddr("127.0.0.1")
 
 // publishing is the wish e with ports.
-func publishing(e Endpoint, ports ...Port) Endpoint {
+func publishing(e Endpoint, ports ...PublishedPort) Endpoint {
 	e.Ports = ports
 	return e
 }
 
 // tcpAndUDP publishes both servers of a container.
-func tcpAndUDP(at netip.Addr, tcp, udp uint16) []Port {
-	return []Port{{Proto: "tcp", HostAddr: at, HostPort: tcp, Port: tcpPort}, {Proto: "udp", HostAddr: at, HostPort: udp, Port: udpPort}}
+func tcpAndUDP(at netip.Addr, tcp, udp uint16) []PublishedPort {
+	return []PublishedPort{{Proto: "tcp", HostAddr: at, HostPort: tcp, Port: tcpPort}, {Proto: "udp", HostAddr: at, HostPort: udp, Port: udpPort}}
 }
 
 // Published ports are reached from everywhere, by every address of the host, with any FORWARD policy
@@ -158,7 +158,7 @@ func TestPublishingOpensNoLoopback(t *testing.T) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
-		c := h.running(0, mode, Policy{SNAT: true}, Port{Proto: "tcp", HostPort: 8080, Port: tcpPort})
+		c := h.running(0, mode, Policy{SNAT: true}, PublishedPort{Proto: "tcp", HostPort: 8080, Port: tcpPort})
 		link, _ := linkNames(c.endpoint(mode, Policy{}).Owner)
 		if mode == ModeBridge {
 			link = "azure0"
@@ -213,35 +213,35 @@ func TestPortConflicts(t *testing.T) {
 	}()
 	one, two := h.container(0).endpoint(ModeBridge, Policy{SNAT: true}), h.container(1).endpoint(ModeBridge, Policy{SNAT: true})
 	primary := h.Primary
-	h.mustAttach(publishing(one, Port{Proto: "tcp", HostPort: 2000, Port: 80}, Port{Proto: "tcp", HostAddr: primary, HostPort: 2001, Port: 80}))
-	h.mustAttach(publishing(two, Port{Proto: "tcp", HostPort: 2999, Port: 80})) // the policy and the tables are known from here on
+	h.mustAttach(publishing(one, PublishedPort{Proto: "tcp", HostPort: 2000, Port: 80}, PublishedPort{Proto: "tcp", HostAddr: primary, HostPort: 2001, Port: 80}))
+	h.mustAttach(publishing(two, PublishedPort{Proto: "tcp", HostPort: 2999, Port: 80})) // the policy and the tables are known from here on
 	h.mustDetach(two.Owner)
 	before := h.kernelState()
 	for _, c := range []struct {
 		name  string
-		ports []Port
+		ports []PublishedPort
 		err   string
 	}{
-		{"a listener", []Port{{Proto: "tcp", HostPort: 1000, Port: 80}}, "publish port 1000/tcp of the host: the host itself listens at 0.0.0.0:1000 (uid 0; ss -tlnp names the program)"},
-		{"a listener of one address", []Port{{Proto: "tcp", HostPort: 1001, Port: 80}}, "the host itself listens at 127.0.0.1:1001"},
-		{"another address than a listener's", []Port{{Proto: "tcp", HostAddr: primary, HostPort: 1001, Port: 80}}, ""},
-		{"a listener of IPv6 and IPv4", []Port{{Proto: "tcp", HostPort: 1002, Port: 80}}, "the host itself listens at 0.0.0.0:1002"},
-		{"a listener of IPv6", []Port{{Proto: "tcp", HostPort: 1003, Port: 80}}, ""},
-		{"a socket of UDP", []Port{{Proto: "udp", HostPort: 1004, Port: 80}}, "the host itself listens at 127.0.0.53:1004 (uid 0; ss -ulnp names the program)"},
-		{"the other protocol", []Port{{Proto: "udp", HostPort: 1000, Port: 80}}, ""},
-		{"another container", []Port{{Proto: "tcp", HostPort: 2000, Port: 81}}, "it is published to " + one.Addr.Addr().String() + " already (" + one.Owner + ")"},
-		{"another container, one address", []Port{{Proto: "tcp", HostAddr: loopback, HostPort: 2000, Port: 81}}, "it is published to"},
-		{"another container of one address", []Port{{Proto: "tcp", HostPort: 2001, Port: 81}}, "it is published to"},
-		{"other addresses", []Port{{Proto: "tcp", HostAddr: loopback, HostPort: 2001, Port: 81}}, ""},
-		{"twice", []Port{{Proto: "tcp", HostPort: 3000, Port: 81}, {Proto: "tcp", HostPort: 3000, Port: 82}}, "it is asked for twice, for 81 and 82"},
-		{"twice, of one address and of all", []Port{{Proto: "tcp", HostPort: 3000, Port: 81}, {Proto: "tcp", HostAddr: primary, HostPort: 3000, Port: 82}}, "it is asked for twice"},
-		{"an address of nobody", []Port{{Proto: "tcp", HostAddr: netip.MustParseAddr("10.9.9.9"), HostPort: 3000, Port: 81}}, "10.9.9.9 is not an address of this host"},
-		{"an address of a container", []Port{{Proto: "tcp", HostAddr: one.Addr.Addr(), HostPort: 3000, Port: 81}}, "is not an address of this host"},
-		{"IPv6", []Port{{Proto: "tcp", HostAddr: netip.MustParseAddr("::1"), HostPort: 3000, Port: 81}}, "is not IPv4, and IPv6 is not served yet"},
-		{"SCTP", []Port{{Proto: "sctp", HostPort: 3000, Port: 81}}, `tcp and udp can be published, and "sctp" cannot`},
-		{"port 0 of the container", []Port{{Proto: "tcp", HostPort: 3000}}, "port 0 of a container cannot be published"},
-		{"a range upside down", []Port{{Proto: "tcp", HostPort: 3000, HostPortEnd: 2999, Port: 80}}, "3000-2999 is no range of host ports"},
-		{"a range that is taken", []Port{{Proto: "tcp", HostPort: 1000, HostPortEnd: 1001, Port: 80}}, "publish a port 1000-1001/tcp of the host: none is free; of the last, the host itself listens"},
+		{"a listener", []PublishedPort{{Proto: "tcp", HostPort: 1000, Port: 80}}, "publish port 1000/tcp of the host: the host itself listens at 0.0.0.0:1000 (uid 0; ss -tlnp names the program)"},
+		{"a listener of one address", []PublishedPort{{Proto: "tcp", HostPort: 1001, Port: 80}}, "the host itself listens at 127.0.0.1:1001"},
+		{"another address than a listener's", []PublishedPort{{Proto: "tcp", HostAddr: primary, HostPort: 1001, Port: 80}}, ""},
+		{"a listener of IPv6 and IPv4", []PublishedPort{{Proto: "tcp", HostPort: 1002, Port: 80}}, "the host itself listens at 0.0.0.0:1002"},
+		{"a listener of IPv6", []PublishedPort{{Proto: "tcp", HostPort: 1003, Port: 80}}, ""},
+		{"a socket of UDP", []PublishedPort{{Proto: "udp", HostPort: 1004, Port: 80}}, "the host itself listens at 127.0.0.53:1004 (uid 0; ss -ulnp names the program)"},
+		{"the other protocol", []PublishedPort{{Proto: "udp", HostPort: 1000, Port: 80}}, ""},
+		{"another container", []PublishedPort{{Proto: "tcp", HostPort: 2000, Port: 81}}, "it is published to " + one.Addr.Addr().String() + " already (" + one.Owner + ")"},
+		{"another container, one address", []PublishedPort{{Proto: "tcp", HostAddr: loopback, HostPort: 2000, Port: 81}}, "it is published to"},
+		{"another container of one address", []PublishedPort{{Proto: "tcp", HostPort: 2001, Port: 81}}, "it is published to"},
+		{"other addresses", []PublishedPort{{Proto: "tcp", HostAddr: loopback, HostPort: 2001, Port: 81}}, ""},
+		{"twice", []PublishedPort{{Proto: "tcp", HostPort: 3000, Port: 81}, {Proto: "tcp", HostPort: 3000, Port: 82}}, "it is asked for twice, for 81 and 82"},
+		{"twice, of one address and of all", []PublishedPort{{Proto: "tcp", HostPort: 3000, Port: 81}, {Proto: "tcp", HostAddr: primary, HostPort: 3000, Port: 82}}, "it is asked for twice"},
+		{"an address of nobody", []PublishedPort{{Proto: "tcp", HostAddr: netip.MustParseAddr("10.9.9.9"), HostPort: 3000, Port: 81}}, "10.9.9.9 is not an address of this host"},
+		{"an address of a container", []PublishedPort{{Proto: "tcp", HostAddr: one.Addr.Addr(), HostPort: 3000, Port: 81}}, "is not an address of this host"},
+		{"IPv6", []PublishedPort{{Proto: "tcp", HostAddr: netip.MustParseAddr("::1"), HostPort: 3000, Port: 81}}, "is not IPv4, and IPv6 is not served yet"},
+		{"SCTP", []PublishedPort{{Proto: "sctp", HostPort: 3000, Port: 81}}, `tcp and udp can be published, and "sctp" cannot`},
+		{"port 0 of the container", []PublishedPort{{Proto: "tcp", HostPort: 3000}}, "port 0 of a container cannot be published"},
+		{"a range upside down", []PublishedPort{{Proto: "tcp", HostPort: 3000, HostPortEnd: 2999, Port: 80}}, "3000-2999 is no range of host ports"},
+		{"a range that is taken", []PublishedPort{{Proto: "tcp", HostPort: 1000, HostPortEnd: 1001, Port: 80}}, "publish a port 1000-1001/tcp of the host: none is free; of the last, the host itself listens"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := h.attach(publishing(two, c.ports...))
@@ -252,21 +252,21 @@ func TestPortConflicts(t *testing.T) {
 				h.mustDetach(two.Owner)
 			}
 			checkSame(t, "what it left", before, h.kernelState())
-			if s, err := h.state(); err != nil || len(s.Ports) != 1 {
+			if s, err := h.readState(); err != nil || len(s.Ports) != 1 {
 				t.Errorf("host.json has %v %v", s.Ports, err)
 			}
 		})
 	}
 	t.Run("the first of a range that is free", func(t *testing.T) {
-		got := h.mustAttach(publishing(two, Port{Proto: "tcp", HostPort: 1999, HostPortEnd: 2003, Port: 80}, Port{Proto: "tcp", HostPort: 1999, HostPortEnd: 2003, Port: 81}))
-		want := []Port{{Proto: "tcp", HostPort: 1999, Port: 80}, {Proto: "tcp", HostPort: 2002, Port: 81}}
+		got := h.mustAttach(publishing(two, PublishedPort{Proto: "tcp", HostPort: 1999, HostPortEnd: 2003, Port: 80}, PublishedPort{Proto: "tcp", HostPort: 1999, HostPortEnd: 2003, Port: 81}))
+		want := []PublishedPort{{Proto: "tcp", HostPort: 1999, Port: 80}, {Proto: "tcp", HostPort: 2002, Port: 81}}
 		if diff := cmp.Diff(want, got.Ports, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 			t.Errorf("(-want +got)\n%s", diff)
 		}
 		h.mustDetach(two.Owner)
 	})
 	t.Run("a free one, the same for a repeat", func(t *testing.T) {
-		wish := publishing(two, Port{Proto: "tcp", Port: 80}, Port{Proto: "tcp", Port: 81}, Port{Proto: "udp", Port: 81})
+		wish := publishing(two, PublishedPort{Proto: "tcp", Port: 80}, PublishedPort{Proto: "tcp", Port: 81}, PublishedPort{Proto: "udp", Port: 81})
 		wish.Netns, wish.IfName = "", ""
 		first := h.mustAttach(wish)
 		for _, p := range first.Ports {
@@ -280,7 +280,7 @@ func TestPortConflicts(t *testing.T) {
 		h.mustDetach(two.Owner)
 	})
 	t.Run("what a crash left stands in nobody's way", func(t *testing.T) {
-		three := publishing(h.container(2).endpoint(ModeBridge, Policy{SNAT: true}), Port{Proto: "tcp", HostPort: 4000, Port: 80})
+		three := publishing(h.container(2).endpoint(ModeBridge, Policy{SNAT: true}), PublishedPort{Proto: "tcp", HostPort: 4000, Port: 80})
 		for _, step := range []string{"ports", "elements", "link", "flows", "alias"} {
 			if !h.crash(step, func() { _, _ = h.attach(publishing(two, three.Ports...)) }) {
 				t.Errorf("no attach got to %q", step)
@@ -292,7 +292,7 @@ func TestPortConflicts(t *testing.T) {
 			h.mustDetach(two.Owner)
 		}
 		h.reconcile()
-		if s, err := h.state(); err != nil || len(s.Ports) != 1 {
+		if s, err := h.readState(); err != nil || len(s.Ports) != 1 {
 			t.Errorf("host.json has %v %v", s.Ports, err)
 		}
 		checkSame(t, "what crashes left", before, h.kernelState())
@@ -307,7 +307,7 @@ func TestPortsAreRestored(t *testing.T) {
 		h.mustEnsure(h.spec(mode))
 		c := h.container(0)
 		at := h.mustAttach(publishing(c.endpoint(mode, Policy{SNAT: true}),
-			Port{Proto: "udp", HostPort: 5353, Port: udpPort}, Port{Proto: "tcp", HostPort: 8080, Port: tcpPort}, Port{Proto: "tcp", HostAddr: h.Primary, Port: tcpPort}))
+			PublishedPort{Proto: "udp", HostPort: 5353, Port: udpPort}, PublishedPort{Proto: "tcp", HostPort: 8080, Port: tcpPort}, PublishedPort{Proto: "tcp", HostAddr: h.Primary, Port: tcpPort}))
 		c.answer()
 		link := at.Link
 		if mode == ModeBridge {
@@ -325,7 +325,7 @@ func TestPortsAreRestored(t *testing.T) {
 			h.sh(trouble.line)
 			h.reconcile()
 			checkSame(t, trouble.name, before, h.kernelState())
-			s, err := h.state()
+			s, err := h.readState()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -346,7 +346,7 @@ func TestPortsAreRestored(t *testing.T) {
 }
 
 // sortedPorts spells ports in one order.
-func sortedPorts(ports []Port) (out []string) {
+func sortedPorts(ports []PublishedPort) (out []string) {
 	for _, p := range ports {
 		out = append(out, p.String())
 	}
@@ -375,7 +375,7 @@ func TestPortsEndWithTheContainer(t *testing.T) {
 		h.mustAttach(publishing(one.endpoint(mode, Policy{SNAT: true}), ports...))
 		c.sees(peer.Primary, peer.place(), h.Primary, 8080, 5353)
 		c.wait.Wait()
-		if s, err := h.state(); err != nil || len(s.Ports) != 1 {
+		if s, err := h.readState(); err != nil || len(s.Ports) != 1 {
 			t.Errorf("host.json has %v %v", s.Ports, err)
 		}
 		link, _ = linkNames(one.endpoint(mode, Policy{}).Owner)
@@ -385,7 +385,7 @@ func TestPortsEndWithTheContainer(t *testing.T) {
 		}
 		h.mustAttach(two.endpointElsewhere(mode))
 		h.mustDetach(owner)
-		if s, err := h.state(); err != nil || len(s.Ports) != 0 {
+		if s, err := h.readState(); err != nil || len(s.Ports) != 0 {
 			t.Errorf("host.json has %v %v", s.Ports, err)
 		}
 		h.whole("with no port")
@@ -437,7 +437,7 @@ func TestDatagramsFindTheNewContainer(t *testing.T) {
 		}
 		_, _ = ask.Write([]byte("anybody?\n"))
 		for n := range 2 {
-			c := h.running(n, mode, Policy{SNAT: true}, Port{Proto: "udp", HostPort: 5353, Port: udpPort}).answer()
+			c := h.running(n, mode, Policy{SNAT: true}, PublishedPort{Proto: "udp", HostPort: 5353, Port: udpPort}).answer()
 			if !answered() {
 				t.Errorf("container %d does not hear", n)
 			}

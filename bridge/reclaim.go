@@ -22,18 +22,18 @@ import (
 //
 // This is the one thing that changes a NIC's addresses, and the administrator asks for it.
 func (h *Host) Reclaim(ctx context.Context, mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
-	unlock, err := h.lock(ctx, "reclaim")
+	unlock, err := h.lockHost(ctx, "reclaim")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if removed, err = h.reclaim(mac, addrs); err != nil {
+	if removed, err = h.reclaimLocked(mac, addrs); err != nil {
 		return removed, fmt.Errorf("reclaim: %w", err)
 	}
 	return removed, nil
 }
 
-func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
+func (h *Host) reclaimLocked(mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return nil, err
@@ -46,7 +46,7 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 	if err != nil {
 		return nil, fmt.Errorf("list the addresses of %s: %w", nic.Attrs().Name, err)
 	}
-	own, err := sourceOf(nic, has)
+	own, err := hostSourceOf(nic, has)
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +58,7 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 		if addr == own || len(removed) == len(has)-1 {
 			return removed, fmt.Errorf("%s is the host's own address on %s and stays there: no container can have it", addr, nic.Attrs().Name)
 		}
-		if err := h.delAddr(nic, a); err != nil {
+		if err := h.deleteAddr(nic, a); err != nil {
 			return removed, fmt.Errorf("take %s off %s: %w", addr, nic.Attrs().Name, err)
 		}
 		removed = append(removed, addr)
@@ -66,9 +66,9 @@ func (h *Host) reclaim(mac string, addrs []netip.Addr) (removed []netip.Addr, er
 	return removed, nil
 }
 
-// delAddr deletes one address. With the first of a subnet the kernel would delete the others, unless it is
+// deleteAddr deletes one address. With the first of a subnet the kernel would delete the others, unless it is
 // told to promote them: it is told so for the moment.
-func (h *Host) delAddr(nic netlink.Link, a netlink.Addr) (err error) {
+func (h *Host) deleteAddr(nic netlink.Link, a netlink.Addr) (err error) {
 	promote := sysctl{"ipv4/conf/" + nic.Attrs().Name + "/promote_secondaries", "1"}
 	before := h.readSysctl(promote.name)
 	if a.Flags&unix.IFA_F_SECONDARY == 0 && before == "0" {
@@ -81,9 +81,9 @@ func (h *Host) delAddr(nic netlink.Link, a netlink.Addr) (err error) {
 	return ignoreMissing(netlink.AddrDel(nic, &a))
 }
 
-// sourceOf is the address that the host's packets leave with by the NIC's default route: the one that the
+// hostSourceOf is the address that the host's packets leave with by the NIC's default route: the one that the
 // route names, else the first that shares a subnet with its gateway.
-func sourceOf(nic netlink.Link, has []netlink.Addr) (netip.Addr, error) {
+func hostSourceOf(nic netlink.Link, has []netlink.Addr) (netip.Addr, error) {
 	routes, err := dump.Whole(func() ([]netlink.Route, error) { return netlink.RouteList(nic, netlink.FAMILY_V4) })
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("list the routes of %s: %w", nic.Attrs().Name, err)

@@ -15,22 +15,22 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// passes bounds how often a round reads and mends. A bridge that is half made is deleted, then
+// maxPasses bounds how often a round reads and mends. A bridge that is half made is deleted, then
 // made, then its ports are plugged in, then their flags are set, and the last pass finds nothing.
-const passes = 6
+const maxPasses = 6
 
-// mendAll makes everything stand as it should, and says what it mended. The caller holds the
+// mendHost makes everything stand as it should, and says what it mended. The caller holds the
 // lock. It works on after an error. hostErr is of what containers cannot do without, and bearableErr
 // of the rest.
-func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, bearableErr error) {
+func (h *Host) mendHost(ctx context.Context) (mended []string, hostErr, bearableErr error) {
 	failed := map[string]bool{}
 	z := h.readZones(ctx)
-	for range passes {
-		v, err := h.read()
+	for range maxPasses {
+		v, err := h.readView()
 		if err != nil {
 			return mended, err, nil
 		}
-		all, err := h.faults(v, z)
+		all, err := h.listFaults(v, z)
 		if err != nil {
 			return mended, err, nil
 		}
@@ -42,7 +42,7 @@ func (h *Host) mendAll(ctx context.Context) (mended []string, hostErr, bearableE
 			if err := ctx.Err(); err != nil {
 				return mended, errors.Join(hostErr, err), bearableErr
 			}
-			err := h.hook("mend: " + f.what)
+			err := h.beforeStep("mend: " + f.what)
 			if err == nil {
 				err = f.mend()
 			}
@@ -71,13 +71,13 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 	if used, err := h.inUse(); err != nil || !used {
 		return nil, err // nor is a lock made on a host that has nothing of ours
 	}
-	unlock, err := h.lock(ctx, "reconcile")
+	unlock, err := h.lockHost(ctx, "reconcile")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
 	h.noteRound()
-	mended, hostErr, bearableErr := h.mendAll(ctx)
+	mended, hostErr, bearableErr := h.mendHost(ctx)
 	if err := errors.Join(hostErr, bearableErr); err != nil {
 		return mended, fmt.Errorf("reconcile: %w", err)
 	}
@@ -86,27 +86,27 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 
 // inUse reports whether anything of ours stands or was asked for since the boot.
 func (h *Host) inUse() (bool, error) {
-	s, err := h.state()
-	if err != nil || s.asked() {
+	s, err := h.readState()
+	if err != nil || s.isAsked() {
 		return err == nil, err
 	}
 	links, err := rtnl.ReadLinks()
 	return slices.ContainsFunc(links, func(l netlink.Link) bool {
-		_, bridge := bridgeOf(l)
-		_, end := endpointOf(l)
+		_, bridge := bridgeAliasOf(l)
+		_, end := endpointAliasOf(l)
 		return bridge || end || halfMade(l)
 	}), err
 }
 
-// brokenWait bounds how long Broken waits for those who are changing the host.
-const brokenWait = 3 * time.Second
+// brokenLockWait bounds how long Broken waits for those who are changing the host.
+const brokenLockWait = 3 * time.Second
 
 // Broken names what is not as it should be, in sentences, and changes nothing: what Reconcile
 // would mend, and what only a person can. It holds the lock meanwhile, since what is half made
 // is not broken. The error names who keeps it waiting.
 func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	var out []string
-	taken := h.Ready(ctx)
+	taken := h.CheckReady(ctx)
 	if taken != nil {
 		out = append(out, taken.Error())
 	}
@@ -115,9 +115,9 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 		return out, err
 	}
 	if !used {
-		return h.brokenForTheFirst()
+		return h.faultsBeforeFirstUse()
 	}
-	faults, nics, err := h.brokenOfOurs(ctx)
+	faults, nics, err := h.faultsOfOurs(ctx)
 	for _, what := range faults {
 		if !slices.Contains(out, what) {
 			out = append(out, what)
@@ -126,20 +126,20 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	return append(out, upstreamRules(nics)...), err
 }
 
-// brokenOfOurs names the faults, and returns the NICs that something was asked of.
-func (h *Host) brokenOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
-	wait, cancel := context.WithTimeout(ctx, brokenWait)
+// faultsOfOurs names the faults, and returns the NICs that something was asked of.
+func (h *Host) faultsOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
+	wait, cancel := context.WithTimeout(ctx, brokenLockWait)
 	defer cancel()
-	unlock, err := h.lock(wait, "look for what is broken")
+	unlock, err := h.lockHost(wait, "look for what is broken")
 	if err != nil {
 		return nil, nil, err
 	}
 	defer unlock()
-	v, err := h.read()
+	v, err := h.readView()
 	if err != nil {
 		return nil, nil, err
 	}
-	all, err := h.faults(v, h.readZones(ctx))
+	all, err := h.listFaults(v, h.readZones(ctx))
 	for _, e := range v.endpoints {
 		all = append(all, e.containerFaults()...)
 	}
@@ -154,20 +154,20 @@ func (h *Host) brokenOfOurs(ctx context.Context) (out []string, nics []netlink.L
 	return out, nics, err
 }
 
-// brokenForTheFirst names what would be in the way of the first container of a host, of which nothing is asked yet.
-func (h *Host) brokenForTheFirst() (out []string, err error) {
+// faultsBeforeFirstUse names what would be in the way of the first container of a host, of which nothing is asked yet.
+func (h *Host) faultsBeforeFirstUse() (out []string, err error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return nil, err
 	}
-	if l := links.Named(firstBridge); l != nil {
+	if l := links.ByName(firstBridge); l != nil {
 		out = append(out, refuseNamesake(links, l).Error())
 	}
-	primary, err := defaultLink()
+	primary, err := defaultRouteLink()
 	if err != nil {
 		return out, err
 	}
-	if nic := links.Index(primary); nic != nil {
+	if nic := links.ByIndex(primary); nic != nil {
 		out = append(out, upstreamRules([]netlink.Link{nic})...)
 	}
 	return out, nil

@@ -15,15 +15,15 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// Remove takes away the bridge of that name. It refuses while endpoints are attached to it. No
+// RemoveBridge takes away the bridge of that name. It refuses while endpoints are attached to it. No
 // such bridge is success.
-func (h *Host) Remove(ctx context.Context, name string) error {
-	unlock, err := h.lock(ctx, "remove "+name)
+func (h *Host) RemoveBridge(ctx context.Context, name string) error {
+	unlock, err := h.lockHost(ctx, "remove "+name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	v, err := h.read()
+	v, err := h.readView()
 	if err != nil {
 		return err
 	}
@@ -31,19 +31,19 @@ func (h *Host) Remove(ctx context.Context, name string) error {
 		if n.Bridge != name {
 			continue
 		}
-		if on := v.attached(func(e endpoint) bool { return e.bridge == name }); len(on) > 0 {
+		if on := v.attachedEndpoints(func(e endpoint) bool { return e.bridge == name }); len(on) > 0 {
 			return fmt.Errorf("remove %s: containers are attached to it: %s: end them first", name, strings.Join(on, ", "))
 		}
 		n.Bridge = ""
-		if err := h.unask(ctx, mac, n); err != nil {
+		if err := h.withdrawAsked(ctx, mac, n); err != nil {
 			return fmt.Errorf("remove %s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// attached names the endpoints that want chooses.
-func (v *view) attached(want func(endpoint) bool) (out []string) {
+// attachedEndpoints names the endpoints that want chooses.
+func (v *view) attachedEndpoints(want func(endpoint) bool) (out []string) {
 	for _, e := range v.endpoints {
 		if want(e) {
 			out = append(out, fmt.Sprintf("%s (%s)", e.owner, e.label()))
@@ -60,75 +60,75 @@ func (v *view) attached(want func(endpoint) bool) (out []string) {
 // ip_forward and the NICs' forwarding stay: an engine or a kubelet that came since may rely on
 // them.
 func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []string, err error) {
-	unlock, err := h.lock(ctx, "remove all")
+	unlock, err := h.lockHost(ctx, "remove all")
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	v, err := h.read()
+	v, err := h.readView()
 	if err != nil {
 		return nil, err
 	}
 	if err := refuseFormer(v.links); err != nil {
 		return nil, err // forget would take its containers' leases
 	}
-	if on := v.attached(func(endpoint) bool { return true }); len(on) > 0 {
+	if on := v.attachedEndpoints(func(endpoint) bool { return true }); len(on) > 0 {
 		return nil, fmt.Errorf("containers are attached: %s: end them first", strings.Join(on, ", "))
 	}
 	for _, l := range v.links {
-		if _, ours := bridgeOf(l); !ours && !halfMade(l) {
+		if _, ours := bridgeAliasOf(l); !ours && !halfMade(l) {
 			continue
 		}
-		if err := h.hook("remove " + l.Type()); err != nil {
+		if err := h.beforeStep("remove " + l.Type()); err != nil {
 			return removed, err
 		}
-		if err := delLink(l); err != nil {
+		if err := deleteLink(l); err != nil {
 			return removed, err
 		}
 		if l.Type() == "bridge" {
 			removed = append(removed, l.Attrs().Name)
 		}
 	}
-	if err := h.hook("remove rules"); err != nil {
+	if err := h.beforeStep("remove rules"); err != nil {
 		return removed, err
 	}
-	if err := h.sweepAll(); err != nil {
+	if err := h.removeAllButLinks(); err != nil {
 		return removed, err
 	}
 	left := h.leaveZones(ctx) // which keeps nothing else from ending
-	if err := h.hook("forget"); err != nil {
+	if err := h.beforeStep("forget"); err != nil {
 		return removed, err
 	}
 	return removed, errors.Join(forget(), left)
 }
 
-// sweep takes away what nobody asks for any more. The caller holds the lock.
-func (h *Host) sweep(ctx context.Context) error {
-	s, err := h.state()
+// removeUnasked takes away what nobody asks for any more. The caller holds the lock.
+func (h *Host) removeUnasked(ctx context.Context) error {
+	s, err := h.readState()
 	if err != nil {
 		return err
 	}
-	if !s.asked() {
-		return errors.Join(h.sweepAll(), h.leaveZones(ctx))
+	if !s.isAsked() {
+		return errors.Join(h.removeAllButLinks(), h.leaveZones(ctx))
 	}
-	_, hostErr, bearableErr := h.mendAll(ctx)
+	_, hostErr, bearableErr := h.mendHost(ctx)
 	return errors.Join(hostErr, bearableErr)
 }
 
-// sweepAll takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,
+// removeAllButLinks takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,
 // and the drop-ins.
-func (h *Host) sweepAll() error {
-	v, err := h.read()
+func (h *Host) removeAllButLinks() error {
+	v, err := h.readView()
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, r := range v.rules {
+	for _, r := range v.ourRoutingRules {
 		errs = append(errs, netlink.RuleDel(&r))
 	}
-	none := &view{state: &hostState{}, links: v.links, routes: v.routes, neighbours: v.neighbours}
+	none := &view{state: &hostState{}, links: v.links, ourRoutes: v.ourRoutes, neighbours: v.neighbours}
 	for _, f := range strayFaults(none) {
 		errs = append(errs, f.mend())
 	}
-	return errors.Join(append(errs, forward.Drop(), ruleset.Drop(), h.removeDropIns())...)
+	return errors.Join(append(errs, forward.RemoveAll(), ruleset.DeleteTables(), h.removeDropIns())...)
 }

@@ -111,7 +111,7 @@ func (h *host) mustEnsure(spec Spec) Bridge {
 }
 
 func (h *host) remove(name string) error {
-	return h.Do(func() error { return h.Remove(h.t.Context(), name) })
+	return h.Do(func() error { return h.RemoveBridge(h.t.Context(), name) })
 }
 
 func (h *host) removeAll() error {
@@ -264,7 +264,7 @@ func (h *host) mustDetach(owner string) {
 }
 
 // run makes the n-th container of eth0 and attaches it.
-func (h *host) running(n int, mode Mode, p Policy, ports ...Port) *container {
+func (h *host) running(n int, mode Mode, p Policy, ports ...PublishedPort) *container {
 	h.t.Helper()
 	c := h.container(n)
 	e := c.endpoint(mode, p)
@@ -367,7 +367,7 @@ func (h *host) kernelState() string {
 	}); err != nil {
 		h.t.Fatal(err)
 	}
-	for _, name := range []string{networkd, networkManager} {
+	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
 		text, _ := os.ReadFile(filepath.Join(h.cfg.Run, name))
 		fmt.Fprintf(&out, "FILE %s\n%s", name, text)
 	}

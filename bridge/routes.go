@@ -33,9 +33,9 @@ import (
 // sends to a thousand absent ones would fill the kernel's one neighbour table (gc_thresh3):
 // nobody would reach a new peer any more, nor would the host itself.
 const (
-	containerTable = 16863    // a route to each container
-	nicTables      = 16863000 // and the NIC's index: the way out by that NIC
-	noWay          = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
+	containerTable    = 16863    // a route to each container
+	nicTables         = 16863000 // and the NIC's index: the way out by that NIC
+	unreachableMetric = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
 
 	containerRule = 100   // at most: see containerPriority
 	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
@@ -56,9 +56,9 @@ const (
 
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
 
-// route is a route to a container, in one of the two tables that have it. It has the
+// containerRoute is a route to a container, in one of the two tables that have it. It has the
 // container's MTU: a bridge drops a packet that is too large for a port without a word.
-func (a alias) route(table, link, mtu int) netlink.Route {
+func (a alias) containerRoute(table, link, mtu int) netlink.Route {
 	return netlink.Route{Table: table, Dst: ipNet(netip.PrefixFrom(a.addr.Addr(), 32)), LinkIndex: link, Scope: netlink.SCOPE_LINK, Protocol: ourProtocol, MTU: mtu, Type: unix.RTN_UNICAST}
 }
 
@@ -94,8 +94,8 @@ func wrapRoute(r netlink.Route, err error) error {
 	return nil
 }
 
-func delRoute(r netlink.Route) error {
-	if err := netlink.RouteDel(&r); err != nil && !rtnl.NotThere(err) {
+func deleteRoute(r netlink.Route) error {
+	if err := netlink.RouteDel(&r); err != nil && !rtnl.IsNotExist(err) {
 		return fmt.Errorf("delete the route to %s in table %d: %w", prefixOf(r.Dst), r.Table, err)
 	}
 	return nil
@@ -115,20 +115,20 @@ func samePlace(a, b netlink.Route) bool {
 func (v *view) wantedRoutes() []netlink.Route {
 	var all []netlink.Route
 	for _, e := range v.endpoints {
-		if link := v.linkTo(e); link != 0 {
+		if link := v.linkToContainer(e); link != 0 {
 			for _, table := range containerTables {
-				all = append(all, e.route(table, link, e.link.MTU))
+				all = append(all, e.containerRoute(table, link, e.link.MTU))
 			}
 		}
 	}
 	for _, mac := range v.macs() {
-		gateway, ok := v.ownWay(mac)
+		gateway, ok := v.wayOut(mac)
 		if !ok {
 			continue
 		}
 		index := v.nics[mac].Attrs().Index
 		if !v.state.NICs[mac].Primary { // with its link, the route below goes, and main's would lead out by the primary NIC
-			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), Priority: noWay, Protocol: ourProtocol, Type: unix.RTN_UNREACHABLE})
+			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), Priority: unreachableMetric, Protocol: ourProtocol, Type: unix.RTN_UNREACHABLE})
 		}
 		// The kernel takes no route by a link that is down. When the link is up, a round adds it.
 		if v.nics[mac].Attrs().Flags&net.FlagUp != 0 {
@@ -139,8 +139,8 @@ func (v *view) wantedRoutes() []netlink.Route {
 	return all
 }
 
-// linkTo is the index of the link that leads to the endpoint; 0 while its bridge is gone.
-func (v *view) linkTo(e endpoint) int {
+// linkToContainer is the index of the link that leads to the endpoint; 0 while its bridge is gone.
+func (v *view) linkToContainer(e endpoint) int {
 	if e.bridge == "" {
 		return e.link.Index
 	}
@@ -150,9 +150,9 @@ func (v *view) linkTo(e endpoint) int {
 	return 0
 }
 
-// ownWay is the gateway of a NIC whose containers have rules of their own; not ok for any other
+// wayOut is the gateway of a NIC whose containers have rules of their own; not ok for any other
 // NIC.
-func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
+func (v *view) wayOut(mac string) (gateway netip.Addr, ok bool) {
 	n, subnets := v.state.NICs[mac], v.subnets(mac)
 	if v.nics[mac] == nil || n.Bridge == "" && !n.Transparent || len(subnets) == 0 {
 		return netip.Addr{}, false
@@ -160,8 +160,8 @@ func (v *view) ownWay(mac string) (gateway netip.Addr, ok bool) {
 	return subnets[0].Addr().Next(), true
 }
 
-// leadsNowhere reports whether the NIC is gone or down.
-func (v *view) leadsNowhere(mac string) bool {
+// isGoneOrDown reports whether the NIC is gone or down.
+func (v *view) isGoneOrDown(mac string) bool {
 	nic := v.nics[mac]
 	return nic == nil || nic.Attrs().Flags&net.FlagUp == 0
 }
@@ -179,7 +179,7 @@ func (s *hostState) needsOwnRules(mac string) bool {
 // numbers a rule is behind the first one. With number 0, they stand behind the local table's, in the order in which
 // they were added.
 func (v *view) containerPriority(behind int) int {
-	return max(0, min(containerRule, v.firstRule-1-secondSubnetRule)+behind)
+	return max(0, min(containerRule, v.lowestOtherPriority-1-secondSubnetRule)+behind)
 }
 
 // wantedRules are all that our protocol number may stand on.
@@ -190,8 +190,8 @@ func (v *view) wantedRules() []netlink.Rule {
 	}
 	slices.SortFunc(w.subnets, netip.Prefix.Compare)
 	w.subnets = slices.Compact(w.subnets)
-	if v.state.asked() {
-		w.add(v.containerPriority(0), containerTable, -1, "", everywhere, everywhere)
+	if v.state.isAsked() {
+		w.addRule(v.containerPriority(0), containerTable, -1, "", everywhere, everywhere)
 	}
 	for _, mac := range v.macs() {
 		if bridge := v.state.NICs[mac].Bridge; bridge != "" {
@@ -224,9 +224,9 @@ type ruleList struct {
 	rules   []netlink.Rule
 }
 
-// add adds a rule. The rule ignores routes of its table whose prefix has suppress bits or fewer; -1: it ignores none.
+// addRule adds a rule. The rule ignores routes of its table whose prefix has suppress bits or fewer; -1: it ignores none.
 // A rule without a table makes the destination unreachable.
-func (w *ruleList) add(priority, table, suppress int, iif string, from, to netip.Prefix) {
+func (w *ruleList) addRule(priority, table, suppress int, iif string, from, to netip.Prefix) {
 	r := netlink.NewRule()
 	r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
 	if table == unix.RT_TABLE_UNSPEC {
@@ -243,15 +243,15 @@ func (w *ruleList) add(priority, table, suppress int, iif string, from, to netip
 
 // addNowhere adds a rule for a NIC that is gone or down. Containers behind the link then reach only containers.
 func (w *ruleList) addNowhere(mac, link string) {
-	if w.v.leadsNowhere(mac) {
-		w.add(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
+	if w.v.isGoneOrDown(mac) {
+		w.addRule(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
 	}
 }
 
 // addWayOut adds the rules that lead packets from containers of the NIC out by that NIC. The packets come in by the link.
 func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	v := w.v
-	if _, ok := v.ownWay(mac); !ok {
+	if _, ok := v.wayOut(mac); !ok {
 		return
 	}
 	table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
@@ -259,16 +259,16 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	if !primary {
 		host, subnet = v.containerPriority(secondHostRule), v.containerPriority(secondSubnetRule)
 		for _, to := range azureAddrs {
-			w.add(host, table, -1, link, from, to)
+			w.addRule(host, table, -1, link, from, to)
 		}
 	}
 	for _, to := range w.subnets {
-		w.add(host, unix.RT_TABLE_MAIN, to.Bits(), link, from, to)
-		w.add(subnet, table, -1, link, from, to)
+		w.addRule(host, unix.RT_TABLE_MAIN, to.Bits(), link, from, to)
+		w.addRule(subnet, table, -1, link, from, to)
 	}
 	if !primary {
-		w.add(otherRule, unix.RT_TABLE_MAIN, 0, link, from, everywhere)
-		w.add(outRule, table, -1, link, from, everywhere)
+		w.addRule(otherRule, unix.RT_TABLE_MAIN, 0, link, from, everywhere)
+		w.addRule(outRule, table, -1, link, from, everywhere)
 	}
 }
 
@@ -276,16 +276,16 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 // rules match the subnet of the source address. Two kinds of packets have such a source and keep their own way: those
 // that the host itself sends, for which the rules see the link lo, and those that the host forwards from its NICs.
 func (w *ruleList) addForSubnets(mac string) {
-	if _, ok := w.v.ownWay(mac); !ok {
+	if _, ok := w.v.wayOut(mac); !ok {
 		return
 	}
 	for _, from := range w.v.subnets(mac) {
 		for _, to := range w.subnets {
-			w.add(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
-			for _, link := range append([]string{"lo"}, w.v.ruleset().NICs...) {
-				w.add(otherRule, unix.RT_TABLE_MAIN, -1, link, from, to)
+			w.addRule(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
+			for _, link := range append([]string{"lo"}, w.v.rulesetConfig().NICs...) {
+				w.addRule(otherRule, unix.RT_TABLE_MAIN, -1, link, from, to)
 			}
-			w.add(lastRule, nicTables+w.v.nics[mac].Attrs().Index, -1, "", from, to)
+			w.addRule(lastRule, nicTables+w.v.nics[mac].Attrs().Index, -1, "", from, to)
 		}
 	}
 }

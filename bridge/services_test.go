@@ -34,7 +34,7 @@ func newCluster(t *testing.T, mode Mode) *cluster {
 	}
 	on := Policy{SNAT: true}
 	c.a, c.b = c.node1.running(0, mode, on), c.node1.running(1, mode, on)
-	c.relay = c.node1.running(2, mode, on, Port{Proto: "tcp", HostPort: 8090, Port: 80})
+	c.relay = c.node1.running(2, mode, on, PublishedPort{Proto: "tcp", HostPort: 8090, Port: 80})
 	c.far, c.other = c.node2.running(0, mode, on), c.node2.running(1, mode, on)
 	c.a.place().serve(t, "a", ":8080")
 	c.b.place().serve(t, "b", ":8080")

@@ -27,22 +27,22 @@ const (
 
 // routeBySource has what is sent from each address of ours in the container leave by the
 // interface that has it, if there is more than one.
-func (at *attach) routeBySource(in *netlink.Handle) error {
+func (a *attacher) routeBySource(in *netlink.Handle) error {
 	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list the addresses: %w", err)
 	}
-	other := func(a netlink.Addr) bool { return a.LinkIndex != at.peerIndex && !a.IP.IsLoopback() }
+	other := func(o netlink.Addr) bool { return o.LinkIndex != a.containerEndIndex && !o.IP.IsLoopback() }
 	if !slices.ContainsFunc(addrs, other) {
 		return nil
 	}
-	v, err := at.h.readEndpoints()
+	v, err := a.host.readEndpoints()
 	if err != nil {
 		return err
 	}
-	indexes := map[netip.Addr]int{at.e.Addr.Addr(): at.peerIndex}
+	indexes := map[netip.Addr]int{a.wish.Addr.Addr(): a.containerEndIndex}
 	for _, e := range v.endpoints {
-		if e.link.NetNsID == at.nsID {
+		if e.link.NetNsID == a.nsID {
 			indexes[e.addr.Addr()] = e.link.ParentIndex
 		}
 	}
@@ -56,22 +56,22 @@ func (at *attach) routeBySource(in *netlink.Handle) error {
 	for _, r := range rules { // of interfaces that are gone. Other rules of our protocol may be of an azure-vnet in the container
 		ours := r.Protocol == ourProtocol && r.Priority == sourceRule && r.Table > sourceTables && r.Src != nil
 		if ours && indexes[prefixOf(r.Src).Addr()] != r.Table-sourceTables {
-			if err := in.RuleDel(&r); err != nil && !rtnl.NotThere(err) {
+			if err := in.RuleDel(&r); err != nil && !rtnl.IsNotExist(err) {
 				return fmt.Errorf("delete the routing rule %s: %w", ruleText(r), err)
 			}
 		}
 	}
 	for addr, index := range indexes {
-		if err := leadOut(in, addr, index); err != nil {
+		if err := addSourceTable(in, addr, index); err != nil {
 			return fmt.Errorf("the way of answers from %s: %w", addr, err)
 		}
 	}
 	return nil
 }
 
-// leadOut gives an address its table, with all routes that its interface has in the main one,
+// addSourceTable gives an address its table, with all routes that its interface has in the main one,
 // and its rule. It may be repeated.
-func leadOut(in *netlink.Handle, from netip.Addr, index int) error {
+func addSourceTable(in *netlink.Handle, from netip.Addr, index int) error {
 	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
 	routes, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {

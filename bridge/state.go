@@ -16,12 +16,12 @@ import (
 
 // hostState is host.json: what of the host's network the kernel cannot tell.
 type hostState struct {
-	Version  int                 `json:"version"`
-	Boot     string              `json:"boot"`               // the kernel's boot id; a state of another boot is void
-	NICs     map[string]nicState `json:"nics,omitempty"`     // by MAC: those of the VM, as far as known
-	Policies map[string]Policy   `json:"policies,omitempty"` // by id
-	Ports    map[string][]Port   `json:"ports,omitempty"`    // claimed, by host end; those of a link whose alias has none are void
-	Zones    map[string]string   `json:"zones,omitempty"`    // of firewalld, by the link of ours that we put there or are about to
+	Version  int                        `json:"version"`
+	Boot     string                     `json:"boot"`               // the kernel's boot id; a state of another boot is void
+	NICs     map[string]nicState        `json:"nics,omitempty"`     // by MAC: those of the VM, as far as known
+	Policies map[string]Policy          `json:"policies,omitempty"` // by id
+	Ports    map[string][]PublishedPort `json:"ports,omitempty"`    // claimed, by host end; those of a link whose alias has none are void
+	Zones    map[string]string          `json:"zones,omitempty"`    // of firewalld, by the link of ours that we put there or are about to
 }
 
 // nicState is what was asked of a NIC.
@@ -48,7 +48,7 @@ func (s hostState) Check() error {
 			err = fmt.Errorf("%q is not spelled as the kernel does", mac)
 		}
 		if err == nil && n.Bridge != "" {
-			err = checkStandingBridge(n.Bridge)
+			err = checkExistingBridgeName(n.Bridge)
 		}
 		if err == nil && n.Subnet.IsValid() && !n.Subnet.Addr().Is4() {
 			err = fmt.Errorf("%s is not a subnet of IPv4", n.Subnet)
@@ -69,7 +69,7 @@ func (s hostState) Check() error {
 	}
 	for link, ports := range s.Ports {
 		for _, p := range ports {
-			if _, err := p.normal(); err != nil || p.HostPort == 0 {
+			if _, err := p.normalized(); err != nil || p.HostPort == 0 {
 				return fmt.Errorf("%s has the published port %s", link, p)
 			}
 		}
@@ -80,8 +80,8 @@ func (s hostState) Check() error {
 // policyID matches what Policy.id makes.
 var policyID = regexp.MustCompile(`^[0-9a-f]{8}$`)
 
-// renew empties a state that is new or of another boot.
-func (s *hostState) renew() error {
+// startNewBoot empties a state that is new or of another boot.
+func (s *hostState) startNewBoot() error {
 	boot, err := bootID()
 	if err != nil {
 		return err
@@ -96,7 +96,7 @@ func (s *hostState) renew() error {
 		s.Policies = map[string]Policy{}
 	}
 	if s.Ports == nil {
-		s.Ports = map[string][]Port{}
+		s.Ports = map[string][]PublishedPort{}
 	}
 	if s.Zones == nil {
 		s.Zones = map[string]string{}
@@ -104,8 +104,8 @@ func (s *hostState) renew() error {
 	return nil
 }
 
-// asked reports whether anything was asked of the host since its boot.
-func (s *hostState) asked() bool {
+// isAsked reports whether anything was asked of the host since its boot.
+func (s *hostState) isAsked() bool {
 	for _, n := range s.NICs {
 		if n.Bridge != "" || n.Transparent {
 			return true
@@ -114,9 +114,9 @@ func (s *hostState) asked() bool {
 	return false
 }
 
-// state reads host.json. No file, one of another boot and one that cannot be
+// readState reads host.json. No file, one of another boot and one that cannot be
 // understood are an empty state: the kernel tells the rest.
-func (h *Host) state() (*hostState, error) {
+func (h *Host) readState() (*hostState, error) {
 	s, err := statefile.Read[hostState](h.path("host.json"))
 	if errors.Is(err, statefile.ErrUnreadable) {
 		s, err = hostState{}, nil
@@ -124,7 +124,7 @@ func (h *Host) state() (*hostState, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &s, s.renew()
+	return &s, s.startNewBoot()
 }
 
 // updateState changes host.json under its own lock; who is told to those who wait. A
@@ -133,7 +133,7 @@ func (h *Host) state() (*hostState, error) {
 func (h *Host) updateState(ctx context.Context, who string, change func(*hostState) error) error {
 	file := h.path("host.json")
 	renewed := func(s *hostState) error {
-		if err := s.renew(); err != nil {
+		if err := s.startNewBoot(); err != nil {
 			return err
 		}
 		return change(s)

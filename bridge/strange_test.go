@@ -170,7 +170,7 @@ func TestABridgeOfOthersThatIsNamedLikeOurs(t *testing.T) {
 		h := hosts[0]
 		h.ip("link add azure-dev type bridge", "link add veth9 master azure-dev type veth peer name veth8", "link set azure-dev up")
 		h.mustEnsure(h.spec(mode))
-		if err := h.Do(func() error { return h.Ready(t.Context(), h.MAC) }); err != nil {
+		if err := h.Do(func() error { return h.CheckReady(t.Context(), h.MAC) }); err != nil {
 			t.Errorf("ready: %v", err)
 		}
 		h.whole("beside it")

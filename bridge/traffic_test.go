@@ -48,7 +48,7 @@ func (h *host) inNetns(name string, f func() error) error {
 			return err
 		}
 		defer ns.Close()
-		return doIn(ns, f)
+		return runInNamespace(ns, f)
 	})
 }
 

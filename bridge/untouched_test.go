@@ -168,7 +168,7 @@ func TestNothingOfOthersIsTouched(t *testing.T) {
 		mode Mode
 		p    Policy
 	}{{ModeBridge, Policy{SNAT: true}}, {ModeTransparent, Policy{SNAT: true}}, {ModeBridge, Policy{Internal: true}}, {ModeTransparent, Policy{Direct: prefixes("0.0.0.0/0")}}} {
-		running = append(running, h.running(i, e.mode, e.p, Port{Proto: "tcp", HostPort: uint16(8080 + i), Port: 80}))
+		running = append(running, h.running(i, e.mode, e.p, PublishedPort{Proto: "tcp", HostPort: uint16(8080 + i), Port: 80}))
 	}
 	same("with containers")
 	checkRulesOfOthers("with containers")

@@ -38,7 +38,7 @@ func upstreamRules(nics []netlink.Link) []string {
 			subnets = append(subnets, prefixOf(a.IPNet).Masked())
 		}
 	}
-	commands, err := ebtables.Rules(func(rule []string) bool {
+	commands, err := ebtables.DeleteCommands(func(rule []string) bool {
 		return slices.ContainsFunc(rule, func(word string) bool {
 			addr, _ := netip.ParseAddr(word)
 			return slices.Contains(names, word) || slices.ContainsFunc(subnets, func(p netip.Prefix) bool { return p.Contains(addr) })
@@ -105,16 +105,16 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	if name == "" {
 		return false, nil
 	}
-	if l, err := netlink.LinkByName(name); rtnl.NotThere(err) || err == nil && !isUpstreams(l) {
+	if l, err := netlink.LinkByName(name); rtnl.IsNotExist(err) || err == nil && !mayBeUpstreams(l) {
 		return false, nil // as nearly always; no lock is needed to know
 	}
-	unlock, err := h.lock(ctx, "remove "+name)
+	unlock, err := h.lockHost(ctx, "remove "+name)
 	if err != nil {
 		return false, err
 	}
 	defer unlock()
 	l, err := netlink.LinkByName(name)
-	if err != nil || !isUpstreams(l) {
+	if err != nil || !mayBeUpstreams(l) {
 		return false, ignoreMissing(err)
 	}
 	if has, told := c.hasOtherEnd(l); !has && (told || !byID) {
@@ -126,24 +126,24 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	if err != nil {
 		return false, err
 	}
-	if err := h.hook("upstream link"); err != nil {
+	if err := h.beforeStep("upstream link"); err != nil {
 		return false, err
 	}
-	if err := delLink(l); err != nil {
+	if err := deleteLink(l); err != nil {
 		return false, err
 	}
 	var flows conntrack.Conn
 	defer flows.Close()
 	for _, r := range routes { // flows of the address would mislead the container that has it next
 		if p := prefixOf(r.Dst); p.Bits() == 32 {
-			err = forgetFlows(&flows, p.Addr())
+			err = deleteFlows(&flows, p.Addr())
 		}
 	}
 	return true, err
 }
 
-// isUpstreams reports whether a link may be a host end of Azure's own azure-vnet: a veth without any mark of ours.
-func isUpstreams(l netlink.Link) bool {
+// mayBeUpstreams reports whether a link may be a host end of Azure's own azure-vnet: a veth without any mark of ours.
+func mayBeUpstreams(l netlink.Link) bool {
 	a := l.Attrs()
 	return l.Type() == "veth" && a.Alias == "" && a.Group != ruleset.GroupBridge && a.Group != ruleset.GroupTransparent
 }

@@ -29,16 +29,16 @@ const mainRule = 32766
 // view is one reading of the host: each kind of kernel state once. What ought to stand is
 // decided on it alone.
 type view struct {
-	state      *hostState // with what the links tell of a state that was lost
-	links      rtnl.Links
-	addrs      []netlink.Addr  // IPv4
-	routes     []netlink.Route // with our protocol, in every table
-	rules      []netlink.Rule  // with our protocol
-	firstRule  int             // lowest priority of a rule of others behind the local table's
-	neighbours []rtnl.Neighbour
-	forwarding []rtnl.ForwardingEntry
-	flags      map[int]map[uint16]uint16 // of bridge ports, by link index
-	settings   map[int]rtnl.Bridge       // of our bridges, by link index
+	state               *hostState // with what the links tell of a state that was lost
+	links               rtnl.Links
+	addrs               []netlink.Addr  // IPv4
+	ourRoutes           []netlink.Route // with our protocol, in every table
+	ourRoutingRules     []netlink.Rule  // with our protocol
+	lowestOtherPriority int             // lowest priority of a rule of others behind the local table's
+	neighbours          []rtnl.Neighbour
+	forwardingEntries   []rtnl.ForwardingEntry
+	bridgePortFlags     map[int]map[uint16]uint16   // of bridge ports, by link index
+	bridgeSettings      map[int]rtnl.BridgeSettings // of our bridges, by link index
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
 	endpoints []endpoint
@@ -55,7 +55,7 @@ type endpoint struct {
 // view is empty.
 func (h *Host) readEndpoints() (v *view, err error) {
 	v = &view{nics: map[string]netlink.Link{}}
-	if v.state, err = h.state(); err != nil {
+	if v.state, err = h.readState(); err != nil {
 		return nil, err
 	}
 	if v.links, err = rtnl.ReadLinks(); err != nil {
@@ -64,60 +64,60 @@ func (h *Host) readEndpoints() (v *view, err error) {
 	if v.addrs, err = dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
 		return nil, fmt.Errorf("list the host's addresses: %w", err)
 	}
-	return v, v.adopt()
+	return v, v.adoptFromLinks()
 }
 
-// read reads the host. The caller holds the lock, unless it changes nothing and bears with
+// readView reads the host. The caller holds the lock, unless it changes nothing and bears with
 // an endpoint that is half made.
-func (h *Host) read() (*view, error) {
+func (h *Host) readView() (*view, error) {
 	v, err := h.readEndpoints()
 	if err != nil {
 		return nil, err
 	}
-	if v.routes, err = rtnl.ReadRoutes(ourProtocol); err != nil {
+	if v.ourRoutes, err = rtnl.ReadRoutes(ourProtocol); err != nil {
 		return nil, err
 	}
 	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list the host's routing rules: %w", err)
 	}
-	v.firstRule = mainRule
+	v.lowestOtherPriority = mainRule
 	for _, r := range rules {
 		if r.Table == unix.RT_TABLE_UNSPEC {
 			r.Type = unix.RTN_UNREACHABLE // the library does not tell, and a deletion must not hit another rule of that priority and link
 		}
 		if r.Protocol == ourProtocol {
-			v.rules = append(v.rules, r)
+			v.ourRoutingRules = append(v.ourRoutingRules, r)
 		} else if r.Priority > 0 { // that of the local table has none
-			v.firstRule = min(v.firstRule, r.Priority)
+			v.lowestOtherPriority = min(v.lowestOtherPriority, r.Priority)
 		}
 	}
 	if v.neighbours, err = rtnl.ReadNeighbours(); err != nil {
 		return nil, fmt.Errorf("list the host's neighbour entries: %w", err)
 	}
-	if v.forwarding, err = rtnl.ReadForwarding(); err != nil {
+	if v.forwardingEntries, err = rtnl.ReadForwarding(); err != nil {
 		return nil, fmt.Errorf("list the bridges' forwarding entries: %w", err)
 	}
-	if v.flags, err = rtnl.ReadPortFlags(); err != nil {
+	if v.bridgePortFlags, err = rtnl.ReadPortFlags(); err != nil {
 		return nil, fmt.Errorf("list the bridges' ports: %w", err)
 	}
-	v.settings = map[int]rtnl.Bridge{}
+	v.bridgeSettings = map[int]rtnl.BridgeSettings{}
 	for _, l := range v.links {
-		if _, ours := bridgeOf(l); !ours {
+		if _, ours := bridgeAliasOf(l); !ours {
 			continue
 		}
-		if v.settings[l.Attrs().Index], err = rtnl.ReadBridge(l.Attrs().Index); ignoreMissing(err) != nil {
+		if v.bridgeSettings[l.Attrs().Index], err = rtnl.ReadBridgeSettings(l.Attrs().Index); ignoreMissing(err) != nil {
 			return nil, fmt.Errorf("read the settings of %s: %w", l.Attrs().Name, err)
 		}
 	}
 	return v, nil
 }
 
-// adopt takes from the links what the state does not know: the file is lost sooner than
+// adoptFromLinks takes from the links what the state does not know: the file is lost sooner than
 // they are.
-func (v *view) adopt() error {
+func (v *view) adoptFromLinks() error {
 	for _, l := range v.links {
-		if a, ok := endpointOf(l); ok {
+		if a, ok := endpointAliasOf(l); ok {
 			v.endpoints = append(v.endpoints, endpoint{a, l.Attrs()})
 		}
 	}
@@ -130,7 +130,7 @@ func (v *view) adopt() error {
 			v.adopted = append(v.adopted, mac)
 		}
 	}
-	for _, b := range bridgesIn(v.links) {
+	for _, b := range ourBridges(v.links) {
 		ask(b.NICMAC, func(n *nicState) {
 			if n.Bridge == "" {
 				n.Bridge = b.Name
@@ -156,7 +156,7 @@ func (v *view) adopt() error {
 	if len(v.nics) == 0 || v.knowsPrimary() {
 		return nil
 	}
-	link, err := defaultLink()
+	link, err := defaultRouteLink()
 	for mac, nic := range v.nics {
 		if nic.Attrs().Index == link {
 			ask(mac, func(n *nicState) { n.Primary = true })
@@ -174,9 +174,9 @@ func (v *view) knowsPrimary() bool {
 	return false
 }
 
-// defaultLink is the index of the link that the host's best default route leaves by; 0 if there is none. Azure's
+// defaultRouteLink is the index of the link that the host's best default route leaves by; 0 if there is none. Azure's
 // is on the primary NIC.
-func defaultLink() (int, error) {
+func defaultRouteLink() (int, error) {
 	all, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: ipNet(prefixOf(nil))}, netlink.RT_FILTER_DST)
 	})
@@ -200,11 +200,11 @@ func (v *view) nicName(mac string) string {
 // bridge is the NIC's bridge as it stands, nil if it does not. One of that name which is
 // not ours is not it.
 func (v *view) bridge(mac string) *netlink.LinkAttrs {
-	l := v.links.Named(v.state.NICs[mac].Bridge)
+	l := v.links.ByName(v.state.NICs[mac].Bridge)
 	if l == nil {
 		return nil
 	}
-	if nic, ours := bridgeOf(l); !ours || nic != mac {
+	if nic, ours := bridgeAliasOf(l); !ours || nic != mac {
 		return nil
 	}
 	return l.Attrs()
@@ -246,8 +246,8 @@ func (v *view) subnets(mac string) []netip.Prefix {
 	return slices.Compact(out)
 }
 
-// ruleset is what the nft tables derive from.
-func (v *view) ruleset() ruleset.Config {
+// rulesetConfig is what the nft tables derive from.
+func (v *view) rulesetConfig() ruleset.Config {
 	c := ruleset.Config{}
 	for _, mac := range v.macs() {
 		if name := v.nicName(mac); name != "" {
@@ -262,19 +262,19 @@ func (v *view) ruleset() ruleset.Config {
 		policies[e.policy] = policyOf(v.state.Policies, e.policy)
 	}
 	for _, id := range slices.Sorted(maps.Keys(policies)) {
-		n := policies[id].network()
+		n := policies[id].rulesetNetwork()
 		n.ID = id // a policy that is taken for the default keeps its id
 		c.Networks = append(c.Networks, n)
 	}
-	ports := v.ports()
+	ports := v.publishedPorts()
 	for _, e := range v.endpoints {
-		c.Endpoints = append(c.Endpoints, v.rulesOf(e.alias, e.link.Name, ports[e.link.Name]))
+		c.Endpoints = append(c.Endpoints, v.rulesetEndpoint(e.alias, e.link.Name, ports[e.link.Name]))
 	}
 	return c
 }
 
-// rulesOf is an endpoint as the rules take it.
-func (v *view) rulesOf(a alias, link string, ports []Port) ruleset.Endpoint {
+// rulesetEndpoint is an endpoint as the rules take it.
+func (v *view) rulesetEndpoint(a alias, link string, ports []PublishedPort) ruleset.Endpoint {
 	p := policyOf(v.state.Policies, a.policy)
 	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), Network: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}
 	if a.bridge != "" {
@@ -283,14 +283,14 @@ func (v *view) rulesOf(a alias, link string, ports []Port) ruleset.Endpoint {
 			e.BridgeMAC = bridgeMAC(mac)
 		}
 	}
-	for _, p := range live(ports) {
+	for _, p := range notIdle(ports) {
 		e.Ports = append(e.Ports, ruleset.Port{UDP: p.Proto == "udp", HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
 	}
 	return e
 }
 
-// forward is what iptables is to accept.
-func (v *view) forward() forward.Config {
+// forwardConfig is what iptables is to accept.
+func (v *view) forwardConfig() forward.Config {
 	c := forward.Config{}
 	transparent := false
 	for _, mac := range v.macs() {
@@ -307,7 +307,7 @@ func (v *view) forward() forward.Config {
 		return c
 	}
 	for _, l := range v.links {
-		if a := l.Attrs(); v.isNIC(a.Index) || leadsOut(l) {
+		if a := l.Attrs(); v.isNIC(a.Index) || mayLeadOut(l) {
 			c.Out = append(c.Out, a.Name)
 		}
 	}
@@ -324,19 +324,19 @@ func (v *view) isNIC(index int) bool {
 	return false
 }
 
-// leadsOut tells a link that may lead to another network, such as a VPN's, from one that
+// mayLeadOut tells a link that may lead to another network, such as a VPN's, from one that
 // leads to somebody's containers: bridges and veths do.
-func leadsOut(l netlink.Link) bool {
+func mayLeadOut(l netlink.Link) bool {
 	a := l.Attrs()
 	return a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && a.MasterIndex == 0 &&
 		l.Type() != "bridge" && l.Type() != "veth" && !strings.HasPrefix(a.Name, hostPrefix)
 }
 
-// holds is the name of the host's link that has the address; empty: none has.
-func (v *view) holds(addr netip.Addr) string {
+// linkWithAddress is the name of the host's link that has the address; empty: none has.
+func (v *view) linkWithAddress(addr netip.Addr) string {
 	for _, a := range v.addrs {
 		if prefixOf(a.IPNet).Addr() == addr {
-			if l := v.links.Index(a.LinkIndex); l != nil {
+			if l := v.links.ByIndex(a.LinkIndex); l != nil {
 				return l.Attrs().Name
 			}
 		}

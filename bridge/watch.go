@@ -37,12 +37,12 @@ const watchPause = 200 * time.Millisecond
 // It works on the calling goroutine alone, so that it stays in the caller's namespace, but for the system bus, whose
 // socket is a file. It returns ctx's error when ctx ends.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, known: map[int32]kind{}, unready: map[int32]bool{}, standing: map[int32]end{}}
-	if err := w.open(); err != nil {
-		w.close()
+	w := &watcher{host: h, linkKinds: map[int32]linkKind{}, unready: map[int32]bool{}, whole: map[int32]endState{}}
+	if err := w.openSockets(); err != nil {
+		w.closeSockets()
 		return fmt.Errorf("watch the host's network: %w", err)
 	}
-	defer w.close()
+	defer w.closeSockets()
 	stop := context.AfterFunc(ctx, func() { w.wake.Write([]byte{0}) })
 	defer stop()
 	bus, leave := context.WithCancel(ctx)
@@ -63,7 +63,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 		if ctx.Err() != nil {
 			break
 		}
-		seen, err := w.read()
+		seen, err := w.readEvents()
 		if err != nil {
 			return fmt.Errorf("watch the host's network: %w", err)
 		}
@@ -88,31 +88,31 @@ type watcher struct {
 	host        *Host
 	fds         []unix.PollFd // the end of the pipe that ctx and firewalld write to, then a socket for rtnetlink and one for nf_tables
 	woken, wake *os.File
-	known       map[int32]kind // links by index
-	unready     map[int32]bool // indexes of endpoints' links that do not stand yet
-	standing    map[int32]end  // endpoints' links that stand, by index
+	linkKinds   map[int32]linkKind // links by index
+	unready     map[int32]bool     // indexes of endpoints' links that do not stand yet
+	whole       map[int32]endState // endpoints' links that stand, by index
 	buf         [1 << 16]byte
 }
 
-// kind is what a link is to us.
-type kind int
+// linkKind is what a link is to us.
+type linkKind int
 
 const (
-	foreign kind = iota + 1
+	foreignLink linkKind = iota + 1
 	nicLink
 	bridgeLink
 	endLink // the host end of an endpoint
 )
 
-// end is what an endpoint's link must keep while it stands.
-type end struct {
+// endState is what an endpoint's link must keep while it stands.
+type endState struct {
 	master, mtu, group uint32
 	mac                string
 }
 
-// open subscribes first and then reads what is there, so that nothing falls
+// openSockets subscribes first and then reads what is there, so that nothing falls
 // between.
-func (w *watcher) open() (err error) {
+func (w *watcher) openSockets() (err error) {
 	if w.woken, w.wake, err = os.Pipe(); err != nil {
 		return err
 	}
@@ -138,10 +138,10 @@ func (w *watcher) open() (err error) {
 			}
 		}
 	}
-	return w.relearn()
+	return w.readLinkKinds()
 }
 
-func (w *watcher) close() {
+func (w *watcher) closeSockets() {
 	for _, fd := range w.fds[min(1, len(w.fds)):] {
 		unix.Close(int(fd.Fd))
 	}
@@ -151,43 +151,43 @@ func (w *watcher) close() {
 	}
 }
 
-// relearn notes what each link is.
-func (w *watcher) relearn() error {
+// readLinkKinds notes what each link is.
+func (w *watcher) readLinkKinds() error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
 		return err
 	}
-	s, err := w.host.state()
+	s, err := w.host.readState()
 	if err != nil {
 		return err
 	}
-	clear(w.known)
-	clear(w.standing)
+	clear(w.linkKinds)
+	clear(w.whole)
 	for _, l := range links {
-		w.known[int32(l.Attrs().Index)] = foreign
-		if _, ours := bridgeOf(l); ours {
-			w.known[int32(l.Attrs().Index)] = bridgeLink
+		w.linkKinds[int32(l.Attrs().Index)] = foreignLink
+		if _, ours := bridgeAliasOf(l); ours {
+			w.linkKinds[int32(l.Attrs().Index)] = bridgeLink
 		} else if l.Attrs().Group == ruleset.GroupBridge || l.Attrs().Group == ruleset.GroupTransparent {
-			w.known[int32(l.Attrs().Index)] = endLink
-			if _, whole := endpointOf(l); whole && l.Attrs().Flags&net.FlagUp != 0 {
-				w.standing[int32(l.Attrs().Index)] = end{uint32(l.Attrs().MasterIndex), uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
+			w.linkKinds[int32(l.Attrs().Index)] = endLink
+			if _, whole := endpointAliasOf(l); whole && l.Attrs().Flags&net.FlagUp != 0 {
+				w.whole[int32(l.Attrs().Index)] = endState{uint32(l.Attrs().MasterIndex), uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
 			}
 		}
 	}
 	macs := slices.Collect(maps.Keys(s.NICs))
-	for _, b := range bridgesIn(links) {
+	for _, b := range ourBridges(links) {
 		macs = append(macs, b.NICMAC)
 	}
 	for _, mac := range macs {
 		if nic, err := findNIC(links, mac, s.NICs[mac].Name); err == nil {
-			w.known[int32(nic.Attrs().Index)] = nicLink
+			w.linkKinds[int32(nic.Attrs().Index)] = nicLink
 		}
 	}
 	return nil
 }
 
-// read takes all that the sockets hold and tells whether any of it matters.
-func (w *watcher) read() (seen bool, err error) {
+// readEvents takes all that the sockets hold and tells whether any of it matters.
+func (w *watcher) readEvents() (seen bool, err error) {
 	if w.fds[0].Revents&unix.POLLIN != 0 {
 		_, _ = unix.Read(int(w.fds[0].Fd), w.buf[:])
 		w.fds[0].Revents = 0 // an interrupted poll leaves it as it is, and the next read would wait
@@ -204,7 +204,7 @@ func (w *watcher) read() (seen bool, err error) {
 			}
 			if errors.Is(err, unix.ENOBUFS) { // events were lost: any may have been ours
 				seen = true
-				if err := w.relearn(); err != nil {
+				if err := w.readLinkKinds(); err != nil {
 					return false, err
 				}
 				continue
@@ -218,9 +218,9 @@ func (w *watcher) read() (seen bool, err error) {
 			}
 			for _, m := range messages {
 				if i == 0 {
-					seen = w.concerns(m) || seen
+					seen = w.concernsRouteEvent(m) || seen
 				} else {
-					seen = concernsTable(m) || seen
+					seen = concernsTableEvent(m) || seen
 				}
 			}
 		}
@@ -228,15 +228,15 @@ func (w *watcher) read() (seen bool, err error) {
 	return seen, nil
 }
 
-// concerns reports whether an event of rtnetlink may have broken something of ours, or asks for something new.
-func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
+// concernsRouteEvent reports whether an event of rtnetlink may have broken something of ours, or asks for something new.
+func (w *watcher) concernsRouteEvent(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		switch {
 		case len(m.Data) < unix.SizeofIfInfomsg:
 			return false
 		case m.Data[0] == unix.AF_BRIDGE:
-			return m.Header.Type == unix.RTM_NEWLINK && w.concernsPort(m)
+			return m.Header.Type == unix.RTM_NEWLINK && w.concernsBridgePort(m)
 		}
 		return m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
@@ -244,7 +244,7 @@ func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 	case unix.RTM_NEWNETCONF:
 		return len(m.Data) >= sizeofNetconfmsg && w.concernsSysctl(m)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		return len(m.Data) >= unix.SizeofIfAddrmsg && w.known[int32(native.Uint32(m.Data[4:]))] > foreign
+		return len(m.Data) >= unix.SizeofIfAddrmsg && w.linkKinds[int32(native.Uint32(m.Data[4:]))] > foreignLink
 	case unix.RTM_NEWRULE: // which may stand before the rule that leads to containers
 		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) != ourProtocol
 	case unix.RTM_DELROUTE, unix.RTM_DELRULE:
@@ -258,7 +258,7 @@ func (w *watcher) concerns(m syscall.NetlinkMessage) bool {
 func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
 	index := int32(native.Uint32(m.Data[4:]))
 	up := native.Uint32(m.Data[8:])&unix.IFF_UP != 0
-	name, alias, now := "", "", end{}
+	name, alias, now := "", "", endState{}
 	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
 		switch kind {
 		case unix.IFLA_IFNAME:
@@ -275,38 +275,38 @@ func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
 			now.mac = net.HardwareAddr(v).String()
 		}
 	}
-	was, seen := w.known[index]
+	was, seen := w.linkKinds[index]
 	if m.Header.Type == unix.RTM_DELLINK {
-		delete(w.known, index)
+		delete(w.linkKinds, index)
 		delete(w.unready, index)
-		delete(w.standing, index)
-		return was > foreign
+		delete(w.whole, index)
+		return was > foreignLink
 	}
 	ours := now.group == ruleset.GroupBridge || now.group == ruleset.GroupTransparent
 	switch {
 	case strings.HasPrefix(alias, bridgeAlias):
-		w.known[index] = bridgeLink
+		w.linkKinds[index] = bridgeLink
 	case was == endLink || ours && strings.HasPrefix(name, hostPrefix):
-		w.known[index] = endLink
-		before, stood := w.standing[index]
+		w.linkKinds[index] = endLink
+		before, stood := w.whole[index]
 		if _, whole := parseAlias(alias); !whole || !up || !ours {
 			w.unready[index] = true
-			delete(w.standing, index)
+			delete(w.whole, index)
 			return stood // routes die when a link is down, also where it is up again at once
 		}
 		delete(w.unready, index)
-		w.standing[index] = now
+		w.whole[index] = now
 		return stood && now != before
 	case !seen:
-		w.known[index] = foreign
+		w.linkKinds[index] = foreignLink
 		return !strings.HasPrefix(name, peerPrefix)
 	}
-	return was > foreign
+	return was > foreignLink
 }
 
-// concernsPort looks at the flags of a bridge port. While an endpoint is made they are not set yet.
-func (w *watcher) concernsPort(m syscall.NetlinkMessage) bool {
-	if _, stands := w.standing[int32(native.Uint32(m.Data[4:]))]; !stands {
+// concernsBridgePort looks at the flags of a bridge port. While an endpoint is made they are not set yet.
+func (w *watcher) concernsBridgePort(m syscall.NetlinkMessage) bool {
+	if _, stands := w.whole[int32(native.Uint32(m.Data[4:]))]; !stands {
 		return false
 	}
 	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
@@ -314,7 +314,7 @@ func (w *watcher) concernsPort(m syscall.NetlinkMessage) bool {
 			continue
 		}
 		for kind, v := range rtnl.Attributes(v, 0) {
-			if slices.ContainsFunc(slices.Concat(portFlags, portDefaults), func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Is(v) }) {
+			if slices.ContainsFunc(slices.Concat(bridgePortFlags, bridgePortDefaults), func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Matches(v) }) {
 				return true
 			}
 		}
@@ -339,8 +339,8 @@ func (w *watcher) concernsNeighbour(m syscall.NetlinkMessage) bool {
 	if m.Data[0] != unix.AF_BRIDGE {
 		return gone && protocol == ourProtocol
 	}
-	_, stands := w.standing[link]
-	return w.known[master] == bridgeLink && (gone || stands || w.known[link] == foreign)
+	_, stands := w.whole[link]
+	return w.linkKinds[master] == bridgeLink && (gone || stands || w.linkKinds[link] == foreignLink)
 }
 
 // Of linux/netconf.h, which no library here names.
@@ -355,8 +355,8 @@ func (w *watcher) concernsSysctl(m syscall.NetlinkMessage) bool {
 	for kind, v := range rtnl.Attributes(m.Data, sizeofNetconfmsg) {
 		if kind == netconfaIfindex && len(v) == 4 {
 			index := int32(native.Uint32(v))
-			_, stands := w.standing[index]
-			return stands || index == netconfaAll || w.known[index] == nicLink || w.known[index] == bridgeLink
+			_, stands := w.whole[index]
+			return stands || index == netconfaAll || w.linkKinds[index] == nicLink || w.linkKinds[index] == bridgeLink
 		}
 	}
 	return false
@@ -375,9 +375,9 @@ func protocolOf(m syscall.NetlinkMessage) byte {
 	return 0
 }
 
-// concernsTable reports whether an event of nf_tables is of a table of ours, or of the one that has iptables-nft's
+// concernsTableEvent reports whether an event of nf_tables is of a table of ours, or of the one that has iptables-nft's
 // FORWARD chain. Every object but a transaction's end has its table's name as attribute 1.
-func concernsTable(m syscall.NetlinkMessage) bool {
+func concernsTableEvent(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type & 0xff {
 	case unix.NFT_MSG_NEWGEN, unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
 		return false

@@ -14,14 +14,14 @@ import (
 // systemBus is the socket of the host's system bus.
 func (h *Host) systemBus() string { return filepath.Join(h.cfg.Run, "dbus/system_bus_socket") }
 
-// zones is one reading of firewalld, for all the passes of a round: a bus that hangs is waited for once.
-type zones struct {
-	are *firewalld.Zones // nil: there is no firewalld, or err
-	err error
+// zoneReading is one reading of firewalld, for all the passes of a round: a bus that hangs is waited for once.
+type zoneReading struct {
+	zones *firewalld.Zones // nil: there is no firewalld, or err
+	err   error
 }
 
-func (h *Host) readZones(ctx context.Context) (z zones) {
-	z.are, z.err = firewalld.Read(ctx, h.systemBus())
+func (h *Host) readZones(ctx context.Context) (z zoneReading) {
+	z.zones, z.err = firewalld.ReadZones(ctx, h.systemBus())
 	return z
 }
 
@@ -48,16 +48,16 @@ func (v *view) zoneLinks() map[string][]string {
 }
 
 // zoneFaults are the links that are not in the zone that they should be in.
-func (h *Host) zoneFaults(v *view, z zones) (all []fault) {
+func (h *Host) zoneFaults(v *view, z zoneReading) (all []fault) {
 	if z.err != nil {
 		return []fault{{what: z.err.Error()}}
 	}
-	if z.are == nil {
+	if z.zones == nil {
 		return nil
 	}
-	for _, s := range z.are.Steps(v.zoneLinks(), v.state.Zones) {
-		f := fault{what: s.What, mend: func() error { return h.takeStep(z.are, s) }}
-		if s.Act == firewalld.Tell {
+	for _, s := range z.zones.Steps(v.zoneLinks(), v.state.Zones) {
+		f := fault{what: s.What, mend: func() error { return h.takeZoneStep(z.zones, s) }}
+		if s.Act == firewalld.Report {
 			f.mend = nil
 		}
 		all = append(all, f)
@@ -65,9 +65,9 @@ func (h *Host) zoneFaults(v *view, z zones) (all []fault) {
 	return all
 }
 
-// takeStep notes a zone before a link joins it, and forgets it after the link has left: what is noted may be taken
+// takeZoneStep notes a zone before a link joins it, and forgets it after the link has left: what is noted may be taken
 // away.
-func (h *Host) takeStep(z *firewalld.Zones, s firewalld.Step) error {
+func (h *Host) takeZoneStep(z *firewalld.Zones, s firewalld.Step) error {
 	ctx := context.Background()
 	note := func(zone string) error {
 		return h.updateState(ctx, "note the zone of "+s.Link, func(state *hostState) error {
@@ -82,17 +82,17 @@ func (h *Host) takeStep(z *firewalld.Zones, s firewalld.Step) error {
 		if err := note(s.Zone); err != nil {
 			return err
 		}
-		if err := h.hook("join"); err != nil {
+		if err := h.beforeStep("join"); err != nil {
 			return err
 		}
-		return z.Move(ctx, s.Link, s.Zone)
+		return z.MoveLink(ctx, s.Link, s.Zone)
 	}
 	if s.Act == firewalld.Leave {
-		if err := z.Move(ctx, s.Link, ""); err != nil {
+		if err := z.MoveLink(ctx, s.Link, ""); err != nil {
 			return err
 		}
 	}
-	if err := h.hook("forget zone"); err != nil {
+	if err := h.beforeStep("forget zone"); err != nil {
 		return err
 	}
 	return note("")
@@ -100,7 +100,7 @@ func (h *Host) takeStep(z *firewalld.Zones, s firewalld.Step) error {
 
 // leaveZones takes our links out of firewalld's zones, as far as we put them there.
 func (h *Host) leaveZones(ctx context.Context) error {
-	s, err := h.state()
+	s, err := h.readState()
 	if err != nil || len(s.Zones) == 0 {
 		return err
 	}
@@ -108,12 +108,12 @@ func (h *Host) leaveZones(ctx context.Context) error {
 	if z.err != nil {
 		return fmt.Errorf("%w. Some of our links stay in its zones until its next reload or the boot", z.err)
 	}
-	if z.are == nil {
+	if z.zones == nil {
 		return nil // and it begins without them
 	}
 	var errs []error
-	for _, step := range z.are.Steps(nil, s.Zones) {
-		errs = append(errs, h.takeStep(z.are, step))
+	for _, step := range z.zones.Steps(nil, s.Zones) {
+		errs = append(errs, h.takeZoneStep(z.zones, step))
 	}
 	return errors.Join(errs...)
 }

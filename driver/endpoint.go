@@ -272,7 +272,7 @@ func (d *Driver) RevokeExternalConnectivity(ctx context.Context, r *network.Revo
 	return d.publish(ctx, r.EndpointID, nil)
 }
 
-func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.Port) error {
+func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.PublishedPort) error {
 	if err := checkIDs(endpoint); err != nil {
 		return err
 	}

@@ -89,7 +89,7 @@ func (d *Driver) networkName(ctx context.Context, id string) string {
 // inDockersWords replaces the owners in err by names. err is the error of an attach. Its text may name the endpoint, and
 // the other endpoint that has the address, the MAC or the port.
 func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error) error {
-	var held *bridge.HeldError
+	var held *bridge.InUseError
 	if !errors.As(err, &held) || held.Owner == "" {
 		return err
 	}

@@ -65,7 +65,7 @@ func TestHoldersInDockersWords(t *testing.T) {
 
 // An error that names no holder is not changed.
 func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
-	for _, err := range []error{bridge.ErrAttached, &bridge.HeldError{}, nil} {
+	for _, err := range []error{bridge.ErrAttached, &bridge.InUseError{}, nil} {
 		if got := New(Config{}).inDockersWords(t.Context(), "e", err); got != err {
 			t.Errorf("%v became %v", err, got)
 		}

@@ -19,14 +19,14 @@ import (
 // at them. Without one, the engine would give the port to a container of its own bridge too, without a word, and
 // nobody would reach that container there. The plugin's end closes them, and its start binds them again.
 type heldPorts struct {
-	sync.Mutex                                // held by those who change what is published too, so that no round binds what was just taken back
-	held       map[string]map[bridge.Port]int // by owner: the file descriptor of each port's socket
+	sync.Mutex                                         // held by those who change what is published too, so that no round binds what was just taken back
+	held       map[string]map[bridge.PublishedPort]int // by owner: the file descriptor of each port's socket
 }
 
 // hold binds the owner's ports, and closes the sockets of those that it has no more. It goes on after an error, which
 // names the ports that somebody else is bound to. The caller holds the lock.
-func (h *heldPorts) hold(owner string, ports []bridge.Port) error {
-	has, wanted := h.held[owner], map[bridge.Port]int{}
+func (h *heldPorts) hold(owner string, ports []bridge.PublishedPort) error {
+	has, wanted := h.held[owner], map[bridge.PublishedPort]int{}
 	var errs []error
 	for _, p := range ports {
 		fd, ok := has[p]
@@ -43,7 +43,7 @@ func (h *heldPorts) hold(owner string, ports []bridge.Port) error {
 		_ = unix.Close(fd)
 	}
 	if h.held == nil {
-		h.held = map[string]map[bridge.Port]int{}
+		h.held = map[string]map[bridge.PublishedPort]int{}
 	}
 	if h.held[owner] = wanted; len(wanted) == 0 {
 		delete(h.held, owner)
@@ -53,7 +53,7 @@ func (h *heldPorts) hold(owner string, ports []bridge.Port) error {
 
 // bind makes the socket. It has no SO_REUSEADDR, so nobody else can bind to the port; and what reaches it by a way that
 // is not led to the container, it does not keep.
-func bind(p bridge.Port) (fd int, err error) {
+func bind(p bridge.PublishedPort) (fd int, err error) {
 	kind := unix.SOCK_STREAM
 	if p.Proto == "udp" {
 		kind = unix.SOCK_DGRAM

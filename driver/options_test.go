@@ -68,7 +68,7 @@ func TestNetworkOptions(t *testing.T) {
 func TestEndpointOptions(t *testing.T) {
 	for _, c := range []struct {
 		name, json string
-		want       []bridge.Port
+		want       []bridge.PublishedPort
 		err        string
 	}{
 		{"none", `{}`, nil, ""},
@@ -76,9 +76,9 @@ func TestEndpointOptions(t *testing.T) {
 		{"no ports", `{"com.docker.network.portmap":null}`, nil, ""},
 		{"not a list", `{"com.docker.network.portmap":7}`, nil, "published ports (com.docker.network.portmap): json: cannot unmarshal number into Go value of type []driver.portBinding"},
 		{"-p 8080:80 -p 8080:80", `{"com.docker.network.portmap":[{"Proto":6,"IP":"","Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080},{"Proto":6,"Port":80,"HostPort":8080,"HostPortEnd":8080}]}`,
-			[]bridge.Port{{Proto: "tcp", HostPort: 8080, HostPortEnd: 8080, Port: 80}}, ""},
+			[]bridge.PublishedPort{{Proto: "tcp", HostPort: 8080, HostPortEnd: 8080, Port: 80}}, ""},
 		{"-p 127.0.0.1:5000-5010:53/udp -P", `{"com.docker.network.portmap":[{"Proto":17,"Port":53,"HostIP":"127.0.0.1","HostPort":5000,"HostPortEnd":5010},{"Proto":6,"Port":80}]}`,
-			[]bridge.Port{{Proto: "udp", HostAddr: netip.MustParseAddr("127.0.0.1"), HostPort: 5000, HostPortEnd: 5010, Port: 53}, {Proto: "tcp", Port: 80}}, ""},
+			[]bridge.PublishedPort{{Proto: "udp", HostAddr: netip.MustParseAddr("127.0.0.1"), HostPort: 5000, HostPortEnd: 5010, Port: 53}, {Proto: "tcp", Port: 80}}, ""},
 		{"-p 80:80/sctp", `{"com.docker.network.portmap":[{"Proto":132,"Port":80,"HostPort":80}]}`, nil, "publish port 80: SCTP is not served: containers speak it at their own addresses, without -p"},
 		{"no protocol", `{"com.docker.network.portmap":[{"Port":80}]}`, nil, "publish port 80: IP protocol 0 is not served: tcp and udp are"},
 		{"-p [::1]:80:80", `{"com.docker.network.portmap":[{"Proto":6,"Port":80,"HostIP":"::1"}]}`, nil, "publish port 80: IPv6 is not served yet: give an IPv4 address of the host, or none"},

@@ -35,7 +35,7 @@ type portBinding struct {
 // parseEndpointOptions reads the published ports out of the Options of
 // CreateEndpoint, and refuses what would be ignored: any --driver-opt that the engine does not
 // serve by itself.
-func parseEndpointOptions(all map[string]any) ([]bridge.Port, error) {
+func parseEndpointOptions(all map[string]any) ([]bridge.PublishedPort, error) {
 	for _, key := range slices.Sorted(maps.Keys(all)) {
 		if !strings.HasPrefix(key, engineOptions) {
 			return nil, fmt.Errorf("unknown --driver-opt %.80q: this driver has none", key)
@@ -55,7 +55,7 @@ func parseEndpointOptions(all map[string]any) ([]bridge.Port, error) {
 	if err := json.Unmarshal(text, &asked); err != nil {
 		return nil, fmt.Errorf("published ports (%s): %w", keyPortMap, err)
 	}
-	var ports []bridge.Port
+	var ports []bridge.PublishedPort
 	for _, b := range asked {
 		p, err := b.port()
 		if err != nil {
@@ -68,8 +68,8 @@ func parseEndpointOptions(all map[string]any) ([]bridge.Port, error) {
 	return ports, nil
 }
 
-func (b portBinding) port() (bridge.Port, error) {
-	p := bridge.Port{HostPort: b.HostPort, HostPortEnd: b.HostPortEnd, Port: b.Port}
+func (b portBinding) port() (bridge.PublishedPort, error) {
+	p := bridge.PublishedPort{HostPort: b.HostPort, HostPortEnd: b.HostPortEnd, Port: b.Port}
 	switch b.Proto {
 	case unix.IPPROTO_TCP:
 		p.Proto = "tcp"
@@ -94,7 +94,7 @@ func (b portBinding) port() (bridge.Port, error) {
 }
 
 // portsText is what is published, as docker ps writes it.
-func portsText(ports []bridge.Port) string {
+func portsText(ports []bridge.PublishedPort) string {
 	var words []string
 	for _, p := range ports {
 		words = append(words, p.String())

@@ -53,7 +53,7 @@ func (f Networks) order() []string {
 func (d *Driver) restore(ctx context.Context, id string, n Network) error {
 	ctx, cancel := context.WithTimeout(ctx, ensureTime)
 	defer cancel()
-	err := d.cfg.Host.Learn(ctx, n.policy())
+	err := d.cfg.Host.LearnPolicy(ctx, n.policy())
 	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
 	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {

@@ -27,7 +27,7 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := l.Host.Permitted(); err != nil { // before an address is lent in vain
+	if err := l.Host.CheckPermitted(); err != nil { // before an address is lent in vain
 		return nil, err
 	}
 	if err := checkNetns(c); err != nil {
@@ -61,7 +61,7 @@ func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 	if err != nil {
 		return err
 	}
-	if found && at.Away {
+	if found && at.InContainer {
 		return types.NewError(cni.CodeAttached, fmt.Sprintf("interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, at.Addr.Addr()), "")
 	}
 	if c.Conf.IPAM.Type != cni.IPAMType {

@@ -64,7 +64,7 @@ func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
 	}
 	for _, ip := range prev.IPs {
 		if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok {
-			if err := l.Host.Forget(addr.Unmap()); err != nil {
+			if err := l.Host.DeleteFlows(addr.Unmap()); err != nil {
 				c.Warn(err.Error())
 			}
 		}
@@ -119,7 +119,7 @@ func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owners ...string)
 		if _, err := l.Host.Reconcile(ctx); err != nil {
 			c.Warn("look the host over: " + err.Error())
 		}
-		if err := l.Host.Forget(lost...); err != nil {
+		if err := l.Host.DeleteFlows(lost...); err != nil {
 			errs, linkless = append(errs, err), nil
 		}
 	}
@@ -232,7 +232,7 @@ func status(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	if err := l.Host.Permitted(); err != nil {
+	if err := l.Host.CheckPermitted(); err != nil {
 		return err
 	}
 	nic, primary, err := addressable(ctx, c, l)
@@ -240,11 +240,11 @@ func status(ctx context.Context, c *cni.Call) error {
 	if nic != "" {
 		macs = []string{nic}
 	}
-	if taken := l.Host.Ready(ctx, macs...); taken != nil {
+	if taken := l.Host.CheckReady(ctx, macs...); taken != nil {
 		return taken
 	}
 	if nic != "" {
-		if bad := l.Host.Present(ctx, nic); bad != nil {
+		if bad := l.Host.CheckPresent(ctx, nic); bad != nil {
 			return types.NewError(types.ErrPluginNotAvailable, bad.Error(), "")
 		}
 	}

@@ -37,7 +37,7 @@ func TestErrorsHaveCodesAndSayNothingThatMisleads(t *testing.T) {
 		{"ADD", fmt.Errorf("prepare the NIC: %w: eth0 is in azure0", bridge.ErrTaken), types.Error{Code: 50, Msg: "prepare the NIC: the NIC is a port of a bridge: eth0 is in azure0"}},
 		{"ADD", errors.Join(wrong(types.ErrInvalidNetworkConfig, "first"), errors.New("then")), types.Error{Code: 7, Msg: "first; then"}},
 		{"ADD", &fs.PathError{Op: "open", Path: "/x", Err: fs.ErrNotExist}, types.Error{Code: 5, Msg: "open /x: file does not exist"}},
-		{"ADD", fmt.Errorf("attach: %w", &bridge.HeldError{}), types.Error{Code: CodeInUse, Msg: "attach:"}},
+		{"ADD", fmt.Errorf("attach: %w", &bridge.InUseError{}), types.Error{Code: CodeInUse, Msg: "attach:"}},
 		{"ADD", errors.New("Link not found"), types.Error{Code: 999, Msg: "Link not found"}},
 		{"DEL", errors.New("Link Not Found"), types.Error{Code: 999, Msg: "Link missing"}}, // kubelet takes it for done
 	} {

@@ -55,7 +55,7 @@ func (c *Call) toError(err error) *types.Error {
 		if errors.As(err, &path) {
 			e.Code = types.ErrIOFailure
 		}
-		var held *bridge.HeldError
+		var held *bridge.InUseError
 		if errors.As(err, &held) {
 			e.Code = CodeInUse
 		}

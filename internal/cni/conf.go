@@ -41,7 +41,7 @@ type Conf struct {
 	MTU    int         // bytes, of the container's interface; 0: the NIC's
 	Policy bridge.Policy
 	MAC    net.HardwareAddr // of the container's interface; nil: derived from its address
-	Ports  []bridge.Port
+	Ports  []bridge.PublishedPort
 	DNS    types.DNS
 
 	IPAM      IPAM

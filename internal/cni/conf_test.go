@@ -62,7 +62,7 @@ func TestConfigurations(t *testing.T) {
 			asLeast(func(c *Conf) {
 				c.Addr, c.AddrBy, c.MAC = netip.MustParseAddr("10.240.0.5"), "runtimeConfig.ips", net.HardwareAddr{2, 0, 0, 0, 0, 5}
 				c.DNS = types.DNS{Nameservers: []string{"10.0.0.10"}, Domain: "d", Search: []string{"svc"}, Options: []string{"ndots:5"}}
-				c.Ports = []bridge.Port{{Proto: "tcp", HostPort: 8080, Port: 80}, {Proto: "udp", HostAddr: netip.MustParseAddr("10.0.0.4"), HostPort: 53, Port: 53}}
+				c.Ports = []bridge.PublishedPort{{Proto: "tcp", HostPort: 8080, Port: 80}, {Proto: "udp", HostAddr: netip.MustParseAddr("10.0.0.4"), HostPort: 53, Port: 53}}
 			})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

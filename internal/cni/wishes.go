@@ -135,8 +135,8 @@ type mapping struct {
 
 // port reads the mapping. served is false for an IPv6 address of the host: containers have no IPv6, and
 // runtimes of two families send such a mapping all the same.
-func (m mapping) port() (p bridge.Port, served bool, err error) {
-	p = bridge.Port{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
+func (m mapping) port() (p bridge.PublishedPort, served bool, err error) {
+	p = bridge.PublishedPort{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
 	switch {
 	case m.HostPort == 0 || m.ContainerPort == 0:
 		return p, false, errors.New("hostPort and containerPort are from 1 to 65535")

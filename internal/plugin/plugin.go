@@ -131,7 +131,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	networks, ipam := newDrivers(p, log, host, addresses, e)
 	gate := newGate("the networks of before the restart are being restored")
 	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
-	mend.tell(ctx, checkNIC, host.Ready(ctx)) // and listen on: calls that need the NIC say the same
+	mend.tell(ctx, checkNIC, host.CheckReady(ctx)) // and listen on: calls that need the NIC say the same
 	end := mend.begin(ctx, p, func(ctx context.Context) {
 		gate.open()
 		log.Info("ready")

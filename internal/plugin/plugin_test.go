@@ -882,7 +882,7 @@ func TestAnUninstallThatIsRefusedRemovesNothing(t *testing.T) {
 	}
 	e.end()
 	before := readReport(t.Context(), e.places)
-	if len(before.Attachments) != 1 || before.Attachments[0].Away {
+	if len(before.Attachments) != 1 || before.Attachments[0].InContainer {
 		t.Fatalf("attached are %v", before.Attachments)
 	}
 	left, err := leftSettings(e.places.run)

@@ -121,7 +121,7 @@ func (r *reconciler) mend(ctx context.Context) {
 	r.tell(ctx, "collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
 	nics, err := r.pool.NICs(ctx)
-	r.tell(ctx, checkNIC, r.host.Ready(ctx, primaryOf(nics)...))
+	r.tell(ctx, checkNIC, r.host.CheckReady(ctx, primaryOf(nics)...))
 	if r.tell(ctx, "ask for addresses", err); err == nil && r.reclaim {
 		r.tell(ctx, "reclaim addresses", r.reclaimAll(ctx, nics))
 	}
@@ -165,7 +165,7 @@ func (r *reconciler) collectLinks(ctx context.Context) error {
 		return err
 	}
 	for _, at := range all {
-		if at.Away || !strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
+		if at.InContainer || !strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
 			continue
 		}
 		if lease, held, err := r.pool.Held(ctx, at.Addr.Addr()); err != nil {

@@ -61,7 +61,7 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Containers = dockerd{socket: filepath.Join(p.run, "docker.sock")}.names(ctx, slices.Collect(maps.Keys(r.Networks)))
 	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
-		if err := host.Ready(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
+		if err := host.CheckReady(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
 			r.Broken = []string{err.Error()}
 		}
 	}
@@ -219,7 +219,7 @@ func (r report) printAddresses(w io.Writer) {
 			in = "transparent"
 		}
 		switch {
-		case attached && at.Away:
+		case attached && at.InContainer:
 			state = "in a container"
 		case attached:
 			state = "attached, no container"

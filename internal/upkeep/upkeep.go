@@ -47,9 +47,9 @@ func leasesOf(ctx context.Context, host *bridge.Host, want func(bridge.Attachmen
 // Release ends the leases that no container has any more, and deletes what the host still has of their
 // addresses. It ends no lease on a host with containers of a former build, whose links cannot be read.
 func Release(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (released []pool.Lease, err error) {
-	released, err = addresses.Collect(ctx, host.Away)
+	released, err = addresses.Collect(ctx, host.AddrsInContainers)
 	for _, lease := range released {
-		err = errors.Join(err, host.Forget(lease.Addr))
+		err = errors.Join(err, host.DeleteFlows(lease.Addr))
 	}
 	return released, err
 }
@@ -57,7 +57,7 @@ func Release(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (rele
 // Adopt leases again the addresses that running containers have and nobody holds.
 func Adopt(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (adopted []pool.Lease, err error) {
 	return addresses.AdoptLost(ctx, func(ctx context.Context) ([]pool.Lease, error) {
-		return leasesOf(ctx, host, func(at bridge.Attachment) bool { return at.Away })
+		return leasesOf(ctx, host, func(at bridge.Attachment) bool { return at.InContainer })
 	})
 }
 
@@ -107,7 +107,7 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 		return nil, errors.New("the managed Docker plugin runs, and would make it all again: docker plugin disable -f azure-vnet:latest first, or make uninstall")
 	}
 	defer unlock()
-	if _, err := host.Away(ctx); err != nil {
+	if _, err := host.AddrsInContainers(ctx); err != nil {
 		return nil, err
 	}
 	if err := refuseHeld(ctx, addresses, r.Keeps); err != nil {
@@ -117,7 +117,7 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 	if err != nil {
 		return nil, err
 	}
-	if !slices.ContainsFunc(attached, func(at bridge.Attachment) bool { return at.Away }) { // else RemoveAll refuses, and names them
+	if !slices.ContainsFunc(attached, func(at bridge.Attachment) bool { return at.InContainer }) { // else RemoveAll refuses, and names them
 		for _, at := range attached {
 			if err := host.Detach(ctx, at.Owner); err != nil {
 				return nil, err

@@ -60,7 +60,7 @@ func (c *Conn) Close() {
 // Delete deletes the flows that agree with any of all. None is success.
 func (c *Conn) Delete(all ...Flows) error {
 	for _, f := range all {
-		err := c.execute(f.request())
+		err := c.execute(f.deleteRequest())
 		if err == nil || noConntrack(err) {
 			continue
 		}
@@ -72,13 +72,13 @@ func (c *Conn) Delete(all ...Flows) error {
 	return nil
 }
 
-// request has the kernel delete the flows in one message, which Linux does since
+// deleteRequest has the kernel delete the flows in one message, which Linux does since
 // 6.9.
-func (f Flows) request() *nl.NetlinkRequest {
+func (f Flows) deleteRequest() *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
 	if f.Untranslated.IsValid() {
-		return f.untranslated(r)
+		return f.untranslatedRequest(r)
 	}
 	kind, direction, flags := nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, ctaFilterIPSrc
 	if f.Answerer.IsValid() {
@@ -100,7 +100,7 @@ func (f Flows) request() *nl.NetlinkRequest {
 	return r
 }
 
-func (f Flows) untranslated(r *nl.NetlinkRequest) *nl.NetlinkRequest {
+func (f Flows) untranslatedRequest(r *nl.NetlinkRequest) *nl.NetlinkRequest {
 	addr := f.Untranslated.AsSlice()
 	orig := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, nil)
 	orig.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_SRC, addr)

@@ -25,20 +25,20 @@ const table = "nat"
 // chains are those that the table begins with.
 var chains = []string{"PREROUTING", "OUTPUT", "POSTROUTING"}
 
-// Rules are the commands that delete those rules of the table for which concerns is
+// DeleteCommands are the commands that delete those rules of the table for which concerns is
 // true, of both kinds of ebtables. A rule comes as its words, as ebtables prints them.
 // On a host without such rules the kernel is asked a few questions, and no program is
 // started.
-func Rules(concerns func(rule []string) bool) (commands []string, err error) {
+func DeleteCommands(concerns func(rule []string) bool) (commands []string, err error) {
 	var errs []error
 	for _, kind := range []struct {
 		name  string
 		count func() (int, error)
-	}{{"nft", nftRules}, {"legacy", legacyRules}} {
+	}{{"nft", countNftRules}, {"legacy", countLegacyRules}} {
 		n, err := kind.count()
 		if err == nil && n > 0 {
 			var found []string
-			found, err = list(kind.name, concerns)
+			found, err = listRules(kind.name, concerns)
 			commands = append(commands, found...)
 		}
 		if err != nil {
@@ -48,10 +48,10 @@ func Rules(concerns func(rule []string) bool) (commands []string, err error) {
 	return commands, errors.Join(errs...)
 }
 
-// nftRules counts the rules that ebtables-nft made.
-func nftRules() (n int, err error) {
+// countNftRules counts the rules that ebtables-nft made.
+func countNftRules() (n int, err error) {
 	for _, chain := range chains {
-		rules, err := nfnl.Rules(unix.NFPROTO_BRIDGE, table, chain)
+		rules, err := nfnl.ReadRules(unix.NFPROTO_BRIDGE, table, chain)
 		if err != nil {
 			return n, err
 		}
@@ -75,9 +75,9 @@ type ebtReplace struct {
 	entries     uintptr
 }
 
-// legacyRules counts the rules of legacy ebtables. To ask for the table would load its
+// countLegacyRules counts the rules of legacy ebtables. To ask for the table would load its
 // module, so the list of modules comes first: without the module there is no rule.
-func legacyRules() (int, error) {
+func countLegacyRules() (int, error) {
 	modules, err := os.ReadFile("/proc/modules")
 	loaded := func(line string) bool { return strings.HasPrefix(line, "ebtable_nat ") }
 	if err != nil || !slices.ContainsFunc(strings.Split(string(modules), "\n"), loaded) {
@@ -98,9 +98,9 @@ func legacyRules() (int, error) {
 	return int(info.nentries), nil
 }
 
-// list asks the program for the rules.
-func list(kind string, concerns func([]string) bool) (commands []string, err error) {
-	program, err := find(kind)
+// listRules asks the program for the rules.
+func listRules(kind string, concerns func([]string) bool) (commands []string, err error) {
+	program, err := findProgram(kind)
 	if err != nil {
 		return nil, err
 	}
@@ -119,8 +119,8 @@ func list(kind string, concerns func([]string) bool) (commands []string, err err
 	return commands, nil
 }
 
-// find looks for the program of that kind, by its own name or as ebtables.
-func find(kind string) (string, error) {
+// findProgram looks for the program of that kind, by its own name or as ebtables.
+func findProgram(kind string) (string, error) {
 	if path, err := exec.LookPath("ebtables-" + kind); err == nil {
 		return path, nil
 	}

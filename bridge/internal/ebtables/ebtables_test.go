@@ -41,7 +41,7 @@ func TestRulesOfEachKind(t *testing.T) {
 			concerns := func(rule []string) bool {
 				return slices.ContainsFunc(rule, func(w string) bool { return w == "eth0" || strings.HasPrefix(w, "10.240.0.") })
 			}
-			if got, err := Rules(concerns); err != nil || len(got) > 0 {
+			if got, err := DeleteCommands(concerns); err != nil || len(got) > 0 {
 				t.Errorf("without any table: %q, %v", got, err)
 			}
 			others := []string{"PREROUTING -i vnet0 -j DROP", "PREROUTING -p IPv4 --ip-dst 192.0.2.1 -j ACCEPT", "OUTPUT -o eth01 -j ACCEPT"}
@@ -50,7 +50,7 @@ func TestRulesOfEachKind(t *testing.T) {
 					t.Skipf("this machine has no ebtables-%s: %v: %s", kind, err, out)
 				}
 			}
-			if got, err := Rules(concerns); err != nil || len(got) > 0 {
+			if got, err := DeleteCommands(concerns); err != nil || len(got) > 0 {
 				t.Errorf("with rules of others alone: %q, %v", got, err)
 			}
 			list := func() (all string) {
@@ -66,7 +66,7 @@ func TestRulesOfEachKind(t *testing.T) {
 					t.Fatalf("%s: %v: %s", rule, err, out)
 				}
 			}
-			got, err := Rules(concerns)
+			got, err := DeleteCommands(concerns)
 			if err != nil || len(got) != len(upstreams) {
 				t.Fatalf("of %d rules: %q, %v", len(upstreams), got, err)
 			}
@@ -79,7 +79,7 @@ func TestRulesOfEachKind(t *testing.T) {
 				t.Errorf("the rules of others were\n%s\nand are\n%s", before, after)
 			}
 			t.Setenv("PATH", "")
-			if got, err := Rules(concerns); err == nil || len(got) > 0 || !strings.Contains(err.Error(), "there is no program ebtables-"+kind) {
+			if got, err := DeleteCommands(concerns); err == nil || len(got) > 0 || !strings.Contains(err.Error(), "there is no program ebtables-"+kind) {
 				t.Errorf("without a program: %q, %v", got, err)
 			}
 		})

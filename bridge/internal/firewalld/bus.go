@@ -23,15 +23,15 @@ const (
 	busZones = busName + ".zone"
 )
 
-// patience bounds each visit to the bus. Callers hold locks meanwhile.
-const patience = 2 * time.Second
+// busTimeout bounds each visit to the bus. Callers hold locks meanwhile.
+const busTimeout = 2 * time.Second
 
-// Read reads the zones. bus is the socket of the host's system bus. Read returns nil where there is no firewalld. An
+// ReadZones reads the zones. bus is the socket of the host's system bus. Read returns nil where there is no firewalld. An
 // error of the bus counts only while firewalld's nft table stands. A firewalld older than 0.9 whose back-end is iptables
 // counts as none: it leaves to the end of FORWARD what no zone decides, and an accept there serves.
-func Read(ctx context.Context, bus string) (*Zones, error) {
-	z, err := read(ctx, bus)
-	if err == nil && !z.old() {
+func ReadZones(ctx context.Context, bus string) (*Zones, error) {
+	z, err := readZones(ctx, bus)
+	if err == nil && !z.isTooOld() {
 		return z, nil
 	}
 	stands, failed := nfnl.ChainExists(unix.NFPROTO_INET, "firewalld", "filter_FORWARD") // of firewalld since 0.6
@@ -44,25 +44,25 @@ func Read(ctx context.Context, bus string) (*Zones, error) {
 	return z, nil
 }
 
-func read(ctx context.Context, bus string) (*Zones, error) {
-	z := &Zones{bus: bus, of: map[string]string{}, zones: map[string]zone{}}
-	err := visit(ctx, bus, func(f *peer) error {
-		if err := f.call(busName + ".getDefaultZone").Store(&z.fallback); err != nil {
+func readZones(ctx context.Context, bus string) (*Zones, error) {
+	z := &Zones{bus: bus, zoneOfLink: map[string]string{}, zones: map[string]zone{}}
+	err := visitBus(ctx, bus, func(f *daemon) error {
+		if err := f.call(busName + ".getDefaultZone").Store(&z.defaultZone); err != nil {
 			return err
 		}
 		var active map[string]map[string][]string
 		if err := f.call(busZones + ".getActiveZones").Store(&active); err != nil {
 			return err
 		}
-		if _, is := active[z.fallback]; !is {
-			active[z.fallback] = nil
+		if _, is := active[z.defaultZone]; !is {
+			active[z.defaultZone] = nil
 		}
 		for name, binds := range active {
 			for _, link := range binds["interfaces"] {
-				z.of[link] = name
+				z.zoneOfLink[link] = name
 			}
 			var err error
-			if z.zones[name], err = f.zone(name); err != nil {
+			if z.zones[name], err = f.readZone(name); err != nil {
 				return err
 			}
 		}
@@ -71,11 +71,11 @@ func read(ctx context.Context, bus string) (*Zones, error) {
 	return z, err
 }
 
-// zone reads what a zone's settings mean for containers.
-func (f *peer) zone(name string) (is zone, err error) {
+// readZone reads what a zone's settings mean for containers.
+func (f *daemon) readZone(name string) (is zone, err error) {
 	var settings map[string]dbus.Variant
 	err = f.call(busZones+".getZoneSettings2", name).Store(&settings)
-	if nameOf(err) == "org.freedesktop.DBus.Error.UnknownMethod" {
+	if errorName(err) == "org.freedesktop.DBus.Error.UnknownMethod" {
 		return zone{old: true, accepts: name == "trusted"}, nil
 	}
 	is.forwards, _ = settings["forward"].Value().(bool)
@@ -85,13 +85,13 @@ func (f *peer) zone(name string) (is zone, err error) {
 	return is, err
 }
 
-// Move puts a link that is in none into a zone, or for none out of the one that this reading found it in.
-func (z *Zones) Move(ctx context.Context, link, to string) error {
-	from := z.of[link]
+// MoveLink puts a link that is in none into a zone, or for none out of the one that this reading found it in.
+func (z *Zones) MoveLink(ctx context.Context, link, to string) error {
+	from := z.zoneOfLink[link]
 	if from == to {
 		return nil
 	}
-	err := visit(ctx, z.bus, func(f *peer) error {
+	err := visitBus(ctx, z.bus, func(f *daemon) error {
 		if to == "" {
 			return f.call(busZones+".removeInterface", from, link).Err
 		}
@@ -100,7 +100,7 @@ func (z *Zones) Move(ctx context.Context, link, to string) error {
 	if err != nil {
 		return fmt.Errorf("move %s from %q to %q among firewalld's zones: %w", link, from, to, err)
 	}
-	z.of[link] = to
+	z.zoneOfLink[link] = to
 	return nil
 }
 
@@ -109,7 +109,7 @@ func (z *Zones) Move(ctx context.Context, link, to string) error {
 func Watch(ctx context.Context, bus string, changed func()) {
 	for ctx.Err() == nil {
 		if _, err := os.Stat(bus); err == nil {
-			_ = listen(ctx, bus, changed) // an error ends with the bus that it came from
+			_ = hearSignals(ctx, bus, changed) // an error ends with the bus that it came from
 		}
 		select {
 		case <-ctx.Done():
@@ -120,8 +120,8 @@ func Watch(ctx context.Context, bus string, changed func()) {
 
 const watchPause = 5 * time.Second
 
-// startTime bounds how long firewalld may take from its name on the bus to its first answer.
-const startTime = time.Minute
+// startTimeout bounds how long firewalld may take from its name on the bus to its first answer.
+const startTimeout = time.Minute
 
 // signals are those of firewalld that Watch listens to. Others are frequent on some hosts, such as those of
 // the rules that fail2ban adds.
@@ -135,10 +135,10 @@ var signals = [][]dbus.MatchOption{
 	{dbus.WithMatchSender(busName), dbus.WithMatchMember("ZoneUpdated")},
 }
 
-func listen(ctx context.Context, bus string, changed func()) error {
+func hearSignals(ctx context.Context, bus string, changed func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	late := time.AfterFunc(patience, cancel)
+	late := time.AfterFunc(busTimeout, cancel)
 	f, err := connect(ctx, bus)
 	if err != nil {
 		return err
@@ -158,8 +158,8 @@ func listen(ctx context.Context, bus string, changed func()) error {
 	for s := range heard {
 		if s.Name == "org.freedesktop.DBus.NameOwnerChanged" {
 			// It has its name before its rules, and answers when it has both.
-			bounded, cancel := context.WithTimeout(ctx, startTime)
-			_ = (&peer{bounded, f.conn}).call(busName + ".getDefaultZone").Err
+			bounded, cancel := context.WithTimeout(ctx, startTimeout)
+			_ = (&daemon{bounded, f.conn}).call(busName + ".getDefaultZone").Err
 			cancel()
 		}
 		changed()
@@ -167,26 +167,26 @@ func listen(ctx context.Context, bus string, changed func()) error {
 	return nil
 }
 
-// peer is firewalld on a connection to the bus.
-type peer struct {
+// daemon is firewalld on a connection to the bus.
+type daemon struct {
 	ctx  context.Context
 	conn *dbus.Conn
 }
 
 // connect is bound by ctx as a whole: the connection ends with it.
-func connect(ctx context.Context, bus string) (*peer, error) {
+func connect(ctx context.Context, bus string) (*daemon, error) {
 	conn, err := dbus.Connect("unix:path="+dbus.EscapeBusAddressValue(bus), dbus.WithContext(ctx))
-	return &peer{ctx, conn}, err
+	return &daemon{ctx, conn}, err
 }
 
 // call calls a method of firewalld. It starts no firewalld.
-func (f *peer) call(method string, args ...any) *dbus.Call {
+func (f *daemon) call(method string, args ...any) *dbus.Call {
 	return f.conn.Object(busName, busPath).CallWithContext(f.ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
-// visit connects to the bus and calls do with firewalld. It takes no longer than patience for both.
-func visit(ctx context.Context, bus string, do func(*peer) error) error {
-	bounded, cancel := context.WithTimeout(ctx, patience)
+// visitBus connects to the bus and calls do with firewalld. It takes no longer than patience for both.
+func visitBus(ctx context.Context, bus string, do func(*daemon) error) error {
+	bounded, cancel := context.WithTimeout(ctx, busTimeout)
 	defer cancel()
 	f, err := connect(bounded, bus)
 	if err == nil {
@@ -199,15 +199,15 @@ func visit(ctx context.Context, bus string, do func(*peer) error) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case bounded.Err() != nil:
-		return fmt.Errorf("%s gave no answer within %v: see systemctl status dbus firewalld", bus, patience)
-	case nameOf(err) == "org.freedesktop.DBus.Error.ServiceUnknown", nameOf(err) == "org.freedesktop.DBus.Error.NameHasNoOwner":
+		return fmt.Errorf("%s gave no answer within %v: see systemctl status dbus firewalld", bus, busTimeout)
+	case errorName(err) == "org.freedesktop.DBus.Error.ServiceUnknown", errorName(err) == "org.freedesktop.DBus.Error.NameHasNoOwner":
 		return errors.New("its rules stand, and it does not run: systemctl restart firewalld && firewall-cmd --reload")
 	}
 	return err
 }
 
-// nameOf is the name of an error that came over the bus, else empty.
-func nameOf(err error) string {
+// errorName is the name of an error that came over the bus, else empty.
+func errorName(err error) string {
 	var said dbus.Error
 	if !errors.As(err, &said) {
 		return ""

@@ -14,10 +14,10 @@ import (
 
 // Zones is one reading of firewalld's zones.
 type Zones struct {
-	bus      string            // the system bus's socket
-	fallback string            // the default zone: of every link that is in none by name
-	of       map[string]string // zones of links, by link
-	zones    map[string]zone   // the active ones and the default one
+	bus         string            // the system bus's socket
+	defaultZone string            // the default zone: of every link that is in none by name
+	zoneOfLink  map[string]string // zones of links, by link
+	zones       map[string]zone   // the active ones and the default one
 }
 
 // zone is what a zone's settings mean for containers.
@@ -28,18 +28,18 @@ type zone struct {
 	masquerades bool // what leaves by its links gets their addresses
 }
 
-// old reports whether this firewalld can forward within no zone.
-func (z *Zones) old() bool { return z.zones[z.fallback].old }
+// isTooOld reports whether this firewalld can forward within no zone.
+func (z *Zones) isTooOld() bool { return z.zones[z.defaultZone].old }
 
 // Act is what a step does.
 type Act int
 
 // The acts. Each can be repeated.
 const (
-	Join   Act = iota // put Link into Zone, from none
-	Leave             // take Link out of Zone, which we put it into
-	Forget            // Link is not in the zone any more that we put it into
-	Tell              // only a person can do something
+	Join       Act = iota // put Link into Zone, from none
+	Leave                 // take Link out of Zone, which we put it into
+	ForgetZone            // Link is not in the zone any more that we put it into
+	Report                // only a person can do something
 )
 
 // Step is what is to be done, or told, about one link.
@@ -66,12 +66,12 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 		step := func(act Act, zone, what string, args ...any) {
 			all = append(all, Step{fmt.Sprintf(what, args...), act, link, zone})
 		}
-		is, was := z.in(link), joined[link]
+		is, was := z.namedZone(link), joined[link]
 		nics, ours := links[link]
 		switch {
 		case is != "" && is != was: // somebody's choice
 			if was != "" {
-				step(Forget, was, "host.json says that %s was put into the firewalld zone %s, and somebody put it into %s", link, was, is)
+				step(ForgetZone, was, "host.json says that %s was put into the firewalld zone %s, and somebody put it into %s", link, was, is)
 			}
 			continue
 		case ours && len(nics) == 0: // its NIC is gone, and may come back
@@ -89,10 +89,10 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 		case want == "" && is != "":
 			step(Leave, is, "%s is in the firewalld zone %s, where it cannot be served any more", link, is)
 		case want == "" && was != "":
-			step(Forget, was, "host.json says that %s was put into the firewalld zone %s, and it is in none", link, was)
+			step(ForgetZone, was, "host.json says that %s was put into the firewalld zone %s, and it is in none", link, was)
 		}
 		if told != "" {
-			step(Tell, want, "%s", told)
+			step(Report, want, "%s", told)
 		}
 	}
 	return all
@@ -102,13 +102,13 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 // is none, told says why, and what to do.
 func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	nic := nics[0]
-	name, named := z.zoneOf(nic)
+	name, named := z.effectiveZone(nic)
 	for _, other := range nics[1:] {
-		if its, _ := z.zoneOf(other); its != name {
+		if its, _ := z.effectiveZone(other); its != name {
 			return "", fmt.Sprintf("%s is in the firewalld zone %s and %s in %s, and %s cannot be in both, so firewalld drops what its containers send and receive. Put both NICs into one zone, or use mode bridge", nic, name, other, its, link)
 		}
 	}
-	if z.zones[name].accepts && z.zones[z.fallback].accepts {
+	if z.zones[name].accepts && z.zones[z.defaultZone].accepts {
 		return "", "" // a link in no zone is in the default one
 	}
 	cut := fmt.Sprintf(", so firewalld drops what the containers of %s send or receive. ", link)
@@ -127,20 +127,20 @@ func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	return name, told
 }
 
-// zoneOf is a link's zone; it is not named where that is the default one for want of another.
-func (z *Zones) zoneOf(link string) (name string, named bool) {
-	if name = z.in(link); name != "" {
+// effectiveZone is a link's zone; it is not named where that is the default one for want of another.
+func (z *Zones) effectiveZone(link string) (name string, named bool) {
+	if name = z.namedZone(link); name != "" {
 		return name, true
 	}
-	return z.fallback, false
+	return z.defaultZone, false
 }
 
-// in is the zone that a link is in by its name, or by how its name begins, as with eth+; empty: none.
-func (z *Zones) in(link string) string {
-	if name, ok := z.of[link]; ok {
+// namedZone is the zone that a link is in by its name, or by how its name begins, as with eth+; empty: none.
+func (z *Zones) namedZone(link string) string {
+	if name, ok := z.zoneOfLink[link]; ok {
 		return name
 	}
-	for of, name := range z.of {
+	for of, name := range z.zoneOfLink {
 		if begin, wild := strings.CutSuffix(of, "+"); wild && name != "" && strings.HasPrefix(link, begin) {
 			return name
 		}

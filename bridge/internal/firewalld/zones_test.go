@@ -18,7 +18,7 @@ import (
 
 // host is a firewalld with the zones of its links in words: "eth0=public azure0=work".
 func host(fallback, links string) *Zones {
-	z := &Zones{fallback: fallback, of: map[string]string{}, zones: map[string]zone{
+	z := &Zones{defaultZone: fallback, zoneOfLink: map[string]string{}, zones: map[string]zone{
 		"public":   {forwards: true},
 		"work":     {forwards: true},
 		"closed":   {},
@@ -29,7 +29,7 @@ func host(fallback, links string) *Zones {
 	}}
 	for _, word := range strings.Fields(links) {
 		link, name, _ := strings.Cut(word, "=")
-		z.of[link] = name
+		z.zoneOfLink[link] = name
 	}
 	return z
 }
@@ -79,8 +79,8 @@ func TestSteps(t *testing.T) {
 			got := test.is.Steps(test.links, test.joined)
 			var words []string
 			for i, s := range got {
-				act := map[Act]string{Join: "join", Leave: "leave", Forget: "forget", Tell: "tell"}[s.Act]
-				if s.Act != Tell {
+				act := map[Act]string{Join: "join", Leave: "leave", ForgetZone: "forget", Report: "tell"}[s.Act]
+				if s.Act != Report {
 					words = append(words, fmt.Sprintf("%s %s %s", act, s.Link, s.Zone))
 					continue
 				}
@@ -108,11 +108,11 @@ func TestASilentBus(t *testing.T) {
 	}
 	defer l.Close()
 	begun := time.Now()
-	err = visit(context.Background(), bus, func(*peer) error { return nil })
+	err = visitBus(context.Background(), bus, func(*daemon) error { return nil })
 	if err == nil || !strings.Contains(err.Error(), "gave no answer within 2s") {
 		t.Errorf("a silent bus: %v", err)
 	}
-	if took := time.Since(begun); took > patience+time.Second {
+	if took := time.Since(begun); took > busTimeout+time.Second {
 		t.Errorf("it was waited for %v", took)
 	}
 }
@@ -140,7 +140,7 @@ func TestFirewalldIsNotStarted(t *testing.T) {
 			break
 		}
 	}
-	_, err := read(t.Context(), bus)
+	_, err := readZones(t.Context(), bus)
 	if err == nil || !strings.Contains(err.Error(), "it does not run") {
 		t.Errorf("without firewalld: %v", err)
 	}

@@ -19,28 +19,28 @@ type backend struct {
 	run  *iptables.IPTables
 }
 
-// state is what lies in iptables.
-type state struct {
-	forward []string // rules of FORWARD, as iptables -S prints them
-	final   int      // index of the first of them that ends the chain for every packet; else their number
-	chained bool     // our chain exists
-	accepts []string // its rules
+// iptablesState is what lies in iptables.
+type iptablesState struct {
+	forward     []string // rules of FORWARD, as iptables -S prints them
+	finalRule   int      // index of the first of them that ends the chain for every packet; else their number
+	hasOurChain bool     // our chain exists
+	accepts     []string // its rules
 }
 
-func (b *backend) read() (s state, err error) {
-	if s.forward, err = b.rules(parent); err != nil {
+func (b *backend) readState() (s iptablesState, err error) {
+	if s.forward, err = b.listRules(forwardChain); err != nil {
 		return s, err
 	}
-	if s.chained, err = b.run.ChainExists(table, ours); err != nil {
-		return s, fmt.Errorf("look for the chain %s: %w", ours, err)
+	if s.hasOurChain, err = b.run.ChainExists(table, ourChain); err != nil {
+		return s, fmt.Errorf("look for the chain %s: %w", ourChain, err)
 	}
-	if s.chained {
-		if s.accepts, err = b.rules(ours); err != nil {
+	if s.hasOurChain {
+		if s.accepts, err = b.listRules(ourChain); err != nil {
 			return s, err
 		}
 	}
-	for s.final = range s.forward {
-		ends, err := b.ends(s.forward[s.final])
+	for s.finalRule = range s.forward {
+		ends, err := b.endsChain(s.forward[s.finalRule])
 		if err != nil {
 			return s, err
 		}
@@ -48,12 +48,12 @@ func (b *backend) read() (s state, err error) {
 			return s, nil
 		}
 	}
-	s.final = len(s.forward)
+	s.finalRule = len(s.forward)
 	return s, nil
 }
 
-// rules lists a chain's rules without the line of its policy or its making.
-func (b *backend) rules(chain string) ([]string, error) {
+// listRules lists a chain's rules without the line of its policy or its making.
+func (b *backend) listRules(chain string) ([]string, error) {
 	all, err := b.run.List(table, chain)
 	if err != nil {
 		return nil, fmt.Errorf("read the chain %s: %w", chain, err)
@@ -63,15 +63,15 @@ func (b *backend) rules(chain string) ([]string, error) {
 
 // everything matches a rule without any condition, and onward the target of any rule.
 var (
-	everything = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
-	onward     = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
+	unconditionalRule = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
+	ruleTarget        = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
 )
 
-// ends reports whether a rule stops every packet that nobody has accepted: it drops or
+// endsChain reports whether a rule stops every packet that nobody has accepted: it drops or
 // rejects all, or leads all to a chain that does.
-func (b *backend) ends(rule string) (bool, error) {
-	m := everything.FindStringSubmatch(rule)
-	if m == nil || m[1] == ours {
+func (b *backend) endsChain(rule string) (bool, error) {
+	m := unconditionalRule.FindStringSubmatch(rule)
+	if m == nil || m[1] == ourChain {
 		return false, nil
 	}
 	return b.stopsAll(m[1], maxDepth)
@@ -94,7 +94,7 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 	if depth == 0 {
 		return false, nil
 	}
-	inside, err := b.rules(target)
+	inside, err := b.listRules(target)
 	var failed *iptables.Error
 	if errors.As(err, &failed) && failed.ExitStatus() == 1 {
 		return false, nil // no chain, but an extension such as LOG
@@ -103,12 +103,12 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 		return false, err
 	}
 	for _, rule := range inside {
-		if m := everything.FindStringSubmatch(rule); m != nil {
+		if m := unconditionalRule.FindStringSubmatch(rule); m != nil {
 			if stops, err := b.stopsAll(m[1], depth-1); err != nil || stops {
 				return stops, err
 			}
 		}
-		m := onward.FindStringSubmatch(rule + " ")
+		m := ruleTarget.FindStringSubmatch(rule + " ")
 		if m == nil || !slices.Contains([]string{"ACCEPT", "LOG", "NFLOG", "ULOG"}, m[1]) {
 			return false, nil
 		}
@@ -116,34 +116,34 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 	return false, nil
 }
 
-func printed(chain string, rule []string) string {
+func ruleText(chain string, rule []string) string {
 	return "-A " + chain + " " + strings.Join(rule, " ")
 }
 
-// jumps are the places of our jump in FORWARD, counted from 0.
-func (s state) jumps() (at []int) {
+// jumpIndexes are the places of our jump in FORWARD, counted from 0.
+func (s iptablesState) jumpIndexes() (at []int) {
 	for i, r := range s.forward {
-		if r == printed(parent, jump) {
+		if r == ruleText(forwardChain, jump) {
 			at = append(at, i)
 		}
 	}
 	return at
 }
 
-// placed reports whether there is one jump, and no rule of others with an effect
+// jumpIsInPlace reports whether there is one jump, and no rule of others with an effect
 // behind it.
-func (s state) placed() bool {
-	at := s.jumps()
-	return len(at) == 1 && at[0] == s.final-1
+func (s iptablesState) jumpIsInPlace() bool {
+	at := s.jumpIndexes()
+	return len(at) == 1 && at[0] == s.finalRule-1
 }
 
-func (s state) differences(c Config) (out []string) {
-	if !s.placed() {
-		out = append(out, fmt.Sprintf("the jump to %s is not the last rule of %s before a final drop or reject", ours, parent))
+func (s iptablesState) differences(c Config) (out []string) {
+	if !s.jumpIsInPlace() {
+		out = append(out, fmt.Sprintf("the jump to %s is not the last rule of %s before a final drop or reject", ourChain, forwardChain))
 	}
 	want := map[string]bool{}
 	for _, r := range c.accepts() {
-		want[printed(ours, r)] = true
+		want[ruleText(ourChain, r)] = true
 	}
 	for _, r := range s.accepts {
 		if !want[r] {
@@ -158,9 +158,9 @@ func (s state) differences(c Config) (out []string) {
 	return out
 }
 
-// sync adds before it deletes.
-func (b *backend) sync(c Config) (mended []string, err error) {
-	have, err := b.read()
+// syncRules adds before it deletes.
+func (b *backend) syncRules(c Config) (mended []string, err error) {
+	have, err := b.readState()
 	if err != nil {
 		return nil, c.checkUnreadable(err)
 	}
@@ -168,82 +168,82 @@ func (b *backend) sync(c Config) (mended []string, err error) {
 	if len(mended) == 0 {
 		return nil, nil
 	}
-	if !have.chained {
-		if err := b.run.NewChain(table, ours); err != nil {
-			return nil, fmt.Errorf("make the chain %s: %w", ours, err)
+	if !have.hasOurChain {
+		if err := b.run.NewChain(table, ourChain); err != nil {
+			return nil, fmt.Errorf("make the chain %s: %w", ourChain, err)
 		}
 	}
 	want := c.accepts()
 	for _, r := range want {
-		if err := b.run.AppendUnique(table, ours, r...); err != nil {
-			return nil, fmt.Errorf("add %q: %w", printed(ours, r), err)
+		if err := b.run.AppendUnique(table, ourChain, r...); err != nil {
+			return nil, fmt.Errorf("add %q: %w", ruleText(ourChain, r), err)
 		}
 	}
 	for _, r := range have.accepts {
-		if slices.ContainsFunc(want, func(w []string) bool { return printed(ours, w) == r }) {
+		if slices.ContainsFunc(want, func(w []string) bool { return ruleText(ourChain, w) == r }) {
 			continue
 		}
 		words, err := shellwords.Parse(r) // iptables -S quotes as a shell does
 		if err == nil {
-			err = b.run.DeleteIfExists(table, ours, words[2:]...)
+			err = b.run.DeleteIfExists(table, ourChain, words[2:]...)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("delete %q: %w", r, err)
 		}
 	}
-	if have.placed() {
+	if have.jumpIsInPlace() {
 		return mended, nil
 	}
-	return mended, b.place(have)
+	return mended, b.placeJump(have)
 }
 
-// place puts the jump where it belongs, and deletes the ones that stand elsewhere. It deletes by the rule's words and
+// placeJump puts the jump where it belongs, and deletes the ones that stand elsewhere. It deletes by the rule's words and
 // never by its number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules
 // iptables deletes the first. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
 // behind the new place has no effect, and is deleted before: else the new one would be taken for it.
-func (b *backend) place(have state) (err error) {
+func (b *backend) placeJump(have iptablesState) (err error) {
 	drop := func(n int) error {
 		for range n {
-			if err := b.run.DeleteIfExists(table, parent, jump...); err != nil {
-				return fmt.Errorf("delete the jump to %s that is out of place: %w", ours, err)
+			if err := b.run.DeleteIfExists(table, forwardChain, jump...); err != nil {
+				return fmt.Errorf("delete the jump to %s that is out of place: %w", ourChain, err)
 			}
 		}
 		return nil
 	}
-	old := have.jumps()
-	if len(old) > 0 && old[len(old)-1] >= have.final {
+	old := have.jumpIndexes()
+	if len(old) > 0 && old[len(old)-1] >= have.finalRule {
 		if err := drop(len(old)); err != nil {
 			return err
 		}
-		if have, err = b.read(); err != nil {
+		if have, err = b.readState(); err != nil {
 			return err
 		}
-		old = have.jumps()
+		old = have.jumpIndexes()
 	}
-	if err := b.run.Insert(table, parent, have.final+1, jump...); err != nil {
-		return fmt.Errorf("add the jump to %s: %w", ours, err)
+	if err := b.run.Insert(table, forwardChain, have.finalRule+1, jump...); err != nil {
+		return fmt.Errorf("add the jump to %s: %w", ourChain, err)
 	}
 	return drop(len(old))
 }
 
-func (b *backend) drop() error {
-	if ok, err := b.run.ChainExists(table, ours); err != nil || !ok {
+func (b *backend) removeAll() error {
+	if ok, err := b.run.ChainExists(table, ourChain); err != nil || !ok {
 		return err
 	}
 	for {
-		there, err := b.run.Exists(table, parent, jump...)
+		there, err := b.run.Exists(table, forwardChain, jump...)
 		if err == nil && !there {
 			break
 		}
 		if err == nil {
-			err = b.run.Delete(table, parent, jump...)
+			err = b.run.Delete(table, forwardChain, jump...)
 		}
 		if err != nil {
-			return fmt.Errorf("delete the jump to %s: %w", ours, err)
+			return fmt.Errorf("delete the jump to %s: %w", ourChain, err)
 		}
 	}
-	if err := b.run.ClearAndDeleteChain(table, ours); err != nil {
-		return fmt.Errorf("delete the chain %s: %w", ours, err)
+	if err := b.run.ClearAndDeleteChain(table, ourChain); err != nil {
+		return fmt.Errorf("delete the chain %s: %w", ourChain, err)
 	}
 	return nil
 }

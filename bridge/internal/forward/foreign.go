@@ -11,28 +11,28 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// Foreign names the nft chains of others that drop what none of their own rules accepts, each with the commands that
+// DroppingChains names the nft chains of others that drop what none of their own rules accepts, each with the commands that
 // accept there what Sync accepts in iptables. No accept in another chain lifts such a drop. A chain that has as many
 // rules with our comment as there are commands is not named.
-func (c Config) Foreign() (all []string, err error) {
+func (c Config) DroppingChains() (all []string, err error) {
 	if len(c.Links) == 0 {
 		return nil, nil
 	}
-	chains, err := nfnl.ForwardChains()
+	chains, err := nfnl.ReadForwardChains()
 	if err != nil {
 		return nil, err
 	}
 	for _, chain := range chains {
-		if chain.Table == table && chain.Name == parent && chain.Family == unix.NFPROTO_IPV4 || chain.Table == "firewalld" {
+		if chain.Table == table && chain.Name == forwardChain && chain.Family == unix.NFPROTO_IPV4 || chain.Table == "firewalld" {
 			continue // Sync sees to the one, and the package firewalld to the other
 		}
-		rules, err := nfnl.Rules(chain.Family, chain.Table, chain.Name)
+		rules, err := nfnl.ReadRules(chain.Family, chain.Table, chain.Name)
 		if err != nil {
 			return nil, err
 		}
 		title := map[byte]string{unix.NFPROTO_IPV4: "ip ", unix.NFPROTO_INET: "inet "}[chain.Family] + chain.Table + " " + chain.Name
 		place := "add rule " + title // behind all that the chain's owner decides
-		last, fate, err := end(chain, rules, maxDepth)
+		last, fate, err := fateOf(chain, rules, maxDepth)
 		switch {
 		case err != nil:
 			return nil, err
@@ -42,16 +42,16 @@ func (c Config) Foreign() (all []string, err error) {
 			continue
 		}
 		commands := c.nftCommands(place)
-		if acceptedByHand(rules) < len(commands) {
+		if countOurComments(rules) < len(commands) {
 			all = append(all, fmt.Sprintf("the nft chain %s drops what none of its rules accepts, so containers' packets pass only where it accepts them. Accept them yourself, there and in the file that it is loaded from: %s", title, strings.Join(commands, "; ")))
 		}
 	}
 	return all, nil
 }
 
-// end finds the first rule that leaves no packet to the rules behind it, and what becomes of the packets: Accept, Drop, or
+// fateOf finds the first rule that leaves no packet to the rules behind it, and what becomes of the packets: Accept, Drop, or
 // Return where no rule decides.
-func end(chain nfnl.Chain, rules []nfnl.Rule, depth int) (last nfnl.Rule, fate nfnl.Verdict, err error) {
+func fateOf(chain nfnl.Chain, rules []nfnl.Rule, depth int) (last nfnl.Rule, fate nfnl.Verdict, err error) {
 	for _, r := range rules {
 		if !r.Always || r.Verdict == nfnl.Continue {
 			continue
@@ -61,11 +61,11 @@ func end(chain nfnl.Chain, rules []nfnl.Rule, depth int) (last nfnl.Rule, fate n
 		}
 		fate = nfnl.Return
 		if depth > 0 {
-			inside, err := nfnl.Rules(chain.Family, chain.Table, r.Target)
+			inside, err := nfnl.ReadRules(chain.Family, chain.Table, r.Target)
 			if err != nil {
 				return r, fate, err
 			}
-			if _, fate, err = end(chain, inside, depth-1); err != nil {
+			if _, fate, err = fateOf(chain, inside, depth-1); err != nil {
 				return r, fate, err
 			}
 		}

@@ -23,10 +23,10 @@ import (
 )
 
 const (
-	table   = "filter"
-	parent  = "FORWARD"
-	ours    = "AZURE-VNET"
-	comment = "azure-vnet"
+	table        = "filter"
+	forwardChain = "FORWARD"
+	ourChain     = "AZURE-VNET"
+	ourComment   = "azure-vnet"
 )
 
 // Config says what is to be forwarded.
@@ -61,22 +61,22 @@ func (c Config) checkUnreadable(err error) error {
 	if err == nil || !strings.Contains(err.Error(), "is incompatible, use 'nft' tool") {
 		return err
 	}
-	rules, err := nfnl.Rules(unix.NFPROTO_IPV4, table, parent)
+	rules, err := nfnl.ReadRules(unix.NFPROTO_IPV4, table, forwardChain)
 	if err != nil {
 		return err
 	}
 	// They go to the top of the chain, for where its policy ends cannot be told.
-	commands := c.nftCommands("insert rule ip " + table + " " + parent)
-	if acceptedByHand(rules) >= len(commands) {
+	commands := c.nftCommands("insert rule ip " + table + " " + forwardChain)
+	if countOurComments(rules) >= len(commands) {
 		return nil
 	}
 	return fmt.Errorf("%w, so containers' packets pass only where others accept them. Accept them yourself: %s", ErrUnreadable, strings.Join(commands, "; "))
 }
 
-// acceptedByHand counts the rules that a person made by our commands.
-func acceptedByHand(rules []nfnl.Rule) (n int) {
+// countOurComments counts the rules that a person made by our commands.
+func countOurComments(rules []nfnl.Rule) (n int) {
 	for _, r := range rules {
-		if r.Comment == comment {
+		if r.Comment == ourComment {
 			n++
 		}
 	}
@@ -95,24 +95,24 @@ func (c Config) nftCommands(place string) (all []string) {
 				command += fmt.Sprintf(" oifname %q", name)
 			}
 		}
-		all = append(all, command+fmt.Sprintf(" accept comment %q", comment))
+		all = append(all, command+fmt.Sprintf(" accept comment %q", ourComment))
 	}
 	return all
 }
 
 // jump is the one rule in FORWARD.
-var jump = []string{"-m", "comment", "--comment", comment, "-j", ours}
+var jump = []string{"-m", "comment", "--comment", ourComment, "-j", ourChain}
 
 // Sync makes the rules what c asks for, in each of the two kinds of iptables that
 // the host uses, and names what was something else.
 func (c Config) Sync() (mended []string, err error) {
-	return c.each(func(b *backend) ([]string, error) { return b.sync(c) })
+	return c.forEachBackend(func(b *backend) ([]string, error) { return b.syncRules(c) })
 }
 
 // Differences names what Sync would change.
 func (c Config) Differences() ([]string, error) {
-	return c.each(func(b *backend) ([]string, error) {
-		have, err := b.read()
+	return c.forEachBackend(func(b *backend) ([]string, error) {
+		have, err := b.readState()
 		if err != nil {
 			return nil, c.checkUnreadable(err)
 		}
@@ -127,26 +127,26 @@ func PolicyDrops() bool {
 	if err != nil {
 		return false
 	}
-	chain, err := c.ListChain(&nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}, parent)
+	chain, err := c.ListChain(&nftables.Table{Name: table, Family: nftables.TableFamilyIPv4}, forwardChain)
 	return err == nil && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop
 }
 
-// Drop removes our jump and our chain. None is success.
-func Drop() error {
-	_, err := Config{}.each(func(b *backend) ([]string, error) { return nil, b.drop() })
+// RemoveAll removes our jump and our chain. None is success.
+func RemoveAll() error {
+	_, err := Config{}.forEachBackend(func(b *backend) ([]string, error) { return nil, b.removeAll() })
 	return err
 }
 
-// each does the same with both kinds of iptables, as far as they are used. They do
+// forEachBackend does the same with both kinds of iptables, as far as they are used. They do
 // not see each other's rules: an ACCEPT of one does not lift a DROP of the other.
-func (c Config) each(do func(*backend) ([]string, error)) (all []string, err error) {
+func (c Config) forEachBackend(do func(*backend) ([]string, error)) (all []string, err error) {
 	var errs []error
 	for name, used := range map[string]func() (bool, error){"nft": nftUsed, "legacy": legacyUsed} {
 		is, err := used()
 		if err == nil && is {
 			b := &backend{name: name}
 			var did []string
-			if b.run, err = command(name); err == nil {
+			if b.run, err = findProgram(name); err == nil {
 				did, err = do(b)
 			}
 			for _, d := range did {
@@ -162,7 +162,7 @@ func (c Config) each(do func(*backend) ([]string, error)) (all []string, err err
 }
 
 // nftUsed reports whether iptables-nft has a FORWARD chain.
-func nftUsed() (bool, error) { return nfnl.ChainExists(unix.NFPROTO_IPV4, table, parent) }
+func nftUsed() (bool, error) { return nfnl.ChainExists(unix.NFPROTO_IPV4, table, forwardChain) }
 
 // legacyUsed reports whether legacy iptables has a filter table in this namespace.
 // To ask the legacy program would make one.
@@ -174,8 +174,8 @@ func legacyUsed() (bool, error) {
 	return slices.Contains(strings.Fields(string(names)), table), err
 }
 
-// command finds the program of that kind: by its own name, or as iptables.
-func command(kind string) (*iptables.IPTables, error) {
+// findProgram finds the program of that kind: by its own name, or as iptables.
+func findProgram(kind string) (*iptables.IPTables, error) {
 	for _, name := range []string{"iptables-" + kind, "iptables"} {
 		path, err := exec.LookPath(name)
 		if err != nil {

@@ -194,7 +194,7 @@ func checkPlace(t *testing.T, used []string, rules, before string) {
 	for _, kind := range used {
 		stands{saved[kind], before, twoLinks, twoLinksAccepts}.check(t, "at first", kind)
 	}
-	if err := Drop(); err != nil {
+	if err := RemoveAll(); err != nil {
 		t.Errorf("drop: %v", err)
 	}
 	for _, kind := range used {
@@ -231,7 +231,7 @@ func TestOtherLinks(t *testing.T) {
 			next.check(t, "other links", "nft")
 		}
 		for range 2 {
-			if err := Drop(); err != nil {
+			if err := RemoveAll(); err != nil {
 				t.Errorf("drop: %v", err)
 			}
 		}
@@ -304,7 +304,7 @@ func TestNothingWithoutForward(t *testing.T) {
 		before := tables()
 		mended, err := twoLinks.Sync()
 		wrong, errWrong := twoLinks.Differences()
-		if len(mended)+len(wrong) > 0 || err != nil || errWrong != nil || Drop() != nil {
+		if len(mended)+len(wrong) > 0 || err != nil || errWrong != nil || RemoveAll() != nil {
 			t.Errorf("without FORWARD: mended %q, %v; differences %q, %v", mended, err, wrong, errWrong)
 		}
 		if diff := cmp.Diff(before, tables()); diff != "" {
@@ -330,7 +330,7 @@ func TestDropAfterCrash(t *testing.T) {
 						run(t, "iptables-"+kind+" "+line)
 					}
 				}
-				if err := Drop(); err != nil {
+				if err := RemoveAll(); err != nil {
 					t.Errorf("drop: %v", err)
 				}
 				for _, kind := range both {
@@ -349,7 +349,7 @@ func TestForeignChains(t *testing.T) {
 		run(t, "nft 'table inet fw { chain end { drop; }; chain forward { type filter hook forward priority 0; policy accept; ip daddr 192.0.2.1 accept; goto end; }; }'")
 		run(t, "nft 'table ip fw { chain forward { type filter hook forward priority 0; policy drop; ip daddr 192.0.2.1 accept; }; }'")
 		run(t, "nft 'table inet open { chain forward { type filter hook forward priority 0; policy accept; ip daddr 192.0.2.1 drop; }; }'")
-		got, err := Config{Links: []string{"azv+"}, Out: []string{"eth0"}}.Foreign()
+		got, err := Config{Links: []string{"azv+"}, Out: []string{"eth0"}}.DroppingChains()
 		if err != nil {
 			t.Error(err)
 		}

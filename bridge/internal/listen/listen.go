@@ -21,13 +21,13 @@ import (
 // Socket is a socket of the host that receives IPv4.
 type Socket struct {
 	Proto string         // tcp or udp
-	At    netip.AddrPort // IPv4; the unspecified address for every address of the host
+	Addr  netip.AddrPort // IPv4; the unspecified address for every address of the host
 	UID   uint32         // of its owner
 }
 
 // String names the socket and tells how to find its program.
 func (s Socket) String() string {
-	return fmt.Sprintf("%s (uid %d; ss -%clnp names the program)", s.At, s.UID, s.Proto[0])
+	return fmt.Sprintf("%s (uid %d; ss -%clnp names the program)", s.Addr, s.UID, s.Proto[0])
 }
 
 // Of linux/inet_diag.h, which no library here names.
@@ -39,9 +39,9 @@ const (
 	udpUnbound  = 1 << 7 // not connected: it receives from anywhere
 )
 
-// Sockets lists the sockets that receive IPv4. A kernel that cannot tell gives an
+// ReadSockets lists the sockets that receive IPv4. A kernel that cannot tell gives an
 // empty list.
-func Sockets() ([]Socket, error) {
+func ReadSockets() ([]Socket, error) {
 	var all []Socket
 	for _, q := range []struct {
 		proto  string
@@ -64,7 +64,7 @@ func Sockets() ([]Socket, error) {
 				return nil, fmt.Errorf("list the host's %s sockets: %w", q.proto, err)
 			}
 			for _, m := range messages {
-				if s, ok := parse(q.proto, m); ok {
+				if s, ok := parseSocket(q.proto, m); ok {
 					all = append(all, s)
 				}
 			}
@@ -73,16 +73,16 @@ func Sockets() ([]Socket, error) {
 	return all, nil
 }
 
-// parse reads a struct inet_diag_msg. It is not ok for a socket that receives no
+// parseSocket reads a struct inet_diag_msg. It is not ok for a socket that receives no
 // IPv4.
-func parse(proto string, m []byte) (s Socket, ok bool) {
+func parseSocket(proto string, m []byte) (s Socket, ok bool) {
 	if len(m) < answerSize {
 		return Socket{}, false
 	}
 	s = Socket{Proto: proto, UID: binary.NativeEndian.Uint32(m[64:])}
 	port := binary.BigEndian.Uint16(m[4:])
 	if m[0] == unix.AF_INET {
-		s.At = netip.AddrPortFrom(netip.AddrFrom4([4]byte(m[8:12])), port)
+		s.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte(m[8:12])), port)
 		return s, port != 0
 	}
 	addr := netip.AddrFrom16([16]byte(m[8:24])).Unmap()
@@ -94,6 +94,6 @@ func parse(proto string, m []byte) (s Socket, ok bool) {
 	if addr.IsUnspecified() {
 		addr = netip.IPv4Unspecified()
 	}
-	s.At = netip.AddrPortFrom(addr, port)
+	s.Addr = netip.AddrPortFrom(addr, port)
 	return s, port != 0 && addr.Is4()
 }

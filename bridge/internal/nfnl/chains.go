@@ -53,11 +53,11 @@ const (
 
 var verdicts = map[int32]Verdict{nfDrop: Drop, 1: Accept, -3: Jump, -4: Goto, -5: Return}
 
-// ForwardChains lists the base chains that IPv4 packets pass when they are forwarded. The kernel lists all chains, which
+// ReadForwardChains lists the base chains that IPv4 packets pass when they are forwarded. The kernel lists all chains, which
 // costs about a microsecond for each, and no rules.
-func ForwardChains() (all []Chain, err error) {
+func ReadForwardChains() (all []Chain, err error) {
 	for _, family := range []byte{unix.NFPROTO_IPV4, unix.NFPROTO_INET} {
-		messages, err := list(unix.NFT_MSG_GETCHAIN, family)
+		messages, err := listObjects(unix.NFT_MSG_GETCHAIN, family)
 		if err != nil {
 			return nil, fmt.Errorf("list the nft chains: %w", err)
 		}
@@ -70,11 +70,11 @@ func ForwardChains() (all []Chain, err error) {
 				case unix.NFTA_CHAIN_NAME:
 					c.Name = unix.ByteSliceToString(v)
 				case unix.NFTA_CHAIN_POLICY:
-					c.Drops = number(v) == nfDrop
+					c.Drops = uint32Of(v) == nfDrop
 				case unix.NFTA_CHAIN_HOOK:
 					for kind, v := range rtnl.Attributes(v, 0) {
 						if kind == unix.NFTA_HOOK_HOOKNUM {
-							hook = int(number(v))
+							hook = int(uint32Of(v))
 						}
 					}
 				}
@@ -87,9 +87,9 @@ func ForwardChains() (all []Chain, err error) {
 	return all, nil
 }
 
-// Rules lists the rules of one chain.
-func Rules(family byte, table, chain string) (all []Rule, err error) {
-	messages, err := list(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
+// ReadRules lists the rules of one chain.
+func ReadRules(family byte, table, chain string) (all []Rule, err error) {
+	messages, err := listObjects(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
 	if err != nil {
 		return nil, fmt.Errorf("list the rules of the nft chain %s of %s: %w", chain, table, err)
 	}
@@ -111,15 +111,15 @@ func parseRule(m []byte) Rule {
 			r.Comment, _ = userdata.GetString(v, userdata.TypeComment)
 		case unix.NFTA_RULE_EXPRESSIONS:
 			for _, elem := range rtnl.Attributes(v, 0) {
-				r.expression(elem)
+				r.addExpression(elem)
 			}
 		}
 	}
 	return r
 }
 
-// expression adds what one expression does. Any that it does not know is a condition.
-func (r *Rule) expression(elem []byte) {
+// addExpression adds what one expression does. Any that it does not know is a condition.
+func (r *Rule) addExpression(elem []byte) {
 	name, data := "", []byte(nil)
 	for kind, v := range rtnl.Attributes(elem, 0) {
 		switch kind {
@@ -140,7 +140,7 @@ func (r *Rule) expression(elem []byte) {
 			}
 			for kind, v := range rtnl.Attributes(v, 0) {
 				if kind == unix.NFTA_DATA_VERDICT {
-					r.verdict(v)
+					r.addVerdict(v)
 				}
 			}
 		}
@@ -149,19 +149,19 @@ func (r *Rule) expression(elem []byte) {
 	}
 }
 
-func (r *Rule) verdict(data []byte) {
+func (r *Rule) addVerdict(data []byte) {
 	for kind, v := range rtnl.Attributes(data, 0) {
 		switch kind {
 		case unix.NFTA_VERDICT_CODE:
-			r.Verdict = verdicts[int32(number(v))]
+			r.Verdict = verdicts[int32(uint32Of(v))]
 		case unix.NFTA_VERDICT_CHAIN:
 			r.Target = unix.ByteSliceToString(v)
 		}
 	}
 }
 
-// list lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
-func list(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
+// listObjects lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
+func listObjects(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
 	all, err := dump.Whole(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|kind, unix.NLM_F_DUMP)
 		r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
@@ -178,8 +178,8 @@ func list(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, erro
 	return all, err
 }
 
-// number reads an attribute that nf_tables spells in network byte order.
-func number(v []byte) uint32 {
+// uint32Of reads an attribute that nf_tables spells in network byte order.
+func uint32Of(v []byte) uint32 {
 	if len(v) != 4 {
 		return 0
 	}

@@ -58,7 +58,7 @@ func (v Veth) Create() error {
 	peer.AddRtAttr(unix.IFLA_ADDRESS, v.PeerMAC)
 	peer.AddRtAttr(unix.IFLA_MTU, mtu)
 	r.AddData(info)
-	return send(r)
+	return execute(r)
 }
 
 // PortFlag is a setting of a bridge port, such as IFLA_BRPORT_LEARNING.
@@ -68,11 +68,11 @@ type PortFlag struct {
 	Value uint16
 }
 
-// Is reports whether a value that the kernel tells is the flag's.
-func (f PortFlag) Is(value []byte) bool { return bytes.Equal(value, f.bytes()) }
+// Matches reports whether a value that the kernel tells is the flag's.
+func (f PortFlag) Matches(value []byte) bool { return bytes.Equal(value, f.encode()) }
 
-// bytes is the value as the kernel takes it.
-func (f PortFlag) bytes() []byte {
+// encode is the value as the kernel takes it.
+func (f PortFlag) encode() []byte {
 	if f.Kind == nl.IFLA_BRPORT_GROUP_FWD_MASK {
 		return binary.NativeEndian.AppendUint16(nil, f.Value)
 	}
@@ -87,10 +87,10 @@ func SetPortFlags(index int, flags []PortFlag) error {
 	r.AddData(msg)
 	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
 	for _, f := range flags {
-		port.AddRtAttr(int(f.Kind), f.bytes())
+		port.AddRtAttr(int(f.Kind), f.encode())
 	}
 	r.AddData(port)
-	return send(r)
+	return execute(r)
 }
 
 // ReadPortFlags reads the flags of every port of every bridge, by link index and
@@ -125,14 +125,14 @@ func ReadPortFlags() (map[int]map[uint16]uint16, error) {
 	return all, nil
 }
 
-// Bridge is what of a bridge's settings the netlink library does not tell.
-type Bridge struct {
+// BridgeSettings is what of a bridge's settings the netlink library does not tell.
+type BridgeSettings struct {
 	STP           bool // it speaks the spanning tree protocol, or a program does so for it
 	VLANFiltering bool
 }
 
-// ReadBridge reads the settings of the bridge with that link index.
-func ReadBridge(index int) (b Bridge, err error) {
+// ReadBridgeSettings reads the settings of the bridge with that link index.
+func ReadBridgeSettings(index int) (b BridgeSettings, err error) {
 	message, err := getLink(index)
 	if err != nil {
 		return b, err
@@ -160,16 +160,16 @@ func ReadBridge(index int) (b Bridge, err error) {
 
 // StopSTP ends the spanning tree protocol on the bridge with that link index.
 func StopSTP(index int) error {
-	return setBridge(index, nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
+	return setBridgeSetting(index, nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
 }
 
 // StopVLANFiltering ends the filtering of VLANs on the bridge with that link index.
 func StopVLANFiltering(index int) error {
-	return setBridge(index, nl.IFLA_BR_VLAN_FILTERING, []byte{0})
+	return setBridgeSetting(index, nl.IFLA_BR_VLAN_FILTERING, []byte{0})
 }
 
-// setBridge sets one setting: a kernel may refuse a message with one that it does not have.
-func setBridge(index, kind int, value []byte) error {
+// setBridgeSetting sets one setting: a kernel may refuse a message with one that it does not have.
+func setBridgeSetting(index, kind int, value []byte) error {
 	r := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(index)
@@ -178,12 +178,12 @@ func setBridge(index, kind int, value []byte) error {
 	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("bridge"))
 	info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(kind, value)
 	r.AddData(info)
-	return send(r)
+	return execute(r)
 }
 
-// ReadFar reads the name and the MAC of a link in another namespace, for which this namespace has
+// ReadLinkInNamespace reads the name and the MAC of a link in another namespace, for which this namespace has
 // the number nsID. Linux before 4.15 cannot tell: found is then false.
-func ReadFar(nsID, index int) (name string, mac net.HardwareAddr, found bool, err error) {
+func ReadLinkInNamespace(nsID, index int) (name string, mac net.HardwareAddr, found bool, err error) {
 	message, err := getLink(index, nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsID))))
 	if err != nil {
 		return "", nil, false, err
@@ -201,13 +201,13 @@ func ReadFar(nsID, index int) (name string, mac net.HardwareAddr, found bool, er
 	return name, mac, found, nil
 }
 
-// MayChange reports whether this process may change the network of its namespace. The kernel looks for the
+// HasNetAdmin reports whether this process may change the network of its namespace. The kernel looks for the
 // right (CAP_NET_ADMIN in the user namespace that the network belongs to) before it looks at the message. This one
 // names no link, and so changes nothing.
-func MayChange() bool {
+func HasNetAdmin() bool {
 	r := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	err := send(r)
+	err := execute(r)
 	return !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES)
 }
 

@@ -31,17 +31,17 @@ type Neighbour struct {
 
 // PutNeighbour makes the entry, in place of any other of that address on that link.
 func PutNeighbour(n Neighbour) error {
-	return send(neighbourRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, n))
+	return execute(neighbourRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, n))
 }
 
-// DelNeighbour deletes the entry. If there is no such entry, the error is one that NotThere
+// DeleteNeighbour deletes the entry. If there is no such entry, the error is one that NotThere
 // reports.
-func DelNeighbour(n Neighbour) error {
-	return send(neighbourRequest(unix.RTM_DELNEIGH, 0, n))
+func DeleteNeighbour(n Neighbour) error {
+	return execute(neighbourRequest(unix.RTM_DELNEIGH, 0, n))
 }
 
 func neighbourRequest(kind, flags int, n Neighbour) *nl.NetlinkRequest {
-	r := request(kind, flags|unix.NLM_F_ACK, ndmsg(unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0))
+	r := newRequest(kind, flags|unix.NLM_F_ACK, ndmsg(unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0))
 	r.AddData(nl.NewRtAttr(unix.NDA_DST, n.Addr.AsSlice()))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, n.MAC))
 	r.AddData(nl.NewRtAttr(NDAProtocol, []byte{n.Protocol}))
@@ -86,27 +86,27 @@ type ForwardingEntry struct {
 // AddForwarding makes the entry. Where the bridge has the MAC already, on
 // whichever port, the error is unix.EEXIST and nothing changes.
 func AddForwarding(e ForwardingEntry) error {
-	r := request(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+	r := newRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
-	return send(r)
+	return execute(r)
 }
 
-// DelForwarding deletes the entry. If there is no such entry, the error is one that NotThere
+// DeleteForwarding deletes the entry. If there is no such entry, the error is one that NotThere
 // reports.
-func DelForwarding(e ForwardingEntry) error {
-	r := request(unix.RTM_DELNEIGH, unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+func DeleteForwarding(e ForwardingEntry) error {
+	r := newRequest(unix.RTM_DELNEIGH, unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
-	return send(r)
+	return execute(r)
 }
 
 // FindForwarding looks for the MAC in the forwarding table of the bridge with that index. Linux before 5.0 has no
 // such query: found is then false, and AddForwarding reports a duplicate as EEXIST.
 func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
-	r := request(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
+	r := newRequest(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
 	r.AddData(nl.NewRtAttr(NDAMaster, nl.Uint32Attr(uint32(bridge))))
 	messages, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
-	if NotThere(err) || errors.Is(err, unix.EOPNOTSUPP) || err == nil && len(messages) == 0 {
+	if IsNotExist(err) || errors.Is(err, unix.EOPNOTSUPP) || err == nil && len(messages) == 0 {
 		return ForwardingEntry{}, false, nil
 	}
 	if err != nil {
@@ -151,7 +151,7 @@ func ReadForwarding() ([]ForwardingEntry, error) {
 
 func dumpNeighbours(family byte) ([][]byte, error) {
 	messages, err := dump.Whole(func() ([][]byte, error) {
-		return request(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, ndmsg(family, 0, 0, 0)).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+		return newRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, ndmsg(family, 0, 0, 0)).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
 	})
 	for _, m := range messages {
 		if len(m) < unix.SizeofNdMsg {
@@ -172,7 +172,7 @@ func ndmsg(family byte, index int, state uint16, flags byte) []byte {
 	return b
 }
 
-// Same reports whether o is the same entry.
-func (n Neighbour) Same(o Neighbour) bool {
+// Equal reports whether o is the same entry.
+func (n Neighbour) Equal(o Neighbour) bool {
 	return n.Link == o.Link && n.Addr == o.Addr && n.MAC.String() == o.MAC.String() && n.Protocol == o.Protocol
 }

@@ -33,8 +33,8 @@ func ReadLinks() (Links, error) {
 	return all, nil
 }
 
-// Named returns the link of that name, nil if there is none.
-func (all Links) Named(name string) netlink.Link {
+// ByName returns the link of that name, nil if there is none.
+func (all Links) ByName(name string) netlink.Link {
 	for _, l := range all {
 		if l.Attrs().Name == name {
 			return l
@@ -43,8 +43,8 @@ func (all Links) Named(name string) netlink.Link {
 	return nil
 }
 
-// Index returns the link of that index, nil if there is none.
-func (all Links) Index(index int) netlink.Link {
+// ByIndex returns the link of that index, nil if there is none.
+func (all Links) ByIndex(index int) netlink.Link {
 	for _, l := range all {
 		if l.Attrs().Index == index {
 			return l
@@ -53,16 +53,16 @@ func (all Links) Index(index int) netlink.Link {
 	return nil
 }
 
-// NotThere reports whether an error says that a link, route, rule or entry does
+// IsNotExist reports whether an error says that a link, route, rule or entry does
 // not exist.
-func NotThere(err error) bool {
+func IsNotExist(err error) bool {
 	var link netlink.LinkNotFoundError
 	return errors.As(err, &link) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) ||
 		errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
-// request is a message of rtnetlink with its fixed header; attributes follow.
-func request(kind, flags int, header []byte) *nl.NetlinkRequest {
+// newRequest is a message of rtnetlink with its fixed header; attributes follow.
+func newRequest(kind, flags int, header []byte) *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(kind, flags)
 	r.AddData(Bytes(header))
 	return r
@@ -78,8 +78,8 @@ func (b Bytes) Len() int { return len(b) }
 // Serialize returns b itself.
 func (b Bytes) Serialize() []byte { return b }
 
-// send sends r and waits for its acknowledgement.
-func send(r *nl.NetlinkRequest) error {
+// execute sends r and waits for its acknowledgement.
+func execute(r *nl.NetlinkRequest) error {
 	_, err := r.Execute(unix.NETLINK_ROUTE, 0)
 	return err
 }

@@ -35,16 +35,16 @@ func (c *Conn) Close() {
 // Add adds the elements of an endpoint of cfg in one transaction. The tables must
 // stand: see Stands.
 func (c *Conn) Add(cfg Config, e Endpoint) error {
-	return c.add(e, cfg.elements(e))
+	return c.addSets(e, cfg.elements(e))
 }
 
 // AddPorts adds no more than what leads the endpoint's ports of the host to it.
-func (c *Conn) AddPorts(e Endpoint) error { return c.add(e, e.portElements()) }
+func (c *Conn) AddPorts(e Endpoint) error { return c.addSets(e, e.portElements()) }
 
-func (c *Conn) add(e Endpoint, all []*set) error {
+func (c *Conn) addSets(e Endpoint, all []*set) error {
 	err := c.commit(func(nft *nftables.Conn) error {
 		for _, s := range all {
-			if err := s.change(nft, nil); err != nil {
+			if err := s.bufferChange(nft, nil); err != nil {
 				return err
 			}
 		}
@@ -58,28 +58,28 @@ func (c *Conn) add(e Endpoint, all []*set) error {
 
 // Remove takes the elements of an endpoint of cfg out of the tables. None is
 // success.
-func (c *Conn) Remove(cfg Config, e Endpoint) error { return c.removeOf(e, cfg.elements(e)) }
+func (c *Conn) Remove(cfg Config, e Endpoint) error { return c.removeEndpoint(e, cfg.elements(e)) }
 
 // RemovePorts takes out no more than what leads the endpoint's ports of the host to it. None is success.
-func (c *Conn) RemovePorts(e Endpoint) error { return c.removeOf(e, e.portElements()) }
+func (c *Conn) RemovePorts(e Endpoint) error { return c.removeEndpoint(e, e.portElements()) }
 
-func (c *Conn) removeOf(e Endpoint, all []*set) error {
-	if c.remove(all...) == nil {
+func (c *Conn) removeEndpoint(e Endpoint, all []*set) error {
+	if c.removeSets(all...) == nil {
 		return nil
 	}
 	for _, s := range all { // one that is missing undoes the transaction: so one by one
-		if err := c.remove(s); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("take %s out of the set %s of the nft table %s: %w", e.Addr, s.name, title(s.table), err)
+		if err := c.removeSets(s); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("take %s out of the set %s of the nft table %s: %w", e.Addr, s.name, tableTitle(s.table), err)
 		}
 	}
 	return nil
 }
 
-func (c *Conn) remove(all ...*set) error {
+func (c *Conn) removeSets(all ...*set) error {
 	return c.commit(func(nft *nftables.Conn) error {
 		for _, s := range all {
 			none := &set{table: s.table, name: s.name, data: s.data}
-			if err := none.change(nft, s.elems); err != nil {
+			if err := none.bufferChange(nft, s.elems); err != nil {
 				return err
 			}
 		}
@@ -109,7 +109,7 @@ func (c Config) Missing(e Endpoint) ([]string, error) {
 	var out []string
 	for _, want := range c.elements(e) {
 		if have[want.table] == nil {
-			t, err := read(want.table)
+			t, err := readTable(want.table)
 			if err != nil {
 				return out, err
 			}
@@ -117,8 +117,8 @@ func (c Config) Missing(e Endpoint) ([]string, error) {
 		}
 		s := have[want.table].sets[want.name]
 		for k, v := range want.elems {
-			if s == nil || !s.has(k, v) {
-				out = append(out, fmt.Sprintf("the set %s of the nft table %s lacks the element of %s", want.name, title(want.table), e.Addr))
+			if s == nil || !s.hasElement(k, v) {
+				out = append(out, fmt.Sprintf("the set %s of the nft table %s lacks the element of %s", want.name, tableTitle(want.table), e.Addr))
 				break
 			}
 		}
@@ -126,15 +126,15 @@ func (c Config) Missing(e Endpoint) ([]string, error) {
 	return out, nil
 }
 
-func (s *set) has(k key, value string) bool {
+func (s *set) hasElement(k elemKey, value string) bool {
 	is, ok := s.elems[k]
 	return ok && is == value
 }
 
-// Published reads from the ip table which ports it leads to containers, by the
+// ReadPublished reads from the ip table which ports it leads to containers, by the
 // containers' addresses.
-func Published() (map[netip.Addr][]Port, error) {
-	t, err := read(ipTable)
+func ReadPublished() (map[netip.Addr][]Port, error) {
+	t, err := readTable(ipTable)
 	if err != nil {
 		return nil, err
 	}

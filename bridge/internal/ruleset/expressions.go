@@ -25,9 +25,11 @@ import (
 
 func rule(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
 
-func one(e expr.Any) []expr.Any { return []expr.Any{e} }
+func oneExpression(e expr.Any) []expr.Any { return []expr.Any{e} }
 
-func loadMeta(k expr.MetaKey, reg uint32) []expr.Any { return one(&expr.Meta{Key: k, Register: reg}) }
+func loadMeta(k expr.MetaKey, reg uint32) []expr.Any {
+	return oneExpression(&expr.Meta{Key: k, Register: reg})
+}
 
 func iifname(reg uint32) []expr.Any { return loadMeta(expr.MetaKeyIIFNAME, reg) }
 func oifname(reg uint32) []expr.Any { return loadMeta(expr.MetaKeyOIFNAME, reg) }
@@ -51,12 +53,12 @@ func ethernet() []expr.Any {
 }
 
 func compare(op expr.CmpOp, data []byte) []expr.Any {
-	return one(&expr.Cmp{Op: op, Register: 1, Data: data})
+	return oneExpression(&expr.Cmp{Op: op, Register: 1, Data: data})
 }
 func equal(data []byte) []expr.Any { return compare(expr.CmpOpEq, data) }
 
 func mask(bytes ...byte) []expr.Any {
-	return one(&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(bytes)), Mask: bytes, Xor: make([]byte, len(bytes))})
+	return oneExpression(&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(bytes)), Mask: bytes, Xor: make([]byte, len(bytes))})
 }
 
 const (
@@ -65,46 +67,46 @@ const (
 	thHeader = expr.PayloadBaseTransportHeader
 )
 
-func load(base expr.PayloadBase, offset, length, reg uint32) []expr.Any {
-	return one(&expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: length})
+func loadPayload(base expr.PayloadBase, offset, length, reg uint32) []expr.Any {
+	return oneExpression(&expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: length})
 }
 
-func etherType(t uint16) []expr.Any       { return rule(load(llHeader, 12, 2, 1), equal(be16(t))) }
-func etherDaddr(reg uint32) []expr.Any    { return load(llHeader, 0, 6, reg) }
-func etherSaddr(reg uint32) []expr.Any    { return load(llHeader, 6, 6, reg) }
-func ipSaddr(reg uint32) []expr.Any       { return load(nhHeader, 12, 4, reg) }
-func ipDaddr(reg uint32) []expr.Any       { return load(nhHeader, 16, 4, reg) }
-func arpSaddrEther(reg uint32) []expr.Any { return load(nhHeader, 8, 6, reg) }
-func arpSaddrIP(reg uint32) []expr.Any    { return load(nhHeader, 14, 4, reg) }
-func destPort(reg uint32) []expr.Any      { return load(thHeader, 2, 2, reg) }
+func etherType(t uint16) []expr.Any       { return rule(loadPayload(llHeader, 12, 2, 1), equal(be16(t))) }
+func etherDaddr(reg uint32) []expr.Any    { return loadPayload(llHeader, 0, 6, reg) }
+func etherSaddr(reg uint32) []expr.Any    { return loadPayload(llHeader, 6, 6, reg) }
+func ipSaddr(reg uint32) []expr.Any       { return loadPayload(nhHeader, 12, 4, reg) }
+func ipDaddr(reg uint32) []expr.Any       { return loadPayload(nhHeader, 16, 4, reg) }
+func arpSaddrEther(reg uint32) []expr.Any { return loadPayload(nhHeader, 8, 6, reg) }
+func arpSaddrIP(reg uint32) []expr.Any    { return loadPayload(nhHeader, 14, 4, reg) }
+func destPort(reg uint32) []expr.Any      { return loadPayload(thHeader, 2, 2, reg) }
 
 func icmpType(t byte) []expr.Any {
-	return rule(l4proto(1), equal([]byte{unix.IPPROTO_ICMP}), load(thHeader, 0, 1, 1), equal([]byte{t}))
+	return rule(l4proto(1), equal([]byte{unix.IPPROTO_ICMP}), loadPayload(thHeader, 0, 1, 1), equal([]byte{t}))
 }
 
 // fibDaddrType is the kind of route that the destination has here, such as rtnLocal.
 func fibDaddrType() []expr.Any {
-	return one(&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true})
+	return oneExpression(&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true})
 }
 
 func inSet(name string) []expr.Any {
-	return one(&expr.Lookup{SourceRegister: 1, SetName: name})
+	return oneExpression(&expr.Lookup{SourceRegister: 1, SetName: name})
 }
 func notInSet(name string) []expr.Any {
-	return one(&expr.Lookup{SourceRegister: 1, SetName: name, Invert: true})
+	return oneExpression(&expr.Lookup{SourceRegister: 1, SetName: name, Invert: true})
 }
 func valueFrom(name string) []expr.Any {
-	return one(&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: name})
+	return oneExpression(&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: name})
 }
 func verdictFrom(name string) []expr.Any {
-	return one(&expr.Lookup{SourceRegister: 1, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: name})
+	return oneExpression(&expr.Lookup{SourceRegister: 1, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: name})
 }
 
-func masquerade() []expr.Any { return one(&expr.Masq{}) }
+func masquerade() []expr.Any { return oneExpression(&expr.Masq{}) }
 
 // dnat leads to the address and port that a look-up put into registers 8 and 9.
 func dnat() []expr.Any {
-	return one(&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1, RegProtoMin: 9, RegProtoMax: 9, Specified: true})
+	return oneExpression(&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1, RegProtoMin: 9, RegProtoMax: 9, Specified: true})
 }
 
 func be16(n uint16) []byte     { return binary.BigEndian.AppendUint16(nil, n) }
@@ -133,6 +135,6 @@ func portKey(port uint16) string { return string(append(be16(port), 0, 0)) }
 
 // Kinds of base chains.
 const (
-	filter = nftables.ChainTypeFilter
-	nat    = nftables.ChainTypeNAT
+	filterType = nftables.ChainTypeFilter
+	natType    = nftables.ChainTypeNAT
 )

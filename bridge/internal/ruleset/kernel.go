@@ -25,21 +25,21 @@ import (
 func (c Config) Sync() (changed []string, err error) {
 	wanted := c.tables()
 	for _, t := range wanted {
-		did, err := t.write()
+		did, err := t.writeTable()
 		if did {
-			changed = append(changed, "the nft table "+title(t.is))
+			changed = append(changed, "the nft table "+tableTitle(t.nft))
 		}
 		if err != nil {
-			return changed, fmt.Errorf("write the nft table %s: %w", title(t.is), err)
+			return changed, fmt.Errorf("write the nft table %s: %w", tableTitle(t.nft), err)
 		}
 	}
 	for _, is := range allTables() {
-		if slices.ContainsFunc(wanted, func(t *table) bool { return t.is == is }) {
+		if slices.ContainsFunc(wanted, func(t *table) bool { return t.nft == is }) {
 			continue
 		}
-		did, err := dropTable(is)
+		did, err := deleteTable(is)
 		if did {
-			changed = append(changed, "the nft table "+title(is))
+			changed = append(changed, "the nft table "+tableTitle(is))
 		}
 		if err != nil {
 			return changed, err
@@ -53,18 +53,18 @@ func (c Config) Differences() ([]string, error) {
 	var out []string
 	wanted := c.tables()
 	for _, want := range wanted {
-		have, err := read(want.is)
+		have, err := readTable(want.nft)
 		switch {
 		case err != nil:
 			return out, err
 		case len(have.chains) == 0:
-			out = append(out, fmt.Sprintf("the nft table %s is gone", title(want.is)))
-		case !have.same(want):
-			out = append(out, fmt.Sprintf("the nft table %s is not as it should be", title(want.is)))
+			out = append(out, fmt.Sprintf("the nft table %s is gone", tableTitle(want.nft)))
+		case !have.equals(want):
+			out = append(out, fmt.Sprintf("the nft table %s is not as it should be", tableTitle(want.nft)))
 		}
 	}
 	for _, is := range allTables() {
-		if slices.ContainsFunc(wanted, func(t *table) bool { return t.is == is }) {
+		if slices.ContainsFunc(wanted, func(t *table) bool { return t.nft == is }) {
 			continue
 		}
 		all, err := listTables(is.Family)
@@ -72,34 +72,34 @@ func (c Config) Differences() ([]string, error) {
 			return out, err
 		}
 		if slices.Contains(all, is.Name) {
-			out = append(out, fmt.Sprintf("the nft table %s is not needed", title(is)))
+			out = append(out, fmt.Sprintf("the nft table %s is not needed", tableTitle(is)))
 		}
 	}
 	return out, nil
 }
 
-// Drop deletes the tables. None is success.
-func Drop() error {
+// DeleteTables deletes the tables. None is success.
+func DeleteTables() error {
 	var errs []error
 	for _, t := range slices.Backward(allTables()) {
-		_, err := dropTable(t)
+		_, err := deleteTable(t)
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
 
-func dropTable(is *nftables.Table) (did bool, err error) {
+func deleteTable(is *nftables.Table) (did bool, err error) {
 	all, err := listTables(is.Family)
 	if err != nil || !slices.Contains(all, is.Name) {
 		return false, err
 	}
-	c, err := dial()
+	c, err := openConn()
 	if err != nil {
 		return false, err
 	}
 	c.DelTable(is)
 	if err := c.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return false, fmt.Errorf("delete the nft table %s: %w", title(is), err)
+		return false, fmt.Errorf("delete the nft table %s: %w", tableTitle(is), err)
 	}
 	return true, nil
 }
@@ -108,11 +108,11 @@ func dropTable(is *nftables.Table) (did bool, err error) {
 func listTables(family nftables.TableFamily) ([]string, error) {
 	c, err := nftables.New()
 	if err != nil {
-		return nil, noModule(err)
+		return nil, explainMissingModule(err)
 	}
 	all, err := c.ListTablesOfFamily(family)
 	if err != nil {
-		return nil, noModule(err)
+		return nil, explainMissingModule(err)
 	}
 	var names []string
 	for _, t := range all {
@@ -121,17 +121,17 @@ func listTables(family nftables.TableFamily) ([]string, error) {
 	return names, nil
 }
 
-// Part is a table beside the ip table that some endpoints need.
-type Part int
+// OptionalTable is a table beside the ip table that some endpoints need.
+type OptionalTable int
 
 const (
-	ForBridges     Part = iota // family bridge
-	ForTransparent             // family arp, and a chain of the ip table
+	ForBridges     OptionalTable = iota // family bridge
+	ForTransparent                      // family arp, and a chain of the ip table
 )
 
-// Stands reports whether the tables stand with the chain of that network, so that an
+// TablesExist reports whether the tables stand with the chain of that network, so that an
 // endpoint of it can be added. The ip table is always asked for.
-func Stands(n Network, parts ...Part) (bool, error) {
+func TablesExist(n Network, parts ...OptionalTable) (bool, error) {
 	first := "postrouting"
 	if n.SNAT {
 		first = snatChain(n.ID)
@@ -150,7 +150,7 @@ func Stands(n Network, parts ...Part) (bool, error) {
 	return ok, err
 }
 
-func title(t *nftables.Table) string {
+func tableTitle(t *nftables.Table) string {
 	return map[nftables.TableFamily]string{
 		nftables.TableFamilyBridge: "bridge ", nftables.TableFamilyARP: "arp ", nftables.TableFamilyIPv4: "ip ",
 	}[t.Family] + t.Name
@@ -160,9 +160,9 @@ func title(t *nftables.Table) string {
 // length of a netlink attribute can say. An element has at most about 150 bytes.
 const elemsPerMessage = 250
 
-// dial opens a connection for one transaction of any size. A whole table is one
+// openConn opens a connection for one transaction of any size. A whole table is one
 // datagram, and each message of it is acknowledged.
-func dial() (*nftables.Conn, error) {
+func openConn() (*nftables.Conn, error) {
 	return nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
 		_ = c.SetWriteBuffer(4 << 20)
 		_ = c.SetReadBuffer(4 << 20)
@@ -170,16 +170,16 @@ func dial() (*nftables.Conn, error) {
 	}))
 }
 
-// write makes the kernel's table t and reports whether it was something else.
-func (t *table) write() (changed bool, err error) {
-	have, err := read(t.is)
+// writeTable makes the kernel's table t and reports whether it was something else.
+func (t *table) writeTable() (changed bool, err error) {
+	have, err := readTable(t.nft)
 	if err != nil {
 		return false, err
 	}
-	if !have.sameRules(t) {
-		return true, t.replace()
+	if !have.hasRulesOf(t) {
+		return true, t.replaceTable()
 	}
-	c, err := dial()
+	c, err := openConn()
 	if err != nil {
 		return false, err
 	}
@@ -188,7 +188,7 @@ func (t *table) write() (changed bool, err error) {
 			continue
 		}
 		changed = true
-		if err := s.change(c, have.sets[name].elems); err != nil {
+		if err := s.bufferChange(c, have.sets[name].elems); err != nil {
 			return false, err
 		}
 	}
@@ -197,25 +197,25 @@ func (t *table) write() (changed bool, err error) {
 	}
 	if c.Flush() != nil {
 		// A set of another release may have our name and another type.
-		return true, t.replace()
+		return true, t.replaceTable()
 	}
 	return true, nil
 }
 
-// replace puts t in the place of whatever table there is.
-func (t *table) replace() error {
-	c, err := dial()
+// replaceTable puts t in the place of whatever table there is.
+func (t *table) replaceTable() error {
+	c, err := openConn()
 	if err != nil {
-		return noModule(err)
+		return explainMissingModule(err)
 	}
-	c.AddTable(t.is) // deleting a table that is not there would fail
-	c.DelTable(t.is)
-	c.AddTable(t.is)
+	c.AddTable(t.nft) // deleting a table that is not there would fail
+	c.DelTable(t.nft)
+	c.AddTable(t.nft)
 	for _, ch := range t.chains {
-		c.AddChain(ch.nft(t.is))
+		c.AddChain(ch.nftChain(t.nft))
 	}
 	for i, name := range slices.Sorted(maps.Keys(t.sets)) {
-		set := t.sets[name].nft()
+		set := t.sets[name].nftSet()
 		set.ID = uint32(i + 1) // else the library counts in a global variable without a lock
 		if err := c.AddSet(set, nil); err != nil {
 			return err
@@ -223,27 +223,27 @@ func (t *table) replace() error {
 	}
 	for _, ch := range t.chains {
 		for _, r := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: t.is, Chain: ch.nft(t.is), Exprs: r})
+			c.AddRule(&nftables.Rule{Table: t.nft, Chain: ch.nftChain(t.nft), Exprs: r})
 		}
 	}
 	for _, s := range t.sets {
-		if err := s.change(c, nil); err != nil {
+		if err := s.bufferChange(c, nil); err != nil {
 			return err
 		}
 	}
-	return noModule(c.Flush())
+	return explainMissingModule(c.Flush())
 }
 
-// noModule explains the errors of a kernel that lacks what the tables need.
-func noModule(err error) error {
+// explainMissingModule explains the errors of a kernel that lacks what the tables need.
+func explainMissingModule(err error) error {
 	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("%w: the kernel lacks nf_tables or one of its parts: load the modules nf_tables, nft_nat, nft_masq, nft_fib_ipv4 and nft_meta_bridge, or install the kernel package that has them", err)
 	}
 	return err
 }
 
-// change buffers what turns the elements have into those of s.
-func (s *set) change(c *nftables.Conn, have map[key]string) error {
+// bufferChange buffers what turns the elements have into those of s.
+func (s *set) bufferChange(c *nftables.Conn, have map[elemKey]string) error {
 	var add, del []nftables.SetElement
 	for k, v := range s.elems {
 		if was, ok := have[k]; !ok || was != v || s.interval {
@@ -256,11 +256,11 @@ func (s *set) change(c *nftables.Conn, have map[key]string) error {
 		}
 	}
 	if s.interval && len(have) > 0 { // intervals that change may overlap meanwhile
-		c.FlushSet(s.nft())
+		c.FlushSet(s.nftSet())
 		del = nil
 	}
 	for part := range slices.Chunk(del, elemsPerMessage) {
-		if err := c.SetDeleteElements(s.nft(), part); err != nil {
+		if err := c.SetDeleteElements(s.nftSet(), part); err != nil {
 			return err
 		}
 	}
@@ -274,14 +274,14 @@ func (s *set) change(c *nftables.Conn, have map[key]string) error {
 		return order
 	})
 	for part := range slices.Chunk(add, elemsPerMessage) {
-		if err := c.SetAddElements(s.nft(), part); err != nil {
+		if err := c.SetAddElements(s.nftSet(), part); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *set) element(k key, v string) nftables.SetElement {
+func (s *set) element(k elemKey, v string) nftables.SetElement {
 	e := nftables.SetElement{Key: []byte(k.bytes), IntervalEnd: k.end}
 	word, chain, _ := strings.Cut(v, " ")
 	switch {
@@ -296,7 +296,7 @@ func (s *set) element(k key, v string) nftables.SetElement {
 	return e
 }
 
-func (s *set) nft() *nftables.Set {
+func (s *set) nftSet() *nftables.Set {
 	set := &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data,
 		IsMap: s.data.Name != "", Interval: s.interval}
 	if s.key.Name == nftables.TypeIFName.Name || s.key.Name == nftables.TypeDevGroup.Name {
@@ -305,7 +305,7 @@ func (s *set) nft() *nftables.Set {
 	return set
 }
 
-func (c *chain) nft(t *nftables.Table) *nftables.Chain {
+func (c *chain) nftChain(t *nftables.Table) *nftables.Chain {
 	ch := &nftables.Chain{Table: t, Name: c.name}
 	if c.hook != nil {
 		ch.Type, ch.Hooknum, ch.Priority = c.kind, c.hook, c.prio

@@ -15,15 +15,15 @@ import (
 // Any other stays as it is.
 func TestErrorsNameTheMissingModule(t *testing.T) {
 	for _, missing := range []error{unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EOPNOTSUPP} {
-		err := noModule(os.NewSyscallError("netlink receive", missing))
+		err := explainMissingModule(os.NewSyscallError("netlink receive", missing))
 		if !errors.Is(err, missing) || !strings.Contains(err.Error(), "load the modules nf_tables,") {
 			t.Errorf("%v becomes %v", missing, err)
 		}
 	}
-	if err := noModule(unix.EPERM); err != unix.EPERM {
+	if err := explainMissingModule(unix.EPERM); err != unix.EPERM {
 		t.Errorf("EPERM becomes %v", err)
 	}
-	if err := noModule(nil); err != nil {
+	if err := explainMissingModule(nil); err != nil {
 		t.Errorf("no error becomes %v", err)
 	}
 }

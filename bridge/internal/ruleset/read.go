@@ -16,17 +16,17 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// read reads the table from the kernel. A table that does not exist has no chains.
-func read(is *nftables.Table) (*table, error) {
+// readTable reads the table from the kernel. A table that does not exist has no chains.
+func readTable(is *nftables.Table) (*table, error) {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
-		return nil, noModule(err)
+		return nil, explainMissingModule(err)
 	}
 	defer func() { _ = c.CloseLasting() }()
-	t := &table{is: is, sets: map[string]*set{}}
+	t := &table{nft: is, sets: map[string]*set{}}
 	tables, err := c.ListTablesOfFamily(is.Family)
 	if err != nil {
-		return nil, noModule(err)
+		return nil, explainMissingModule(err)
 	}
 	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == is.Name })
 	if i < 0 {
@@ -58,9 +58,9 @@ func read(is *nftables.Table) (*table, error) {
 		if err != nil {
 			return nil, err
 		}
-		ts := &set{table: is, name: s.Name, interval: s.Interval, elems: map[key]string{}}
+		ts := &set{table: is, name: s.Name, interval: s.Interval, elems: map[elemKey]string{}}
 		for _, e := range elems {
-			ts.elems[key{string(e.Key), e.IntervalEnd}] = valueOf(s, e)
+			ts.elems[elemKey{string(e.Key), e.IntervalEnd}] = valueOf(s, e)
 		}
 		t.sets[s.Name] = ts
 	}
@@ -113,9 +113,9 @@ func valueOf(s *nftables.Set, e nftables.SetElement) string {
 	return word + " " + chain
 }
 
-// same reports whether both tables are alike, down to the elements.
-func (t *table) same(want *table) bool {
-	if !t.sameRules(want) {
+// equals reports whether both tables are alike, down to the elements.
+func (t *table) equals(want *table) bool {
+	if !t.hasRulesOf(want) {
 		return false
 	}
 	for name, s := range want.sets {
@@ -126,8 +126,8 @@ func (t *table) same(want *table) bool {
 	return true
 }
 
-// sameRules reports whether both tables have the same chains, rules and sets.
-func (t *table) sameRules(want *table) bool {
+// hasRulesOf reports whether both tables have the same chains, rules and sets.
+func (t *table) hasRulesOf(want *table) bool {
 	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
 		return false
 	}

@@ -141,7 +141,7 @@ func checkTables(t *testing.T, name string, c Config) {
 		}
 	}
 	for range 2 {
-		if err := Drop(); err != nil {
+		if err := DeleteTables(); err != nil {
 			t.Errorf("drop the tables: %v", err)
 		}
 	}
@@ -187,7 +187,7 @@ func TestOneEndpoint(t *testing.T) {
 		if diff := cmp.Diff(with, list()); diff != "" {
 			t.Errorf("added (-want +got):\n%s", diff)
 		}
-		published, err := Published()
+		published, err := ReadPublished()
 		if err != nil {
 			t.Error(err)
 		}
@@ -215,22 +215,22 @@ func TestStands(t *testing.T) {
 			what  string
 			sync  Config
 			n     Network
-			parts []Part
+			parts []OptionalTable
 			want  bool
 		}{
 			{"nothing", Config{}, on, nil, false},
-			{"a bridge", example(on, 0, nil), on, []Part{ForBridges}, true},
-			{"another network", example(on, 0, nil), other, []Part{ForBridges}, false},
-			{"a network that needs no chain", example(on, 0, nil), Network{ID: "eeeeeeee"}, []Part{ForBridges}, true},
-			{"no transparent endpoint yet", example(on, 1, nil), on, []Part{ForTransparent}, false},
-			{"transparent ones", example(on, 2, nil), on, []Part{ForTransparent}, true},
+			{"a bridge", example(on, 0, nil), on, []OptionalTable{ForBridges}, true},
+			{"another network", example(on, 0, nil), other, []OptionalTable{ForBridges}, false},
+			{"a network that needs no chain", example(on, 0, nil), Network{ID: "eeeeeeee"}, []OptionalTable{ForBridges}, true},
+			{"no transparent endpoint yet", example(on, 1, nil), on, []OptionalTable{ForTransparent}, false},
+			{"transparent ones", example(on, 2, nil), on, []OptionalTable{ForTransparent}, true},
 		} {
 			if tt.sync.NICs != nil {
 				if _, err := tt.sync.Sync(); err != nil {
 					t.Error(err)
 				}
 			}
-			if got, err := Stands(tt.n, tt.parts...); got != tt.want || err != nil {
+			if got, err := TablesExist(tt.n, tt.parts...); got != tt.want || err != nil {
 				t.Errorf("%s: %v, %v, want %v", tt.what, got, err, tt.want)
 			}
 		}
@@ -246,17 +246,17 @@ func printTables(t testing.TB) string {
 func TestSpans(t *testing.T) {
 	for _, tt := range []struct {
 		a, b []netip.Prefix
-		want []span
+		want []addrRange
 	}{
 		{nil, nil, nil},
-		{prefixes("10.0.0.0/8"), nil, []span{{10 << 24, 11<<24 - 1}}},
-		{prefixes("10.0.0.0/9", "10.128.0.0/9", "fd00::/8"), nil, []span{{10 << 24, 11<<24 - 1}}},
-		{prefixes("0.0.0.0/0"), prefixes("0.0.0.0/1"), []span{{1 << 31, 1<<32 - 1}}},
-		{prefixes("0.0.0.0/0"), prefixes("255.255.255.255/32"), []span{{0, 1<<32 - 2}}},
-		{prefixes("10.0.0.0/30"), prefixes("10.0.0.1/32", "10.0.0.3/32"), []span{{10 << 24, 10 << 24}, {10<<24 + 2, 10<<24 + 2}}},
+		{prefixes("10.0.0.0/8"), nil, []addrRange{{10 << 24, 11<<24 - 1}}},
+		{prefixes("10.0.0.0/9", "10.128.0.0/9", "fd00::/8"), nil, []addrRange{{10 << 24, 11<<24 - 1}}},
+		{prefixes("0.0.0.0/0"), prefixes("0.0.0.0/1"), []addrRange{{1 << 31, 1<<32 - 1}}},
+		{prefixes("0.0.0.0/0"), prefixes("255.255.255.255/32"), []addrRange{{0, 1<<32 - 2}}},
+		{prefixes("10.0.0.0/30"), prefixes("10.0.0.1/32", "10.0.0.3/32"), []addrRange{{10 << 24, 10 << 24}, {10<<24 + 2, 10<<24 + 2}}},
 		{prefixes("10.0.0.1/32"), prefixes("10.0.0.0/8"), nil},
 	} {
-		if got := subtract(spans(tt.a...), spans(tt.b...)); !slices.Equal(got, tt.want) {
+		if got := subtractRanges(rangesOf(tt.a...), rangesOf(tt.b...)); !slices.Equal(got, tt.want) {
 			t.Errorf("%v without %v: %v, want %v", tt.a, tt.b, got, tt.want)
 		}
 	}

@@ -9,23 +9,23 @@ import (
 	"slices"
 )
 
-// span is the IPv4 addresses from first to last, both included. The numbers are
+// addrRange is the IPv4 addresses from first to last, both included. The numbers are
 // uint64 so that the one after 255.255.255.255 has one.
-type span struct{ first, last uint64 }
+type addrRange struct{ first, last uint64 }
 
-// spans is the prefixes' IPv4 addresses, ascending. No two spans touch.
-func spans(prefixes ...netip.Prefix) []span {
-	var all []span
+// rangesOf is the prefixes' IPv4 addresses, ascending. No two spans touch.
+func rangesOf(prefixes ...netip.Prefix) []addrRange {
+	var all []addrRange
 	for _, p := range prefixes {
 		if !p.Addr().Is4() {
 			continue
 		}
 		b := p.Masked().Addr().As4()
 		first := uint64(binary.BigEndian.Uint32(b[:]))
-		all = append(all, span{first, first + 1<<(32-p.Bits()) - 1})
+		all = append(all, addrRange{first, first + 1<<(32-p.Bits()) - 1})
 	}
-	slices.SortFunc(all, func(a, b span) int { return cmp.Compare(a.first, b.first) })
-	var out []span
+	slices.SortFunc(all, func(a, b addrRange) int { return cmp.Compare(a.first, b.first) })
+	var out []addrRange
 	for _, s := range all {
 		if n := len(out); n > 0 && s.first <= out[n-1].last+1 {
 			out[n-1].last = max(out[n-1].last, s.last)
@@ -36,16 +36,16 @@ func spans(prefixes ...netip.Prefix) []span {
 	return out
 }
 
-// subtract is a without b. Both are ascending and disjoint.
-func subtract(a, b []span) []span {
-	var out []span
+// subtractRanges is a without b. Both are ascending and disjoint.
+func subtractRanges(a, b []addrRange) []addrRange {
+	var out []addrRange
 	for _, s := range a {
 		for _, cut := range b {
 			if cut.last < s.first || cut.first > s.last || s.first > s.last {
 				continue
 			}
 			if cut.first > s.first {
-				out = append(out, span{s.first, cut.first - 1})
+				out = append(out, addrRange{s.first, cut.first - 1})
 			}
 			s.first = cut.last + 1
 		}

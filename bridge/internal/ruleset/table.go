@@ -9,7 +9,7 @@ import (
 
 // table is a table as wanted or as found.
 type table struct {
-	is     *nftables.Table
+	nft    *nftables.Table
 	chains []*chain
 	sets   map[string]*set
 }
@@ -28,42 +28,42 @@ type set struct {
 	key      nftables.SetDatatype
 	data     nftables.SetDatatype // zero: a set and no map
 	interval bool
-	elems    map[key]string // value: bytes, or a verdict in nft's words
+	elems    map[elemKey]string // value: bytes, or a verdict in nft's words
 }
 
-// key is an element's key. end marks the first address after an interval.
-type key struct {
+// elemKey is an element's key. end marks the first address after an interval.
+type elemKey struct {
 	bytes string
 	end   bool
 }
 
-func (t *table) base(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
+func (t *table) addBaseChain(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
 	t.chains = append(t.chains, &chain{name, kind, hook, &prio, rules})
 }
 
-func (t *table) chain(name string, rules ...[]expr.Any) {
+func (t *table) addChain(name string, rules ...[]expr.Any) {
 	t.chains = append(t.chains, &chain{name: name, rules: rules})
 }
 
-func (t *table) set(name string, of nftables.SetDatatype) *set {
-	return t.mapTo(name, of, nftables.SetDatatype{})
+func (t *table) addSet(name string, of nftables.SetDatatype) *set {
+	return t.addMap(name, of, nftables.SetDatatype{})
 }
 
-func (t *table) mapTo(name string, from, to nftables.SetDatatype) *set {
+func (t *table) addMap(name string, from, to nftables.SetDatatype) *set {
 	if t.sets == nil {
 		t.sets = map[string]*set{}
 	}
-	s := &set{table: t.is, name: name, key: from, data: to, elems: map[key]string{}}
+	s := &set{table: t.nft, name: name, key: from, data: to, elems: map[elemKey]string{}}
 	t.sets[name] = s
 	return s
 }
 
-// addSpans adds the spans. One that ends with the last address has no end element.
-func (s *set) addSpans(list []span) {
+// addRanges adds the spans. One that ends with the last address has no end element.
+func (s *set) addRanges(list []addrRange) {
 	for _, sp := range list {
-		s.elems[key{bytes: numberKey(sp.first)}] = ""
+		s.elems[elemKey{bytes: numberKey(sp.first)}] = ""
 		if sp.last < 1<<32-1 {
-			s.elems[key{bytes: numberKey(sp.last + 1), end: true}] = ""
+			s.elems[elemKey{bytes: numberKey(sp.last + 1), end: true}] = ""
 		}
 	}
 }

@@ -52,160 +52,160 @@ var (
 // The checks of loopback and of redirects stand here, because packets that the host exchanges by its NIC pass neither
 // chain of this table. Transparent links have a loopback check of their own: see prerouting.
 func (c Config) bridgeTable() *table {
-	t := &table{is: bridgeTable}
-	t.set("own", ownType)
-	t.set("own_arp", ownARP)
-	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeBrNetfilter,
+	t := &table{nft: bridgeTable}
+	t.addSet("own", ownType)
+	t.addSet("own_arp", ownARP)
+	t.addBaseChain("prerouting", filterType, nftables.ChainHookPrerouting, beforeBrNetfilter,
 		// With route_localnet a container would reach the host's 127.0.0.1.
-		rule(etherType(unix.ETH_P_IP), toLoopback(), iifgroup(GroupBridge), drop()),
-		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(2), etherDaddr(14), ipSaddr(3), inSet("own"), accept()),
-		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(2), etherDaddr(14), arpSaddrEther(3), arpSaddrIP(18), inSet("own_arp"), accept()),
-		rule(iifgroup(GroupBridge), drop()))
+		rule(etherType(unix.ETH_P_IP), toLoopback(), iifgroup(GroupBridge), dropVerdict()),
+		rule(etherType(unix.ETH_P_IP), iifname(1), etherSaddr(2), etherDaddr(14), ipSaddr(3), inSet("own"), acceptVerdict()),
+		rule(etherType(unix.ETH_P_ARP), iifname(1), etherSaddr(2), etherDaddr(14), arpSaddrEther(3), arpSaddrIP(18), inSet("own_arp"), acceptVerdict()),
+		rule(iifgroup(GroupBridge), dropVerdict()))
 	// The kernel tells a container that another container of its bridge is reached without
 	// the gateway. That is wrong: no frame goes from one port to another by itself.
-	t.base("output", filter, nftables.ChainHookOutput, atFilter,
-		rule(oifgroup(GroupBridge), etherType(unix.ETH_P_IP), icmpType(5), drop()))
-	c.fill(t)
+	t.addBaseChain("output", filterType, nftables.ChainHookOutput, atFilter,
+		rule(oifgroup(GroupBridge), etherType(unix.ETH_P_IP), icmpType(5), dropVerdict()))
+	c.addElements(t)
 	return t
 }
 
 // arpTable is for transparent links, whose ARP no bridge table sees.
 func (c Config) arpTable() *table {
-	t := &table{is: arpTable}
-	t.set("own", ownL3Type)
-	t.base("input", filter, arpInput, atFilter,
-		rule(iifgroup(GroupTransparent), iifname(1), arpSaddrEther(2), arpSaddrIP(14), inSet("own"), accept()),
-		rule(iifgroup(GroupTransparent), drop()))
-	c.fill(t)
+	t := &table{nft: arpTable}
+	t.addSet("own", ownL3Type)
+	t.addBaseChain("input", filterType, arpInput, atFilter,
+		rule(iifgroup(GroupTransparent), iifname(1), arpSaddrEther(2), arpSaddrIP(14), inSet("own"), acceptVerdict()),
+		rule(iifgroup(GroupTransparent), dropVerdict()))
+	c.addElements(t)
 	return t
 }
 
 // ipTable does all that is not about one link: see each chain.
 func (c Config) ipTable() *table {
-	t := &table{is: ipTable}
-	t.set("nics", nftables.TypeIFName)
-	t.set("links", nftables.TypeDevGroup).elems = map[key]string{
+	t := &table{nft: ipTable}
+	t.addSet("nics", nftables.TypeIFName)
+	t.addSet("links", nftables.TypeDevGroup).elems = map[elemKey]string{
 		{bytes: string(be32host(GroupBridge))}:      "",
 		{bytes: string(be32host(GroupTransparent))}: "",
 	}
-	t.set("own", ownL3Type)
-	t.set("internal", nftables.TypeIPAddr)
-	t.set("no_metadata", nftables.TypeIPAddr)
-	t.set("self", selfType)
-	t.mapTo("sources", nftables.TypeIPAddr, nftables.TypeVerdict)
-	t.mapTo("published_at", addrPortType, targetType)
-	t.mapTo("published_by", nicPortType, targetType)
-	t.mapTo("published", portType, targetType)
-	t.mapTo("guarded", nftables.TypeIPAddr, nftables.TypeVerdict)
-	t.sets["guarded"].elems = map[key]string{
+	t.addSet("own", ownL3Type)
+	t.addSet("internal", nftables.TypeIPAddr)
+	t.addSet("no_metadata", nftables.TypeIPAddr)
+	t.addSet("self", selfType)
+	t.addMap("sources", nftables.TypeIPAddr, nftables.TypeVerdict)
+	t.addMap("published_at", addrPortType, targetType)
+	t.addMap("published_by", nicPortType, targetType)
+	t.addMap("published", portType, targetType)
+	t.addMap("guarded", nftables.TypeIPAddr, nftables.TypeVerdict)
+	t.sets["guarded"].elems = map[elemKey]string{
 		{bytes: ipKey(hostAgent)}: "jump host_agent",
 		{bytes: ipKey(metadata)}:  "jump metadata",
 	}
 	for _, nic := range c.NICs {
-		t.sets["nics"].elems[key{bytes: nameKey(nic)}] = ""
+		t.sets["nics"].elems[elemKey{bytes: nameKey(nic)}] = ""
 	}
 	if c.transparent() {
-		prerouting(t)
+		addPrerouting(t)
 	}
-	c.forward(t)
-	c.publish(t)
-	c.postrouting(t)
-	c.fill(t)
+	c.addForward(t)
+	c.addPublish(t)
+	c.addPostrouting(t)
+	c.addElements(t)
 	return t
 }
 
-// prerouting checks packets from transparent links, before any rule of others. All packets of the host pass this
+// addPrerouting checks packets from transparent links, before any rule of others. All packets of the host pass this
 // chain. So the chain exists only if there are such links.
-func prerouting(t *table) {
-	t.base("prerouting", filter, nftables.ChainHookPrerouting, beforeRaw,
+func addPrerouting(t *table) {
+	t.addBaseChain("prerouting", filterType, nftables.ChainHookPrerouting, beforeRaw,
 		// With route_localnet a container would reach the host's 127.0.0.1.
-		rule(iifgroup(GroupTransparent), toLoopback(), drop()),
-		rule(iifgroup(GroupTransparent), ethernet(), iifname(1), etherSaddr(2), ipSaddr(14), inSet("own"), accept()),
-		rule(iifgroup(GroupTransparent), drop()))
+		rule(iifgroup(GroupTransparent), toLoopback(), dropVerdict()),
+		rule(iifgroup(GroupTransparent), ethernet(), iifname(1), etherSaddr(2), ipSaddr(14), inSet("own"), acceptVerdict()),
+		rule(iifgroup(GroupTransparent), dropVerdict()))
 }
 
 func toLoopback() []expr.Any {
 	return rule(ipDaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}))
 }
 
-// forward drops what no container may reach, and all that an internal endpoint exchanges
+// addForward drops what no container may reach, and all that an internal endpoint exchanges
 // with a link that is not ours. Such an endpoint reaches the host, and the endpoints behind
 // our links on this VM. The chain comes after every DNAT, whoever made it. It accepts
 // nothing: that is left to the firewall of the host.
-func (c Config) forward(t *table) {
-	t.base("forward", filter, nftables.ChainHookForward, atFilter,
+func (c Config) addForward(t *table) {
+	t.addBaseChain("forward", filterType, nftables.ChainHookForward, atFilter,
 		rule(ipDaddr(1), verdictFrom("guarded")),
-		rule(ipSaddr(1), inSet("internal"), notToOurs(), drop()),
-		rule(ipDaddr(1), inSet("internal"), notFromOurs(), drop()))
+		rule(ipSaddr(1), inSet("internal"), notToOurs(), dropVerdict()),
+		rule(ipDaddr(1), inSet("internal"), notFromOurs(), dropVerdict()))
 	// The host agent's HTTP is for the host's own agents. Another VM's containers
 	// come by a NIC, when a service of this VM leads there.
-	t.chain("host_agent",
+	t.addChain("host_agent",
 		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(80)), gotoChain("containers")),
 		rule(l4proto(1), equal([]byte{unix.IPPROTO_TCP}), destPort(1), equal(be16(32526)), gotoChain("containers")))
-	t.chain("containers",
-		rule(fromOurs(), drop()),
-		rule(iifname(1), inSet("nics"), drop()))
-	t.chain("metadata",
-		rule(ipSaddr(1), inSet("no_metadata"), drop()))
+	t.addChain("containers",
+		rule(fromOurs(), dropVerdict()),
+		rule(iifname(1), inSet("nics"), dropVerdict()))
+	t.addChain("metadata",
+		rule(ipSaddr(1), inSet("no_metadata"), dropVerdict()))
 }
 
-// publish leads ports of the host to containers. What comes by a NIC is led to
+// addPublish leads ports of the host to containers. What comes by a NIC is led to
 // containers of that NIC alone: the answer leaves by the container's own NIC, and
 // Azure drops a packet whose source address does not belong to the NIC that sends it.
-func (c Config) publish(t *table) {
+func (c Config) addPublish(t *table) {
 	local := rule(fibDaddrType(), equal(be32host(rtnLocal)), gotoChain("publish"))
-	t.base("ports_prerouting", nat, nftables.ChainHookPrerouting, beforeDNAT, local)
-	t.base("ports_output", nat, nftables.ChainHookOutput, beforeDNAT, local)
-	t.chain("publish",
+	t.addBaseChain("ports_prerouting", natType, nftables.ChainHookPrerouting, beforeDNAT, local)
+	t.addBaseChain("ports_output", natType, nftables.ChainHookOutput, beforeDNAT, local)
+	t.addChain("publish",
 		rule(ipDaddr(1), l4proto(9), destPort(10), valueFrom("published_at"), dnat()),
 		rule(iifname(1), l4proto(2), destPort(13), valueFrom("published_by"), dnat()),
 		rule(iifname(1), inSet("nics"), returnVerdict()),
 		rule(l4proto(1), destPort(9), valueFrom("published"), dnat()))
 }
 
-// postrouting decides what leaves with which source address. It comes after every
+// addPostrouting decides what leaves with which source address. It comes after every
 // DNAT and asks for no packet mark.
-func (c Config) postrouting(t *table) {
-	t.base("postrouting", nat, nftables.ChainHookPostrouting, beforeSNAT,
+func (c Config) addPostrouting(t *table) {
+	t.addBaseChain("postrouting", natType, nftables.ChainHookPostrouting, beforeSNAT,
 		// Through a published port, a container would receive from itself, or from 127.0.0.1.
 		rule(ipSaddr(1), ipDaddr(9), inSet("self"), masquerade()),
 		rule(toOurs(), ipSaddr(1), mask(255, 0, 0, 0), equal([]byte{127, 0, 0, 0}), masquerade()),
-		rule(toOurs(), accept()),
+		rule(toOurs(), acceptVerdict()),
 		rule(ipSaddr(1), verdictFrom("sources")))
 	for _, n := range c.Networks {
 		if !n.SNAT {
 			continue
 		}
-		direct := t.set("direct_"+n.ID, nftables.TypeIPAddr)
+		direct := t.addSet("direct_"+n.ID, nftables.TypeIPAddr)
 		direct.interval = true
-		direct.addSpans(n.direct(c.Subnets))
-		accepted := rule(ipDaddr(1), inSet(direct.name), accept())
+		direct.addRanges(n.direct(c.Subnets))
+		accepted := rule(ipDaddr(1), inSet(direct.name), acceptVerdict())
 		if n.Direct != nil { // a VM may be a site's gateway: by whatever link
-			t.chain(snatChain(n.ID), accepted, rule(masquerade()))
+			t.addChain(snatChain(n.ID), accepted, rule(masquerade()))
 			continue
 		}
-		t.chain(snatChain(n.ID), rule(oifname(1), notInSet("nics"), masquerade()), accepted, rule(masquerade()))
+		t.addChain(snatChain(n.ID), rule(oifname(1), notInSet("nics"), masquerade()), accepted, rule(masquerade()))
 	}
 }
 
 // direct is what leaves as it is. The metadata service never answers a secondary
 // address, and the host agent always does.
-func (n Network) direct(subnets []netip.Prefix) []span {
+func (n Network) direct(subnets []netip.Prefix) []addrRange {
 	list := n.Direct
 	if list == nil {
 		list = slices.Concat(defaultDirect, subnets)
 	}
 	list = append(slices.Clone(list), netip.PrefixFrom(hostAgent, 32))
-	return subtract(spans(list...), spans(netip.PrefixFrom(metadata, 32)))
+	return subtractRanges(rangesOf(list...), rangesOf(netip.PrefixFrom(metadata, 32)))
 }
 
 func snatChain(network string) string { return "snat_" + network }
 
-// fill adds the endpoints' elements of the table.
-func (c Config) fill(t *table) {
+// addElements adds the endpoints' elements of the table.
+func (c Config) addElements(t *table) {
 	for _, e := range c.Endpoints {
 		for _, s := range c.elements(e) {
-			if s.table != t.is {
+			if s.table != t.nft {
 				continue
 			}
 			for k, v := range s.elems {
@@ -220,13 +220,13 @@ func (c Config) fill(t *table) {
 func (c Config) elements(e Endpoint) []*set {
 	port, mac, ip := nameKey(e.Link), macKey(e.MAC), ipKey(e.Addr)
 	var all []*set
-	add := func(t *nftables.Table, name string, data nftables.SetDatatype, elems map[key]string) {
+	add := func(t *nftables.Table, name string, data nftables.SetDatatype, elems map[elemKey]string) {
 		all = append(all, &set{table: t, name: name, data: data, elems: elems})
 	}
-	plain := func(keys ...string) map[key]string {
-		elems := map[key]string{}
+	plain := func(keys ...string) map[elemKey]string {
+		elems := map[elemKey]string{}
 		for _, k := range keys {
-			elems[key{bytes: k}] = ""
+			elems[elemKey{bytes: k}] = ""
 		}
 		return elems
 	}
@@ -242,7 +242,7 @@ func (c Config) elements(e Endpoint) []*set {
 	if e.Internal {
 		add(ipTable, "internal", none, plain(ip))
 	} else if i := slices.IndexFunc(c.Networks, func(n Network) bool { return n.ID == e.Network }); i >= 0 && c.Networks[i].SNAT {
-		add(ipTable, "sources", nftables.TypeVerdict, map[key]string{{bytes: ip}: "goto " + snatChain(e.Network)})
+		add(ipTable, "sources", nftables.TypeVerdict, map[elemKey]string{{bytes: ip}: "goto " + snatChain(e.Network)})
 	}
 	if e.NoMetadata {
 		add(ipTable, "no_metadata", none, plain(ip))
@@ -256,20 +256,20 @@ func (e Endpoint) portElements() []*set {
 		return nil
 	}
 	ip := ipKey(e.Addr)
-	at, by, everywhere := map[key]string{}, map[key]string{}, map[key]string{}
+	at, by, everywhere := map[elemKey]string{}, map[elemKey]string{}, map[elemKey]string{}
 	for _, p := range e.Ports {
 		from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
 		if p.HostAddr.IsValid() {
-			at[key{bytes: ipKey(p.HostAddr) + from}] = to
+			at[elemKey{bytes: ipKey(p.HostAddr) + from}] = to
 			continue
 		}
-		everywhere[key{bytes: from}] = to
+		everywhere[elemKey{bytes: from}] = to
 		if e.NIC != "" {
-			by[key{bytes: nameKey(e.NIC) + from}] = to
+			by[elemKey{bytes: nameKey(e.NIC) + from}] = to
 		}
 	}
 	all := []*set{
-		{table: ipTable, name: "self", elems: map[key]string{{bytes: ip + ip}: ""}},
+		{table: ipTable, name: "self", elems: map[elemKey]string{{bytes: ip + ip}: ""}},
 		{table: ipTable, name: "published_at", data: targetType, elems: at},
 		{table: ipTable, name: "published_by", data: targetType, elems: by},
 		{table: ipTable, name: "published", data: targetType, elems: everywhere},
@@ -278,10 +278,10 @@ func (e Endpoint) portElements() []*set {
 }
 
 func verdict(kind expr.VerdictKind, chain string) []expr.Any {
-	return one(&expr.Verdict{Kind: kind, Chain: chain})
+	return oneExpression(&expr.Verdict{Kind: kind, Chain: chain})
 }
-func accept() []expr.Any        { return verdict(expr.VerdictAccept, "") }
-func drop() []expr.Any          { return verdict(expr.VerdictDrop, "") }
+func acceptVerdict() []expr.Any { return verdict(expr.VerdictAccept, "") }
+func dropVerdict() []expr.Any   { return verdict(expr.VerdictDrop, "") }
 func returnVerdict() []expr.Any { return verdict(expr.VerdictReturn, "") }
 func gotoChain(name string) []expr.Any {
 	return verdict(expr.VerdictGoto, name)
