@@ -38,7 +38,7 @@ const portForwards = 3 // BR_STATE_FORWARDING
 
 // bridgePortFaults are those of a host end as a port of its bridge.
 func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, mend func() error)) {
-	has := v.bridgePortFlags[e.link.Index]
+	has := v.portFlags[e.link.Index]
 	for _, f := range bridgePortFlags {
 		if is, ok := has[f.Kind]; !ok || is != f.Value {
 			add(true, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, bridgePortFlags) })

@@ -333,13 +333,13 @@ func TestNICsChange(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		new := &host{VM: vm, Host: New(Config{Run: t.TempDir()}), t: t}
-		new.ensureAll(mode)
-		far := new.runningOn(0, 0, mode, Policy{SNAT: true})
+		newcomer := &host{VM: vm, Host: New(Config{Run: t.TempDir()}), t: t}
+		newcomer.ensureAll(mode)
+		far := newcomer.runningOn(0, 0, mode, Policy{SNAT: true})
 		for _, c2 := range []*container{a, b} {
 			c.sees(c2.addr, c2.place(), far.addr, tcpPort, udpPort)
 			c.sees(far.addr, far.place(), c2.addr, tcpPort, udpPort)
-			c.sees(vm.Primary, new.place(), c2.addr, tcpPort, udpPort)
+			c.sees(vm.Primary, newcomer.place(), c2.addr, tcpPort, udpPort)
 		}
 		c.wait.Wait()
 		all("a subnet was added")

@@ -37,7 +37,7 @@ type view struct {
 	lowestOtherPriority int             // lowest priority of a rule of others behind the local table's
 	neighbours          []rtnl.Neighbour
 	forwardingEntries   []rtnl.ForwardingEntry
-	bridgePortFlags     map[int]map[uint16]uint16   // of bridge ports, by link index
+	portFlags           map[int]rtnl.PortFlags      // of the ports of every bridge, by link index
 	bridgeSettings      map[int]rtnl.BridgeSettings // of our bridges, by link index
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
@@ -98,7 +98,7 @@ func (h *Host) readView() (*view, error) {
 	if v.forwardingEntries, err = rtnl.ReadForwarding(); err != nil {
 		return nil, fmt.Errorf("list the bridges' forwarding entries: %w", err)
 	}
-	if v.bridgePortFlags, err = rtnl.ReadPortFlags(); err != nil {
+	if v.portFlags, err = rtnl.ReadPortFlags(); err != nil {
 		return nil, fmt.Errorf("list the bridges' ports: %w", err)
 	}
 	v.bridgeSettings = map[int]rtnl.BridgeSettings{}

@@ -4,7 +4,6 @@ package bridge
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -16,28 +15,37 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/firewalld"
+	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// watchPause is how long Watch lets events gather before it tells of them.
+// watchPause is how long Watch gathers events before it calls changed once for all of them.
 const watchPause = 200 * time.Millisecond
 
-// Watch calls changed whenever something that Reconcile looks after may have changed: our links and bridge ports,
-// the NICs, our routes, rules, neighbour and forwarding entries, our nft tables, the rules of iptables-nft's FORWARD,
-// those sysctls that the kernel tells of (forwarding, rp_filter and proxy_arp), and firewalld's zones. Events of 200 ms
-// are one call, and events that the kernel could not deliver are one too. A new endpoint is no event if it stands within
-// 200 ms: its attach needs no mending. One that has no alias then, or is down, was left by a crash. Elements of the
-// tables are no event: they come and go with endpoints. Legacy iptables tells nobody.
+// Watch calls changed whenever something may have changed that Reconcile looks after:
 //
-// It works on the calling goroutine alone, so that it stays in the caller's namespace, but for the system bus, whose
-// socket is a file. It returns ctx's error when ctx ends.
+//   - our links and bridge ports, and the NICs;
+//   - our routes, routing rules, neighbour entries and forwarding entries;
+//   - our nft tables, and the table of iptables-nft's FORWARD chain;
+//   - sysctls, as far as the kernel tells of them: forwarding, rp_filter and proxy_arp;
+//   - firewalld's zones.
+//
+// All events of 200 ms are one call. If the kernel could not deliver an event, changed is called too. Legacy iptables
+// sends no event.
+//
+// Two things that happen with each container are no event, since their attach or detach has made all of it: elements
+// of the nft tables, and a new endpoint that is whole within 200 ms. An endpoint that has no alias by then, or is
+// down, was left by a crash.
+//
+// Watch works on the calling goroutine, so that it stays in the caller's network namespace. Only the system bus has a
+// goroutine of its own: its socket is a file, and belongs to no network namespace. Watch returns ctx's error when ctx
+// ends, and any error of a socket at once.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, linkKinds: map[int32]linkKind{}, unready: map[int32]bool{}, whole: map[int32]endState{}}
+	w := &watcher{host: h, linkKinds: map[int]linkKind{}, unready: map[int]bool{}, whole: map[int]endState{}}
 	if err := w.openSockets(); err != nil {
 		w.closeSockets()
 		return fmt.Errorf("watch the host's network: %w", err)
@@ -45,19 +53,19 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	defer w.closeSockets()
 	stop := context.AfterFunc(ctx, func() { w.wake.Write([]byte{0}) })
 	defer stop()
-	bus, leave := context.WithCancel(ctx)
-	var listens sync.WaitGroup
-	listens.Go(func() { firewalld.Watch(bus, h.systemBus(), func() { w.wake.Write([]byte{0}) }) })
-	defer listens.Wait()
-	defer leave()
-	var due time.Time
-	told := false
+	busCtx, leaveBus := context.WithCancel(ctx)
+	var busListener sync.WaitGroup
+	busListener.Go(func() { firewalld.Watch(busCtx, h.systemBus(), func() { w.wake.Write([]byte{0}) }) })
+	defer busListener.Wait() // after leaveBus
+	defer leaveBus()
+	pending := false      // an event has not been told yet
+	var callAt time.Time // when to call changed; zero: not before another event
 	for ctx.Err() == nil {
-		wait := -1
-		if !due.IsZero() {
-			wait = max(0, int(time.Until(due).Milliseconds())+1)
+		timeout := -1 // milliseconds; -1: none
+		if !callAt.IsZero() {
+			timeout = max(0, int(time.Until(callAt).Milliseconds())+1)
 		}
-		if _, err := unix.Poll(w.fds, wait); err != nil && !errors.Is(err, unix.EINTR) {
+		if _, err := unix.Poll(w.fds, timeout); err != nil && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("watch the host's network: %w", err)
 		}
 		if ctx.Err() != nil {
@@ -67,16 +75,16 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 		if err != nil {
 			return fmt.Errorf("watch the host's network: %w", err)
 		}
-		told = told || seen
-		if (told || len(w.unready) > 0) && due.IsZero() {
-			due = time.Now().Add(watchPause)
+		pending = pending || seen
+		if (pending || len(w.unready) > 0) && callAt.IsZero() {
+			callAt = time.Now().Add(watchPause)
 		}
-		if due.IsZero() || time.Now().Before(due) {
+		if callAt.IsZero() || time.Now().Before(callAt) {
 			continue
 		}
-		due = time.Time{}
-		if told || len(w.unready) > 0 {
-			told = false
+		callAt = time.Time{}
+		if pending || len(w.unready) > 0 { // host ends that became whole in time are no longer unready
+			pending = false
 			clear(w.unready)
 			changed()
 		}
@@ -84,19 +92,23 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	return ctx.Err()
 }
 
+// watcher is the state of one Watch.
 type watcher struct {
 	host        *Host
-	fds         []unix.PollFd // the end of the pipe that ctx and firewalld write to, then a socket for rtnetlink and one for nf_tables
-	woken, wake *os.File
-	linkKinds   map[int32]linkKind // links by index
-	unready     map[int32]bool     // indexes of endpoints' links that do not stand yet
-	whole       map[int32]endState // endpoints' links that stand, by index
-	buf         [1 << 16]byte
+	fds         []unix.PollFd // the pipe's end that is read, a socket of rtnetlink, a socket of nf_tables, in this order
+	woken, wake *os.File      // both ends of a pipe: a byte in it ends a poll, when ctx ends or firewalld changed
+	buf         [1 << 16]byte // bytes: larger than any message of the kernel
+
+	// What the events have told so far, all by link index.
+	linkKinds map[int]linkKind // every link of the host
+	unready   map[int]bool     // host ends that are not whole, or down: being made, or left by a crash
+	whole     map[int]endState // host ends that are whole and up
 }
 
-// linkKind is what a link is to us.
+// linkKind says what a link is to us.
 type linkKind int
 
+// A higher kind than foreignLink is one that Reconcile looks after.
 const (
 	foreignLink linkKind = iota + 1
 	nicLink
@@ -104,14 +116,15 @@ const (
 	endLink // the host end of an endpoint
 )
 
-// endState is what an endpoint's link must keep while it stands.
+// endState is what must not change of a host end while it is whole. A change of it is an event.
 type endState struct {
-	master, mtu, group uint32
-	mac                string
+	master     int // index of its bridge; 0: transparent
+	mtu, group uint32
+	mac        string
 }
 
-// openSockets subscribes first and then reads what is there, so that nothing falls
-// between.
+// openSockets joins the groups first and reads the links then. In the other order, a link that is made in between
+// would be missed.
 func (w *watcher) openSockets() (err error) {
 	if w.woken, w.wake, err = os.Pipe(); err != nil {
 		return err
@@ -151,7 +164,7 @@ func (w *watcher) closeSockets() {
 	}
 }
 
-// readLinkKinds notes what each link is.
+// readLinkKinds reads anew what each link is. It forgets which host ends were whole.
 func (w *watcher) readLinkKinds() error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -164,13 +177,13 @@ func (w *watcher) readLinkKinds() error {
 	clear(w.linkKinds)
 	clear(w.whole)
 	for _, l := range links {
-		w.linkKinds[int32(l.Attrs().Index)] = foreignLink
+		w.linkKinds[l.Attrs().Index] = foreignLink
 		if _, ours := bridgeAliasOf(l); ours {
-			w.linkKinds[int32(l.Attrs().Index)] = bridgeLink
+			w.linkKinds[l.Attrs().Index] = bridgeLink
 		} else if l.Attrs().Group == ruleset.GroupBridge || l.Attrs().Group == ruleset.GroupTransparent {
-			w.linkKinds[int32(l.Attrs().Index)] = endLink
+			w.linkKinds[l.Attrs().Index] = endLink
 			if _, whole := endpointAliasOf(l); whole && l.Attrs().Flags&net.FlagUp != 0 {
-				w.whole[int32(l.Attrs().Index)] = endState{uint32(l.Attrs().MasterIndex), uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
+				w.whole[l.Attrs().Index] = endState{l.Attrs().MasterIndex, uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
 			}
 		}
 	}
@@ -180,17 +193,18 @@ func (w *watcher) readLinkKinds() error {
 	}
 	for _, mac := range macs {
 		if nic, err := findNIC(links, mac, s.NICs[mac].Name); err == nil {
-			w.linkKinds[int32(nic.Attrs().Index)] = nicLink
+			w.linkKinds[nic.Attrs().Index] = nicLink
 		}
 	}
 	return nil
 }
 
-// readEvents takes all that the sockets hold and tells whether any of it matters.
+// readEvents takes all events out of the sockets and reports whether any of them concerns us. It does not wait. After
+// an overflow it reads the links anew: any of the lost events may have concerned us.
 func (w *watcher) readEvents() (seen bool, err error) {
 	if w.fds[0].Revents&unix.POLLIN != 0 {
 		_, _ = unix.Read(int(w.fds[0].Fd), w.buf[:])
-		w.fds[0].Revents = 0 // an interrupted poll leaves it as it is, and the next read would wait
+		w.fds[0].Revents = 0 // an interrupted poll does not reset it, and the next read of the empty pipe would wait
 		seen = true
 	}
 	for i, fd := range w.fds[1:] {
@@ -202,7 +216,7 @@ func (w *watcher) readEvents() (seen bool, err error) {
 			if errors.Is(err, unix.EINTR) {
 				continue
 			}
-			if errors.Is(err, unix.ENOBUFS) { // events were lost: any may have been ours
+			if errors.Is(err, unix.ENOBUFS) {
 				seen = true
 				if err := w.readLinkKinds(); err != nil {
 					return false, err
@@ -220,7 +234,7 @@ func (w *watcher) readEvents() (seen bool, err error) {
 				if i == 0 {
 					seen = w.concernsRouteEvent(m) || seen
 				} else {
-					seen = concernsTableEvent(m) || seen
+					seen = ruleset.ConcernsEvent(m) || forward.ConcernsEvent(m) || seen
 				}
 			}
 		}
@@ -228,167 +242,100 @@ func (w *watcher) readEvents() (seen bool, err error) {
 	return seen, nil
 }
 
-// concernsRouteEvent reports whether an event of rtnetlink may have broken something of ours, or asks for something new.
+// concernsRouteEvent reports whether an event of rtnetlink may have broken something of ours, or may ask for something
+// new.
 func (w *watcher) concernsRouteEvent(m syscall.NetlinkMessage) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		switch {
-		case len(m.Data) < unix.SizeofIfInfomsg:
-			return false
-		case m.Data[0] == unix.AF_BRIDGE:
-			return m.Header.Type == unix.RTM_NEWLINK && w.concernsBridgePort(m)
+		e, ok := rtnl.ParseLinkEvent(m)
+		if ok && e.ByBridge {
+			return w.concernsBridgePort(e)
 		}
-		return m.Data[0] == unix.AF_UNSPEC && w.concernsLink(m)
+		return ok && w.concernsLink(e)
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
-		return len(m.Data) >= unix.SizeofNdMsg && w.concernsNeighbour(m)
+		e, ok := rtnl.ParseEntryEvent(m)
+		return ok && w.concernsEntry(e)
 	case unix.RTM_NEWNETCONF:
-		return len(m.Data) >= sizeofNetconfmsg && w.concernsSysctl(m)
+		link, ok := rtnl.SysctlEventLink(m)
+		return ok && w.concernsSysctl(link)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		return len(m.Data) >= unix.SizeofIfAddrmsg && w.linkKinds[int32(native.Uint32(m.Data[4:]))] > foreignLink
-	case unix.RTM_NEWRULE: // which may stand before the rule that leads to containers
-		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) != ourProtocol
+		link, ok := rtnl.AddrEventLink(m)
+		return ok && w.linkKinds[link] > foreignLink
+	case unix.RTM_NEWRULE: // a rule of others may have come before our rule that leads to containers
+		protocol, ok := rtnl.EventProtocol(m)
+		return ok && protocol != ourProtocol
 	case unix.RTM_DELROUTE, unix.RTM_DELRULE:
-		return len(m.Data) >= unix.SizeofRtMsg && protocolOf(m) == ourProtocol
+		protocol, ok := rtnl.EventProtocol(m)
+		return ok && protocol == ourProtocol
 	}
 	return false
 }
 
-// concernsLink keeps account of the links. A link that is new may be a NIC, or a VPN's that containers are to
-// leave by.
-func (w *watcher) concernsLink(m syscall.NetlinkMessage) bool {
-	index := int32(native.Uint32(m.Data[4:]))
-	up := native.Uint32(m.Data[8:])&unix.IFF_UP != 0
-	name, alias, now := "", "", endState{}
-	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
-		switch kind {
-		case unix.IFLA_IFNAME:
-			name = unix.ByteSliceToString(v)
-		case unix.IFLA_IFALIAS:
-			alias = unix.ByteSliceToString(v)
-		case unix.IFLA_GROUP:
-			now.group = native.Uint32(v)
-		case unix.IFLA_MASTER:
-			now.master = native.Uint32(v)
-		case unix.IFLA_MTU:
-			now.mtu = native.Uint32(v)
-		case unix.IFLA_ADDRESS:
-			now.mac = net.HardwareAddr(v).String()
-		}
-	}
-	was, seen := w.linkKinds[index]
-	if m.Header.Type == unix.RTM_DELLINK {
-		delete(w.linkKinds, index)
-		delete(w.unready, index)
-		delete(w.whole, index)
+// concernsLink keeps account of the links. A new link that is not ours counts: it may be a NIC, or a VPN's link that
+// containers are to leave by.
+func (w *watcher) concernsLink(e rtnl.LinkEvent) bool {
+	was, known := w.linkKinds[e.Index]
+	if e.Deleted {
+		delete(w.linkKinds, e.Index)
+		delete(w.unready, e.Index)
+		delete(w.whole, e.Index)
 		return was > foreignLink
 	}
-	ours := now.group == ruleset.GroupBridge || now.group == ruleset.GroupTransparent
+	ourGroup := e.Group == ruleset.GroupBridge || e.Group == ruleset.GroupTransparent
 	switch {
-	case strings.HasPrefix(alias, bridgeAlias):
-		w.linkKinds[index] = bridgeLink
-	case was == endLink || ours && strings.HasPrefix(name, hostPrefix):
-		w.linkKinds[index] = endLink
-		before, stood := w.whole[index]
-		if _, whole := parseAlias(alias); !whole || !up || !ours {
-			w.unready[index] = true
-			delete(w.whole, index)
-			return stood // routes die when a link is down, also where it is up again at once
-		}
-		delete(w.unready, index)
-		w.whole[index] = now
-		return stood && now != before
-	case !seen:
-		w.linkKinds[index] = foreignLink
-		return !strings.HasPrefix(name, peerPrefix)
+	case strings.HasPrefix(e.Alias, bridgeAlias):
+		w.linkKinds[e.Index] = bridgeLink
+	case was == endLink || ourGroup && strings.HasPrefix(e.Name, hostPrefix):
+		w.linkKinds[e.Index] = endLink
+		return w.concernsHostEnd(e, ourGroup)
+	case !known:
+		w.linkKinds[e.Index] = foreignLink
+		return !strings.HasPrefix(e.Name, peerPrefix)
 	}
 	return was > foreignLink
 }
 
-// concernsBridgePort looks at the flags of a bridge port. While an endpoint is made they are not set yet.
-func (w *watcher) concernsBridgePort(m syscall.NetlinkMessage) bool {
-	if _, stands := w.whole[int32(native.Uint32(m.Data[4:]))]; !stands {
+// concernsHostEnd reports whether a host end that was whole has changed. The kernel deletes a link's routes when the
+// link goes down, so this counts also if the link is up again at once.
+func (w *watcher) concernsHostEnd(e rtnl.LinkEvent, ourGroup bool) bool {
+	before, wasWhole := w.whole[e.Index]
+	if _, whole := parseAlias(e.Alias); !whole || !e.Up || !ourGroup {
+		w.unready[e.Index] = true
+		delete(w.whole, e.Index)
+		return wasWhole
+	}
+	now := endState{master: e.Master, mtu: e.MTU, group: e.Group, mac: e.MAC}
+	delete(w.unready, e.Index)
+	w.whole[e.Index] = now
+	return wasWhole && now != before
+}
+
+// concernsBridgePort reports whether a port of ours has lost a flag. While an endpoint is made, its port does not have
+// the flags yet; so only a host end that is whole counts.
+func (w *watcher) concernsBridgePort(e rtnl.LinkEvent) bool {
+	if _, whole := w.whole[e.Index]; !whole || e.Deleted {
 		return false
 	}
-	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofIfInfomsg) {
-		if kind != unix.IFLA_PROTINFO {
-			continue
-		}
-		for kind, v := range rtnl.Attributes(v, 0) {
-			if slices.ContainsFunc(slices.Concat(bridgePortFlags, bridgePortDefaults), func(f rtnl.PortFlag) bool { return f.Kind == kind && !f.Matches(v) }) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(slices.Concat(bridgePortFlags, bridgePortDefaults), func(f rtnl.PortFlag) bool {
+		value, told := e.PortFlags[f.Kind]
+		return told && value != f.Value
+	})
 }
 
-// concernsNeighbour looks for a neighbour entry of ours that is deleted, and for a forwarding entry of a bridge of
-// ours that is deleted or now names another port. Neighbours that come are no event: the host learns them all the
-// time.
-func (w *watcher) concernsNeighbour(m syscall.NetlinkMessage) bool {
-	link, gone := int32(native.Uint32(m.Data[4:])), m.Header.Type == unix.RTM_DELNEIGH
-	protocol, master := byte(0), int32(0)
-	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofNdMsg) {
-		switch {
-		case kind == rtnl.NDAProtocol && len(v) == 1:
-			protocol = v[0]
-		case kind == rtnl.NDAMaster && len(v) == 4:
-			master = int32(native.Uint32(v))
-		}
+// concernsEntry looks for two things: a neighbour entry of ours that was deleted, and a forwarding entry of a bridge of
+// ours that was deleted or leads to another port now. A new neighbour entry does not count: the host learns neighbours
+// all the time.
+func (w *watcher) concernsEntry(e rtnl.EntryEvent) bool {
+	if !e.Forwarding {
+		return e.Deleted && e.Protocol == ourProtocol
 	}
-	if m.Data[0] != unix.AF_BRIDGE {
-		return gone && protocol == ourProtocol
-	}
-	_, stands := w.whole[link]
-	return w.linkKinds[master] == bridgeLink && (gone || stands || w.linkKinds[link] == foreignLink)
+	_, whole := w.whole[e.Link]
+	return w.linkKinds[e.Bridge] == bridgeLink && (e.Deleted || whole || w.linkKinds[e.Link] == foreignLink)
 }
 
-// Of linux/netconf.h, which no library here names.
-const (
-	sizeofNetconfmsg = 4 // bytes of struct netconfmsg, padded
-	netconfaIfindex  = 1
-	netconfaAll      = -1 // index that stands for all links
-)
-
-// concernsSysctl looks for a setting of a link that stands, or of all links.
-func (w *watcher) concernsSysctl(m syscall.NetlinkMessage) bool {
-	for kind, v := range rtnl.Attributes(m.Data, sizeofNetconfmsg) {
-		if kind == netconfaIfindex && len(v) == 4 {
-			index := int32(native.Uint32(v))
-			_, stands := w.whole[index]
-			return stands || index == netconfaAll || w.linkKinds[index] == nicLink || w.linkKinds[index] == bridgeLink
-		}
-	}
-	return false
+// concernsSysctl reports whether a sysctl of that link is one that Reconcile looks after. A host end that is not whole
+// yet gets its sysctls from the attach that makes it.
+func (w *watcher) concernsSysctl(link int) bool {
+	_, whole := w.whole[link]
+	return whole || link == rtnl.AllLinks || w.linkKinds[link] == nicLink || w.linkKinds[link] == bridgeLink
 }
-
-// protocolOf is who made the route or rule of an event.
-func protocolOf(m syscall.NetlinkMessage) byte {
-	if m.Header.Type != unix.RTM_DELRULE && m.Header.Type != unix.RTM_NEWRULE {
-		return m.Data[5] // struct rtmsg
-	}
-	for kind, v := range rtnl.Attributes(m.Data, unix.SizeofRtMsg) {
-		if kind == unix.FRA_PROTOCOL && len(v) == 1 {
-			return v[0]
-		}
-	}
-	return 0
-}
-
-// concernsTableEvent reports whether an event of nf_tables is of a table of ours, or of the one that has iptables-nft's
-// FORWARD chain. Every object but a transaction's end has its table's name as attribute 1.
-func concernsTableEvent(m syscall.NetlinkMessage) bool {
-	switch m.Header.Type & 0xff {
-	case unix.NFT_MSG_NEWGEN, unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
-		return false
-	}
-	for kind, v := range rtnl.Attributes(m.Data, nl.SizeofNfgenmsg) {
-		if kind == 1 {
-			name := unix.ByteSliceToString(v)
-			return name == ruleset.Name || name == "filter" && m.Data[0] == unix.NFPROTO_IPV4
-		}
-	}
-	return false
-}
-
-var native = binary.NativeEndian

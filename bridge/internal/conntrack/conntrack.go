@@ -5,8 +5,6 @@
 package conntrack
 
 import (
-	"cmp"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,17 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"azurevnet/internal/dump"
-)
-
-// Of linux/netfilter/nfnetlink_conntrack.h, which no library here names.
-const (
-	ctaFilter           = 25
-	ctaFilterOrigFlags  = 1
-	ctaFilterReplyFlags = 2
-	ctaFilterIPSrc      = 1 << 0
-	ctaFilterIPDst      = 1 << 1
-	ctaFilterProto      = 1 << 3
-	ctaFilterDstPort    = 1 << 5
 )
 
 // Flows describes the flows to delete: those that agree with each field that is
@@ -70,50 +57,6 @@ func (c *Conn) Delete(all ...Flows) error {
 		return nil
 	}
 	return nil
-}
-
-// deleteRequest has the kernel delete the flows in one message, which Linux does since
-// 6.9.
-func (f Flows) deleteRequest() *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
-	if f.Untranslated.IsValid() {
-		return f.untranslatedRequest(r)
-	}
-	kind, direction, flags := nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, ctaFilterIPSrc
-	if f.Answerer.IsValid() {
-		kind, direction = nl.CTA_TUPLE_REPLY, ctaFilterReplyFlags
-	}
-	tuple := nl.NewRtAttr(unix.NLA_F_NESTED|kind, nil)
-	if addr := cmp.Or(f.From, f.Answerer); addr.IsValid() {
-		tuple.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_SRC, addr.AsSlice())
-	} else {
-		flags = ctaFilterProto | ctaFilterDstPort
-		proto := tuple.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, nil)
-		proto.AddRtAttr(nl.CTA_PROTO_NUM, []byte{unix.IPPROTO_UDP})
-		proto.AddRtAttr(nl.CTA_PROTO_DST_PORT, binary.BigEndian.AppendUint16(nil, f.UDPPort))
-	}
-	r.AddData(tuple)
-	filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
-	filter.AddRtAttr(direction, nl.Uint32Attr(uint32(flags)))
-	r.AddData(filter)
-	return r
-}
-
-func (f Flows) untranslatedRequest(r *nl.NetlinkRequest) *nl.NetlinkRequest {
-	addr := f.Untranslated.AsSlice()
-	orig := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, nil)
-	orig.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_SRC, addr)
-	orig.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, nil).AddRtAttr(nl.CTA_PROTO_NUM, []byte{unix.IPPROTO_UDP})
-	reply := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_REPLY, nil)
-	reply.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_IP, nil).AddRtAttr(nl.CTA_IP_V4_DST, addr)
-	filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
-	filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(ctaFilterIPSrc|ctaFilterProto))
-	filter.AddRtAttr(ctaFilterReplyFlags, nl.Uint32Attr(ctaFilterIPDst))
-	r.AddData(orig)
-	r.AddData(reply)
-	r.AddData(filter)
-	return r
 }
 
 // deleteOneByOne is for older kernels, which delete by a whole tuple only. It reads the whole table, once.

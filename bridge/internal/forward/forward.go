@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
@@ -192,4 +193,11 @@ func findProgram(kind string) (*iptables.IPTables, error) {
 		}
 	}
 	return nil, fmt.Errorf("the host has rules of this kind and no program iptables-%s to add one: install the package iptables", kind)
+}
+
+// ConcernsEvent reports whether an event of nf_tables (NFNLGRP_NFTABLES) is about the table that has iptables-nft's
+// FORWARD chain. Legacy iptables sends no event.
+func ConcernsEvent(m syscall.NetlinkMessage) bool {
+	family, name, ok := nfnl.EventTable(m)
+	return ok && name == table && family == unix.NFPROTO_IPV4
 }

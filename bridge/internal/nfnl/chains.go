@@ -11,7 +11,6 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"azurevnet/bridge/internal/rtnl"
 	"azurevnet/internal/dump"
 )
 
@@ -45,13 +44,7 @@ const (
 	Goto
 )
 
-// Of linux/netfilter.h and linux/netfilter/nf_tables.h, which no library here names.
-const (
-	nfNetForward = 2 // NF_INET_FORWARD, the number of the hook
-	nfDrop       = 0 // NF_DROP
-)
-
-var verdicts = map[int32]Verdict{nfDrop: Drop, 1: Accept, -3: Jump, -4: Goto, -5: Return}
+var verdicts = map[int32]Verdict{nfDrop: Drop, nfAccept: Accept, nftJump: Jump, nftGoto: Goto, nftReturn: Return}
 
 // ReadForwardChains lists the base chains that IPv4 packets pass when they are forwarded. The kernel lists all chains, which
 // costs about a microsecond for each, and no rules.
@@ -63,7 +56,7 @@ func ReadForwardChains() (all []Chain, err error) {
 		}
 		for _, m := range messages {
 			c, hook := Chain{Family: family}, -1
-			for kind, v := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+			for kind, v := range attributesOf(m) {
 				switch kind {
 				case unix.NFTA_CHAIN_TABLE:
 					c.Table = unix.ByteSliceToString(v)
@@ -72,14 +65,14 @@ func ReadForwardChains() (all []Chain, err error) {
 				case unix.NFTA_CHAIN_POLICY:
 					c.Drops = uint32Of(v) == nfDrop
 				case unix.NFTA_CHAIN_HOOK:
-					for kind, v := range rtnl.Attributes(v, 0) {
+					for kind, v := range nested(v) {
 						if kind == unix.NFTA_HOOK_HOOKNUM {
 							hook = int(uint32Of(v))
 						}
 					}
 				}
 			}
-			if hook == nfNetForward {
+			if hook == nfInetForward {
 				all = append(all, c)
 			}
 		}
@@ -101,7 +94,7 @@ func ReadRules(family byte, table, chain string) (all []Rule, err error) {
 
 func parseRule(m []byte) Rule {
 	r := Rule{Always: true}
-	for kind, v := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+	for kind, v := range attributesOf(m) {
 		switch kind {
 		case unix.NFTA_RULE_HANDLE:
 			if len(v) == 8 {
@@ -110,7 +103,7 @@ func parseRule(m []byte) Rule {
 		case unix.NFTA_RULE_USERDATA:
 			r.Comment, _ = userdata.GetString(v, userdata.TypeComment)
 		case unix.NFTA_RULE_EXPRESSIONS:
-			for _, elem := range rtnl.Attributes(v, 0) {
+			for _, elem := range nested(v) {
 				r.addExpression(elem)
 			}
 		}
@@ -121,7 +114,7 @@ func parseRule(m []byte) Rule {
 // addExpression adds what one expression does. Any that it does not know is a condition.
 func (r *Rule) addExpression(elem []byte) {
 	name, data := "", []byte(nil)
-	for kind, v := range rtnl.Attributes(elem, 0) {
+	for kind, v := range nested(elem) {
 		switch kind {
 		case unix.NFTA_EXPR_NAME:
 			name = unix.ByteSliceToString(v)
@@ -134,11 +127,11 @@ func (r *Rule) addExpression(elem []byte) {
 	case "reject":
 		r.Verdict = Drop
 	case "immediate": // of a verdict, or of a value that an expression behind it takes
-		for kind, v := range rtnl.Attributes(data, 0) {
+		for kind, v := range nested(data) {
 			if kind != unix.NFTA_IMMEDIATE_DATA {
 				continue
 			}
-			for kind, v := range rtnl.Attributes(v, 0) {
+			for kind, v := range nested(v) {
 				if kind == unix.NFTA_DATA_VERDICT {
 					r.addVerdict(v)
 				}
@@ -150,7 +143,7 @@ func (r *Rule) addExpression(elem []byte) {
 }
 
 func (r *Rule) addVerdict(data []byte) {
-	for kind, v := range rtnl.Attributes(data, 0) {
+	for kind, v := range nested(data) {
 		switch kind {
 		case unix.NFTA_VERDICT_CODE:
 			r.Verdict = verdicts[int32(uint32Of(v))]
@@ -163,8 +156,7 @@ func (r *Rule) addVerdict(data []byte) {
 // listObjects lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
 func listObjects(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
 	all, err := dump.Whole(func() ([][]byte, error) {
-		r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|kind, unix.NLM_F_DUMP)
-		r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+		r := newRequest(kind, unix.NLM_F_DUMP, family)
 		for _, w := range which {
 			r.AddData(w)
 		}
@@ -176,12 +168,4 @@ func listObjects(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byt
 		}
 	}
 	return all, err
-}
-
-// uint32Of reads an attribute that nf_tables spells in network byte order.
-func uint32Of(v []byte) uint32 {
-	if len(v) != 4 {
-		return 0
-	}
-	return binary.BigEndian.Uint32(v)
 }

@@ -3,13 +3,9 @@
 package nfnl
 
 import (
-	"encoding/binary"
-
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
-
-	"azurevnet/bridge/internal/rtnl"
 )
 
 // Commits tells whether anybody committed a transaction of nf_tables in this namespace. Its zero value is ready for use.
@@ -27,17 +23,16 @@ func (c *Commits) Count() uint32 {
 		c.socket = &nl.SocketHandle{Socket: s}
 		_ = s.SetReceiveTimeout(&nl.SocketTimeoutTv)
 	}
-	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
+	r := newRequest(unix.NFT_MSG_GETGEN, 0, unix.AF_UNSPEC)
 	r.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: c.socket}
 	messages, err := r.Execute(unix.NETLINK_NETFILTER, 0)
 	if err != nil {
 		return 0
 	}
 	for _, m := range messages {
-		for kind, value := range rtnl.Attributes(m, nl.SizeofNfgenmsg) {
+		for kind, value := range attributesOf(m) {
 			if kind == unix.NFTA_GEN_ID && len(value) == 4 {
-				return binary.BigEndian.Uint32(value)
+				return uint32Of(value)
 			}
 		}
 	}

@@ -24,8 +24,7 @@ var noneErrors = []error{unix.ENOENT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.E
 // ChainExists reports whether the table of that family, such as unix.NFPROTO_IPV4, has
 // the chain. A kernel without nf_tables has none.
 func ChainExists(family byte, table, chain string) (bool, error) {
-	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK)
-	r.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+	r := newRequest(unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK, family)
 	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)))
 	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_NAME, nl.ZeroTerminated(chain)))
 	_, err := r.Execute(unix.NETLINK_NETFILTER, 0)

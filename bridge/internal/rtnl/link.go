@@ -68,9 +68,6 @@ type PortFlag struct {
 	Value uint16
 }
 
-// Matches reports whether a value that the kernel tells is the flag's.
-func (f PortFlag) Matches(value []byte) bool { return bytes.Equal(value, f.encode()) }
-
 // encode is the value as the kernel takes it.
 func (f PortFlag) encode() []byte {
 	if f.Kind == nl.IFLA_BRPORT_GROUP_FWD_MASK {
@@ -78,6 +75,10 @@ func (f PortFlag) encode() []byte {
 	}
 	return []byte{byte(f.Value)}
 }
+
+// PortFlags are the flags of one bridge port, by kind. A kernel does not tell the flags that it does not
+// know.
+type PortFlags map[uint16]uint16
 
 // SetPortFlags sets the flags of the port with that link index.
 func SetPortFlags(index int, flags []PortFlag) error {
@@ -95,7 +96,7 @@ func SetPortFlags(index int, flags []PortFlag) error {
 
 // ReadPortFlags reads the flags of every port of every bridge, by link index and
 // then by kind.
-func ReadPortFlags() (map[int]map[uint16]uint16, error) {
+func ReadPortFlags() (map[int]PortFlags, error) {
 	messages, err := dump.Whole(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
 		r.AddData(nl.NewIfInfomsg(unix.AF_BRIDGE))
@@ -104,25 +105,25 @@ func ReadPortFlags() (map[int]map[uint16]uint16, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := map[int]map[uint16]uint16{}
+	all := map[int]PortFlags{}
 	for _, m := range messages {
-		flags := map[uint16]uint16{}
-		for kind, value := range Attributes(m, unix.SizeofIfInfomsg) {
-			if kind != unix.IFLA_PROTINFO {
-				continue
-			}
-			for kind, value := range attributes(value) {
-				switch len(value) {
-				case 1:
-					flags[kind] = uint16(value[0])
-				case 2:
-					flags[kind] = binary.NativeEndian.Uint16(value)
-				}
-			}
-		}
-		all[int(int32(binary.NativeEndian.Uint32(m[4:])))] = flags
+		all[linkIndexOf(m)] = parsePortFlags(m)
 	}
 	return all, nil
+}
+
+// parsePortFlags decodes the flags of the port that a message of the bridge family is about.
+func parsePortFlags(message []byte) PortFlags {
+	flags := PortFlags{}
+	for kind, value := range nested(message, unix.SizeofIfInfomsg, unix.IFLA_PROTINFO) {
+		switch len(value) {
+		case 1:
+			flags[kind] = uint16(value[0])
+		case 2:
+			flags[kind] = binary.NativeEndian.Uint16(value)
+		}
+	}
+	return flags
 }
 
 // BridgeSettings is what of a bridge's settings the netlink library does not tell.
@@ -137,21 +138,16 @@ func ReadBridgeSettings(index int) (b BridgeSettings, err error) {
 	if err != nil {
 		return b, err
 	}
-	for kind, value := range Attributes(message, unix.SizeofIfInfomsg) {
-		if kind != unix.IFLA_LINKINFO {
+	for kind, info := range nested(message, unix.SizeofIfInfomsg, unix.IFLA_LINKINFO) {
+		if kind != nl.IFLA_INFO_DATA {
 			continue
 		}
-		for kind, value := range attributes(value) {
-			if kind != nl.IFLA_INFO_DATA {
-				continue
-			}
-			for kind, value := range attributes(value) {
-				switch {
-				case kind == nl.IFLA_BR_STP_STATE && len(value) == 4:
-					b.STP = binary.NativeEndian.Uint32(value) != 0
-				case kind == nl.IFLA_BR_VLAN_FILTERING && len(value) == 1:
-					b.VLANFiltering = value[0] != 0
-				}
+		for kind, value := range attributes(info) {
+			switch {
+			case kind == nl.IFLA_BR_STP_STATE && len(value) == 4:
+				b.STP = binary.NativeEndian.Uint32(value) != 0
+			case kind == nl.IFLA_BR_VLAN_FILTERING && len(value) == 1:
+				b.VLANFiltering = value[0] != 0
 			}
 		}
 	}

@@ -15,12 +15,6 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Attributes of a neighbour that golang.org/x/sys/unix does not name.
-const (
-	NDAMaster   = 9
-	NDAProtocol = 12
-)
-
 // Neighbour is a permanent neighbour entry of IPv4.
 type Neighbour struct {
 	Link     int // index
@@ -41,10 +35,10 @@ func DeleteNeighbour(n Neighbour) error {
 }
 
 func neighbourRequest(kind, flags int, n Neighbour) *nl.NetlinkRequest {
-	r := newRequest(kind, flags|unix.NLM_F_ACK, ndmsg(unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0))
+	r := newEntryRequest(kind, flags|unix.NLM_F_ACK, unix.AF_INET, n.Link, unix.NUD_PERMANENT, 0)
 	r.AddData(nl.NewRtAttr(unix.NDA_DST, n.Addr.AsSlice()))
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, n.MAC))
-	r.AddData(nl.NewRtAttr(NDAProtocol, []byte{n.Protocol}))
+	r.AddData(nl.NewRtAttr(ndaProtocol, []byte{n.Protocol}))
 	return r
 }
 
@@ -56,17 +50,17 @@ func ReadNeighbours() ([]Neighbour, error) {
 	}
 	var all []Neighbour
 	for _, m := range messages {
-		if binary.NativeEndian.Uint16(m[8:]) != unix.NUD_PERMANENT || m[10]&unix.NTF_PROXY != 0 {
+		if entryStateOf(m) != unix.NUD_PERMANENT || entryFlagsOf(m)&unix.NTF_PROXY != 0 {
 			continue
 		}
-		n := Neighbour{Link: int(int32(binary.NativeEndian.Uint32(m[4:])))}
+		n := Neighbour{Link: linkIndexOf(m)}
 		for kind, value := range Attributes(m, unix.SizeofNdMsg) {
 			switch {
 			case kind == unix.NDA_DST:
 				n.Addr, _ = netip.AddrFromSlice(value)
 			case kind == unix.NDA_LLADDR:
 				n.MAC = net.HardwareAddr(value)
-			case kind == NDAProtocol && len(value) == 1:
+			case kind == ndaProtocol && len(value) == 1:
 				n.Protocol = value[0]
 			}
 		}
@@ -86,7 +80,7 @@ type ForwardingEntry struct {
 // AddForwarding makes the entry. Where the bridge has the MAC already, on
 // whichever port, the error is unix.EEXIST and nothing changes.
 func AddForwarding(e ForwardingEntry) error {
-	r := newRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+	r := newEntryRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
 	return execute(r)
 }
@@ -94,7 +88,7 @@ func AddForwarding(e ForwardingEntry) error {
 // DeleteForwarding deletes the entry. If there is no such entry, the error is one that NotThere
 // reports.
 func DeleteForwarding(e ForwardingEntry) error {
-	r := newRequest(unix.RTM_DELNEIGH, unix.NLM_F_ACK, ndmsg(unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER))
+	r := newEntryRequest(unix.RTM_DELNEIGH, unix.NLM_F_ACK, unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
 	return execute(r)
 }
@@ -102,9 +96,9 @@ func DeleteForwarding(e ForwardingEntry) error {
 // FindForwarding looks for the MAC in the forwarding table of the bridge with that index. Linux before 5.0 has no
 // such query: found is then false, and AddForwarding reports a duplicate as EEXIST.
 func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
-	r := newRequest(unix.RTM_GETNEIGH, 0, ndmsg(unix.AF_BRIDGE, 0, 0, 0))
+	r := newEntryRequest(unix.RTM_GETNEIGH, 0, unix.AF_BRIDGE, 0, 0, 0)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
-	r.AddData(nl.NewRtAttr(NDAMaster, nl.Uint32Attr(uint32(bridge))))
+	r.AddData(nl.NewRtAttr(ndaMaster, nl.Uint32Attr(uint32(bridge))))
 	messages, err := r.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
 	if IsNotExist(err) || errors.Is(err, unix.EOPNOTSUPP) || err == nil && len(messages) == 0 {
 		return ForwardingEntry{}, false, nil
@@ -115,7 +109,7 @@ func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found 
 	if len(messages[0]) < unix.SizeofNdMsg {
 		return ForwardingEntry{}, false, unix.EBADMSG
 	}
-	return ForwardingEntry{Port: int(int32(binary.NativeEndian.Uint32(messages[0][4:]))), Bridge: bridge, MAC: mac}, true, nil
+	return ForwardingEntry{Port: linkIndexOf(messages[0]), Bridge: bridge, MAC: mac}, true, nil
 }
 
 // ReadForwarding lists the permanent and static entries of every bridge, without a
@@ -127,16 +121,16 @@ func ReadForwarding() ([]ForwardingEntry, error) {
 	}
 	var all []ForwardingEntry
 	for _, m := range messages {
-		if binary.NativeEndian.Uint16(m[8:])&(unix.NUD_NOARP|unix.NUD_PERMANENT) == 0 {
+		if entryStateOf(m)&(unix.NUD_NOARP|unix.NUD_PERMANENT) == 0 {
 			continue
 		}
-		e := ForwardingEntry{Port: int(int32(binary.NativeEndian.Uint32(m[4:])))}
+		e := ForwardingEntry{Port: linkIndexOf(m)}
 		tagged := false
 		for kind, value := range Attributes(m, unix.SizeofNdMsg) {
 			switch {
 			case kind == unix.NDA_LLADDR:
 				e.MAC = net.HardwareAddr(value)
-			case kind == NDAMaster && len(value) == 4:
+			case kind == ndaMaster && len(value) == 4:
 				e.Bridge = int(binary.NativeEndian.Uint32(value))
 			case kind == unix.NDA_VLAN:
 				tagged = true
@@ -151,7 +145,7 @@ func ReadForwarding() ([]ForwardingEntry, error) {
 
 func dumpNeighbours(family byte) ([][]byte, error) {
 	messages, err := dump.Whole(func() ([][]byte, error) {
-		return newRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, ndmsg(family, 0, 0, 0)).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+		return newEntryRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP, family, 0, 0, 0).Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
 	})
 	for _, m := range messages {
 		if len(m) < unix.SizeofNdMsg {
@@ -159,17 +153,6 @@ func dumpNeighbours(family byte) ([][]byte, error) {
 		}
 	}
 	return messages, err
-}
-
-// ndmsg is struct ndmsg: family, three bytes of padding, link index, state, flags
-// and type.
-func ndmsg(family byte, index int, state uint16, flags byte) []byte {
-	b := make([]byte, unix.SizeofNdMsg)
-	b[0] = family
-	binary.NativeEndian.PutUint32(b[4:], uint32(index))
-	binary.NativeEndian.PutUint16(b[8:], state)
-	b[10] = flags
-	return b
 }
 
 // Equal reports whether o is the same entry.

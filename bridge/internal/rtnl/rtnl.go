@@ -1,16 +1,16 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package rtnl speaks the parts of rtnetlink that the netlink library does not:
-// dumps that are complete, veth pairs made in one message, bridge port flags,
-// forwarding entries and neighbours with a protocol. It works on the namespace
-// of the calling thread. It is not a model of the host: it knows no name and no
-// mark of azure-vnet.
+// Package rtnl speaks the parts of rtnetlink that the netlink library does not: veth pairs made in one
+// message, bridge port flags, forwarding entries, neighbour entries with a protocol number, and events.
+// Its lists are complete, because a list that the kernel interrupted is repeated. It works on the
+// network namespace of the calling thread.
+//
+// It is not a model of the host: it knows no name and no mark of azure-vnet.
 //
 // Errors wrap the kernel's errno, so errors.Is finds unix.EEXIST and the others.
 package rtnl
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -21,10 +21,10 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Links is one reading of the namespace's links.
+// Links is one list of all links of the namespace.
 type Links []netlink.Link
 
-// ReadLinks lists all links.
+// ReadLinks lists all links of the namespace.
 func ReadLinks() (Links, error) {
 	all, err := dump.Whole(netlink.LinkList)
 	if err != nil {
@@ -33,7 +33,7 @@ func ReadLinks() (Links, error) {
 	return all, nil
 }
 
-// ByName returns the link of that name, nil if there is none.
+// ByName returns the link of that name, or nil if there is none.
 func (all Links) ByName(name string) netlink.Link {
 	for _, l := range all {
 		if l.Attrs().Name == name {
@@ -43,7 +43,7 @@ func (all Links) ByName(name string) netlink.Link {
 	return nil
 }
 
-// ByIndex returns the link of that index, nil if there is none.
+// ByIndex returns the link with that index, or nil if there is none.
 func (all Links) ByIndex(index int) netlink.Link {
 	for _, l := range all {
 		if l.Attrs().Index == index {
@@ -53,71 +53,29 @@ func (all Links) ByIndex(index int) netlink.Link {
 	return nil
 }
 
-// IsNotExist reports whether an error says that a link, route, rule or entry does
-// not exist.
+// IsNotExist reports whether an error says that a link, route, rule, address or entry does not exist.
+// The kernel has an errno of its own for each kind of object.
 func IsNotExist(err error) bool {
 	var link netlink.LinkNotFoundError
 	return errors.As(err, &link) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) ||
 		errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
 
-// newRequest is a message of rtnetlink with its fixed header; attributes follow.
-func newRequest(kind, flags int, header []byte) *nl.NetlinkRequest {
-	r := nl.NewNetlinkRequest(kind, flags)
-	r.AddData(Bytes(header))
-	return r
-}
-
-// Bytes is a part of a message that is spelled already. A request puts it where it was added, unlike its raw
-// data, which come last.
-type Bytes []byte
-
-// Len is in bytes.
-func (b Bytes) Len() int { return len(b) }
-
-// Serialize returns b itself.
-func (b Bytes) Serialize() []byte { return b }
-
-// execute sends r and waits for its acknowledgement.
+// execute sends a request and waits for the kernel's acknowledgement. The error wraps the errno.
 func execute(r *nl.NetlinkRequest) error {
 	_, err := r.Execute(unix.NETLINK_ROUTE, 0)
 	return err
 }
 
-// attrTypeMask removes the flags from an attribute's type (NLA_TYPE_MASK).
-const attrTypeMask = 0x3fff
-
-// attributes calls yield for each netlink attribute in b.
-func attributes(b []byte) func(yield func(kind uint16, value []byte) bool) {
-	return func(yield func(uint16, []byte) bool) {
-		for len(b) >= unix.SizeofRtAttr {
-			size := int(binary.NativeEndian.Uint16(b))
-			if size < unix.SizeofRtAttr || size > len(b) {
-				return
-			}
-			if !yield(binary.NativeEndian.Uint16(b[2:])&attrTypeMask, b[unix.SizeofRtAttr:size]) {
-				return
-			}
-			b = b[min((size+3)&^3, len(b)):]
-		}
-	}
-}
-
-// Attributes calls yield for each attribute of an rtnetlink message whose fixed
-// header has that many bytes.
-func Attributes(message []byte, header int) func(yield func(kind uint16, value []byte) bool) {
-	return attributes(message[min(header, len(message)):])
-}
-
-// ReadRoutes lists the IPv4 routes of that protocol in every table. The kernel chooses
-// them where it can (since Linux 4.20): a routing daemon may have made a million others.
+// ReadRoutes lists the IPv4 routes with that protocol number, in every table. Since Linux 4.20 the kernel
+// filters them itself. This matters on a host where a routing daemon has added a million routes.
 func ReadRoutes(protocol netlink.RouteProtocol) ([]netlink.Route, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
 	defer h.Close()
-	_ = h.SetStrictCheck(true) // an older kernel lists all, and they are chosen here
+	_ = h.SetStrictCheck(true) // an older kernel refuses this and lists all routes; then the library filters them
 	all, err := dump.Whole(func() ([]netlink.Route, error) {
 		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC, Protocol: protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 	})

@@ -10,7 +10,6 @@ import (
 	"slices"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
 )
 
 // Conn changes single endpoints in tables that stand. Its zero value is ready for
@@ -145,17 +144,11 @@ func ReadPublished() (map[netip.Addr][]Port, error) {
 			continue
 		}
 		for k, v := range s.elems {
-			from, p := k.bytes, Port{}
-			if name == "published_at" && len(from) == 12 {
-				p.HostAddr, _ = netip.AddrFromSlice([]byte(from[:4]))
-				from = from[4:]
+			p, container, ok := parsePublished(k.bytes, v, name == "published_at")
+			if !ok {
+				continue
 			}
-			if len(from) != 8 || len(v) != 8 {
-				continue // of another release
-			}
-			to, _ := netip.AddrFromSlice([]byte(v[:4]))
-			p.UDP, p.HostPort, p.Port = from[0] == unix.IPPROTO_UDP, portOf(from[4:]), portOf(v[4:])
-			out[to] = append(out[to], p)
+			out[container] = append(out[container], p)
 		}
 	}
 	for _, ports := range out {
@@ -165,5 +158,3 @@ func ReadPublished() (map[netip.Addr][]Port, error) {
 	}
 	return out, nil
 }
-
-func portOf(key string) uint16 { return uint16(key[0])<<8 | uint16(key[1]) }

@@ -8,11 +8,9 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -279,21 +277,6 @@ func (s *set) bufferChange(c *nftables.Conn, have map[elemKey]string) error {
 		}
 	}
 	return nil
-}
-
-func (s *set) element(k elemKey, v string) nftables.SetElement {
-	e := nftables.SetElement{Key: []byte(k.bytes), IntervalEnd: k.end}
-	word, chain, _ := strings.Cut(v, " ")
-	switch {
-	case k.end || s.data.Name == "":
-	case s.data.Name != nftables.TypeVerdict.Name:
-		e.Val = []byte(v)
-	case word == "jump":
-		e.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: chain}
-	default:
-		e.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}
-	}
-	return e
 }
 
 func (s *set) nftSet() *nftables.Set {

@@ -9,9 +9,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge/internal/nfnl"
 )
@@ -87,30 +84,6 @@ func readChains(c *nftables.Conn, is *nftables.Table, n int) (own []*nftables.Ch
 			return own, err
 		}
 	}
-}
-
-// valueOf spells an element's value as set.elems does. The kernel gives a verdict
-// as nested attributes, which the library leaves as they are.
-func valueOf(s *nftables.Set, e nftables.SetElement) string {
-	if len(e.Val) == 0 || s.DataType.Name != "" { // the library leaves the name empty for verdicts
-		return string(e.Val)
-	}
-	attrs, err := netlink.UnmarshalAttributes(e.Val)
-	if err != nil {
-		return ""
-	}
-	word, chain := "goto", ""
-	for _, a := range attrs {
-		switch a.Type {
-		case unix.NFTA_VERDICT_CODE:
-			if code := int32(binaryutil.BigEndian.Uint32(a.Data)); code == unix.NFT_JUMP {
-				word = "jump"
-			}
-		case unix.NFTA_VERDICT_CHAIN:
-			chain = string(a.Data[:len(a.Data)-1])
-		}
-	}
-	return word + " " + chain
 }
 
 // equals reports whether both tables are alike, down to the elements.

@@ -16,8 +16,11 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"syscall"
 
 	"github.com/google/nftables"
+
+	"azurevnet/bridge/internal/nfnl"
 )
 
 // Name is the name of each of the tables.
@@ -110,3 +113,10 @@ func (c Config) transparent() bool {
 }
 
 func (e Endpoint) transparent() bool { return e.BridgeMAC == nil }
+
+// ConcernsEvent reports whether an event of nf_tables (NFNLGRP_NFTABLES) is about one of the tables. Elements of sets
+// come and go with endpoints and do not count.
+func ConcernsEvent(m syscall.NetlinkMessage) bool {
+	_, table, ok := nfnl.EventTable(m)
+	return ok && table == Name
+}

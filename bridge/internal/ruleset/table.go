@@ -31,12 +31,6 @@ type set struct {
 	elems    map[elemKey]string // value: bytes, or a verdict in nft's words
 }
 
-// elemKey is an element's key. end marks the first address after an interval.
-type elemKey struct {
-	bytes string
-	end   bool
-}
-
 func (t *table) addBaseChain(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
 	t.chains = append(t.chains, &chain{name, kind, hook, &prio, rules})
 }

@@ -55,5 +55,3 @@ func subtractRanges(a, b []addrRange) []addrRange {
 	}
 	return out
 }
-
-func numberKey(n uint64) string { return string(binary.BigEndian.AppendUint32(nil, uint32(n))) }
