@@ -105,6 +105,7 @@ type attacher struct {
 
 	ns              netns.NsHandle   // the container's; not open if the container end stays here
 	bridgeIndex     int              // index of the bridge; 0: transparent
+	secondNIC       bool             // the NIC is not the primary one, so its containers need routing rules
 	mtu             int              // bytes
 	ports           []PublishedPort  // claimed
 	rulesetEndpoint ruleset.Endpoint // the endpoint as the nft tables take it
@@ -142,12 +143,11 @@ func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
 	if err := a.removeLeftovers(ctx); err != nil {
 		return Attachment{}, err
 	}
-	secondNIC, err := a.decideParts(ctx)
-	if err != nil {
+	if err := a.decideParts(ctx); err != nil {
 		return Attachment{}, err
 	}
 	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
-	if err := a.makeParts(secondNIC); err != nil {
+	if err := a.makeParts(); err != nil {
 		return Attachment{}, errors.Join(err, a.undoAll())
 	}
 	out := Attachment{Owner: a.alias.owner, Lease: a.alias.lease, Pod: a.alias.pod, Link: a.hostEnd, Peer: a.containerEnd, Bridge: a.alias.bridge, NIC: a.alias.nic, Addr: a.alias.addr,
@@ -209,7 +209,7 @@ func (a *attacher) undoAll() error {
 }
 
 // makeParts makes what decide found to be possible.
-func (a *attacher) makeParts(secondNIC bool) error {
+func (a *attacher) makeParts() error {
 	for _, step := range []struct {
 		name string
 		do   func() error
@@ -229,7 +229,7 @@ func (a *attacher) makeParts(secondNIC bool) error {
 			return err
 		}
 	}
-	if secondNIC {
+	if a.secondNIC {
 		return a.host.mendRouting()
 	}
 	return nil

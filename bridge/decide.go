@@ -16,25 +16,26 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// decideParts finds what the endpoint needs and makes sure that it can have it: the NIC and its bridge, the
-// address and the MAC, the ports, and tables that have its policy. secondNIC: the container's NIC is not
-// the primary one, so act must also make the routing rules of that NIC.
-func (a *attacher) decideParts(ctx context.Context) (secondNIC bool, err error) {
-	v, tables, enough, err := a.readLittle()
+// decideParts finds out what the endpoint needs, and refuses what it cannot have: the NIC and its bridge, the address and
+// the MAC, the ports of the host. It then sees to what the parts rest on: claims of ports in host.json, and nft tables that
+// have the endpoint's policy. If it fails, it takes back what it did.
+//
+// Nearly every attach is decided from a few reads. Only if these do not suffice, all links and addresses are read.
+func (a *attacher) decideParts(ctx context.Context) error {
+	v, tablesExist, enough, err := a.readLittle()
 	if err != nil {
-		return false, err
+		return err
 	}
 	if enough {
 		return a.decideFromView(v)
 	}
 	if v, err = a.host.readEndpoints(); err != nil {
-		return false, err
+		return err
 	}
-	secondNIC, err = a.decideFromAll(ctx, v, tables)
-	if err != nil {
-		err = errors.Join(err, a.undoAll())
+	if err := a.decideFromAll(ctx, v, tablesExist); err != nil {
+		return errors.Join(err, a.undoAll())
 	}
-	return secondNIC, err
+	return nil
 }
 
 // readLittle reads as little as nearly every attach needs: v has the NIC and its bridge. tables says that the nft tables
@@ -72,60 +73,74 @@ func (a *attacher) readLittle() (v *view, tables, enough bool, err error) {
 	return v, true, enough, err
 }
 
-// decideFromAll refuses what another endpoint or the host has, claims the ports, and, unless the tables stand, makes them
-// what the endpoint's policy needs.
-func (a *attacher) decideFromAll(ctx context.Context, v *view, tables bool) (secondNIC bool, err error) {
-	addr := a.alias.addr.Addr()
-	for _, e := range v.endpoints {
-		if e.addr.Addr() == addr {
-			return false, &InUseError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): end that container first, or ask for another address", e.ownerText(), addr, e.link.Name)}
-		}
+// decideFromAll decides from a view that has all endpoints and addresses.
+func (a *attacher) decideFromAll(ctx context.Context, v *view, tablesExist bool) error {
+	if err := a.refuseUsedAddress(v); err != nil {
+		return err
 	}
-	if err := refuseForeignRoute(addr); err != nil {
-		return false, err
-	}
-	if dev := v.linkWithAddress(addr); dev != "" {
-		return false, fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or have it reclaimed: RECLAIM=on of the Docker plugin, reclaim of the CNI configuration", dev, addr)
-	}
-	if len(a.wish.Ports) > 0 {
-		if a.ports, err = v.choosePorts(a.wish.Owner, a.wish.NIC, a.hostEnd, a.wish.Ports); err != nil {
-			return false, err
-		}
-		if err := a.host.beforeStep("ports"); err != nil {
-			return false, err
-		}
-		if err := a.host.claimPorts(ctx, v, a.hostEnd, a.ports); err != nil {
-			return false, err
-		}
-	}
-	if len(a.ports) > 0 {
-		a.undo = append(a.undo, func() error { return a.host.releasePorts(context.WithoutCancel(ctx), a.hostEnd) })
+	if err := a.claimPorts(ctx, v); err != nil {
+		return err
 	}
 	if _, known := v.state.Policies[a.alias.policy]; !known {
 		if err := a.host.recordPolicy(ctx, a.wish.Policy, v.links); err != nil {
-			return false, err
+			return err
 		}
 		v.state.Policies[a.alias.policy] = a.wish.Policy
 	}
-	if secondNIC, err = a.decideFromView(v); err != nil || tables {
-		return secondNIC, err
+	if err := a.decideFromView(v); err != nil || tablesExist {
+		return err
 	}
 	a.undo = append(a.undo, func() error { return a.nft.Remove(a.rulesetConfig(), a.rulesetEndpoint) })
-	return secondNIC, a.syncTables(v)
+	return a.syncTables(v)
+}
+
+// refuseUsedAddress refuses an address that another endpoint, a container of another plugin, or the host itself has.
+func (a *attacher) refuseUsedAddress(v *view) error {
+	addr := a.alias.addr.Addr()
+	for _, e := range v.endpoints {
+		if e.addr.Addr() == addr {
+			return &InUseError{Owner: e.owner, text: fmt.Sprintf("%s has the address %s (link %s): end that container first, or ask for another address", e.ownerText(), addr, e.link.Name)}
+		}
+	}
+	if err := refuseForeignRoute(addr); err != nil {
+		return err
+	}
+	if dev := v.linkWithAddress(addr); dev != "" {
+		return fmt.Errorf("%s itself has the address %s: ip addr del %[2]s dev %[1]s, or have it reclaimed: RECLAIM=on of the Docker plugin, reclaim of the CNI configuration", dev, addr)
+	}
+	return nil
+}
+
+// claimPorts chooses the ports of the host that the endpoint asks for, and claims them in host.json.
+func (a *attacher) claimPorts(ctx context.Context, v *view) (err error) {
+	if len(a.wish.Ports) == 0 {
+		return nil
+	}
+	if a.ports, err = v.choosePorts(a.wish.Owner, a.wish.NIC, a.hostEnd, a.wish.Ports); err != nil {
+		return err
+	}
+	if err := a.host.beforeStep("ports"); err != nil {
+		return err
+	}
+	if err := a.host.claimPorts(ctx, v, a.hostEnd, a.ports); err != nil {
+		return err
+	}
+	a.undo = append(a.undo, func() error { return a.host.releasePorts(context.WithoutCancel(ctx), a.hostEnd) })
+	return nil
 }
 
 // decideFromView takes from the view what the endpoint's parts rest on.
-func (a *attacher) decideFromView(v *view) (secondNIC bool, err error) {
+func (a *attacher) decideFromView(v *view) error {
 	nic := v.nics[a.alias.nic]
 	if nic == nil {
-		return false, fmt.Errorf("no network interface of this host has the MAC %s: ip -br link shows which it has", a.alias.nic)
+		return fmt.Errorf("no network interface of this host has the MAC %s: ip -br link shows which it has", a.alias.nic)
 	}
 	if err := refuseHost(v.links, nic); err != nil {
-		return false, err
+		return err
 	}
 	a.mtu = nic.Attrs().MTU
 	if a.wish.MTU > a.mtu {
-		return false, fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish; ask for at most that, or leave the MTU out", a.wish.MTU, a.mtu, nic.Attrs().Name)
+		return fmt.Errorf("an MTU of %d bytes is more than the %d of %s: larger packets would vanish; ask for at most that, or leave the MTU out", a.wish.MTU, a.mtu, nic.Attrs().Name)
 	}
 	if a.wish.MTU != 0 {
 		a.mtu = a.wish.MTU
@@ -133,20 +148,21 @@ func (a *attacher) decideFromView(v *view) (secondNIC bool, err error) {
 	if a.alias.bridge != "" {
 		l := v.links.ByName(a.alias.bridge)
 		if l == nil {
-			return false, fmt.Errorf("there is no bridge %s any more: try again, which makes it", a.alias.bridge)
+			return fmt.Errorf("there is no bridge %s any more: try again, which makes it", a.alias.bridge)
 		}
 		if mac, ours := bridgeAliasOf(l); !ours || mac != a.alias.nic {
-			return false, fmt.Errorf("%s is not azure-vnet's bridge of the NIC %s: give the network's bridge another name", a.alias.bridge, a.alias.nic)
+			return fmt.Errorf("%s is not azure-vnet's bridge of the NIC %s: give the network's bridge another name", a.alias.bridge, a.alias.nic)
 		}
 		a.bridgeIndex = l.Attrs().Index
 		if err := a.refuseUsedMAC(); err != nil {
-			return false, err
+			return err
 		}
 	}
 	a.rulesetEndpoint = v.rulesetEndpoint(a.alias, a.hostEnd, a.ports)
 	p := a.wish.Policy
 	a.rulesetEndpoint.Internal, a.rulesetEndpoint.NoMetadata = p.Internal, p.NoMetadata
-	return !v.state.NICs[a.alias.nic].Primary, nil
+	a.secondNIC = !v.state.NICs[a.alias.nic].Primary
+	return nil
 }
 
 // refuseUsedMAC refuses a MAC that the bridge has already: the kernel would move it to the new port, and

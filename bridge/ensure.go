@@ -108,7 +108,7 @@ func (h *Host) ensureLocked(ctx context.Context, spec Spec) (Bridge, error) {
 		return Bridge{}, err
 	}
 	h.noteRound() // this is one, and the first call of a host found no directory to note its own in
-	_, err, _ = h.mendHost(ctx)
+	err = h.doRound(ctx).hostErr
 	if err == nil {
 		err = h.notePrepared(ctx, mac)
 	}

@@ -19,51 +19,6 @@ import (
 // made, then its ports are plugged in, then their flags are set, and the last pass finds nothing.
 const maxPasses = 6
 
-// mendHost makes everything stand as it should, and says what it mended. The caller holds the
-// lock. It works on after an error. hostErr is of what containers cannot do without, and bearableErr
-// of the rest.
-func (h *Host) mendHost(ctx context.Context) (mended []string, hostErr, bearableErr error) {
-	failed := map[string]bool{}
-	z := h.readZones(ctx)
-	for range maxPasses {
-		v, err := h.readView()
-		if err != nil {
-			return mended, err, nil
-		}
-		all, err := h.listFaults(v, z)
-		if err != nil {
-			return mended, err, nil
-		}
-		did := false
-		for _, f := range all {
-			if f.mend == nil || failed[f.what] || slices.Contains(mended, f.what) {
-				continue
-			}
-			if err := ctx.Err(); err != nil {
-				return mended, errors.Join(hostErr, err), bearableErr
-			}
-			err := h.beforeStep("mend: " + f.what)
-			if err == nil {
-				err = f.mend()
-			}
-			if err != nil {
-				failed[f.what] = true
-				if err = fmt.Errorf("%s: %w", f.what, err); f.bearable {
-					bearableErr = errors.Join(bearableErr, err)
-				} else {
-					hostErr = errors.Join(hostErr, err)
-				}
-				continue
-			}
-			mended, did = append(mended, f.what), true
-		}
-		if !did {
-			break
-		}
-	}
-	return mended, hostErr, bearableErr
-}
-
 // Reconcile makes everything of ours stand as it should, whoever broke it, and finishes what a
 // crash left. It returns a sentence for each thing that it mended, none when all stood. It works
 // on after an error, and returns all of them.
@@ -77,11 +32,73 @@ func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 	}
 	defer unlock()
 	h.noteRound()
-	mended, hostErr, bearableErr := h.mendHost(ctx)
-	if err := errors.Join(hostErr, bearableErr); err != nil {
-		return mended, fmt.Errorf("reconcile: %w", err)
+	r := h.doRound(ctx)
+	if err := errors.Join(r.hostErr, r.bearableErr); err != nil {
+		return r.mended, fmt.Errorf("reconcile: %w", err)
 	}
-	return mended, nil
+	return r.mended, nil
+}
+
+// round is what one round has done.
+type round struct {
+	mended      []string        // sentences, in the order of mending
+	failed      map[string]bool // faults that could not be mended; they are not tried twice
+	hostErr     error           // of faults without which no container can be attached
+	bearableErr error           // of all other faults
+}
+
+// doRound makes everything stand as it should. The caller holds the host's lock. Each pass reads the host into a view,
+// lists the view's faults and mends them, until a pass mends nothing. A quiet round is one pass. Firewalld's zones are
+// read once for all passes, so that a bus that hangs is waited for once.
+func (h *Host) doRound(ctx context.Context) *round {
+	r := &round{failed: map[string]bool{}}
+	zones := h.readZones(ctx)
+	for range maxPasses {
+		v, err := h.readView()
+		if err != nil {
+			r.hostErr, r.bearableErr = err, nil
+			return r
+		}
+		v.zones = zones
+		faults, err := h.listFaults(v)
+		if err != nil {
+			r.hostErr, r.bearableErr = err, nil
+			return r
+		}
+		if !h.mendFaults(ctx, faults, r) {
+			return r
+		}
+	}
+	return r
+}
+
+// mendFaults mends the faults in their order, notes in r what it did, and reports whether the host has to be read again.
+// It works on after a fault that it cannot mend, and stops when ctx ends.
+func (h *Host) mendFaults(ctx context.Context, faults []fault, r *round) (again bool) {
+	for _, f := range faults {
+		if f.needsPerson() || r.failed[f.what] || slices.Contains(r.mended, f.what) {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			r.hostErr = errors.Join(r.hostErr, err)
+			return false
+		}
+		err := h.beforeStep("mend: " + f.what)
+		if err == nil {
+			err = f.mend()
+		}
+		if err == nil {
+			r.mended, again = append(r.mended, f.what), true
+			continue
+		}
+		r.failed[f.what] = true
+		if err = fmt.Errorf("%s: %w", f.what, err); f.bearable {
+			r.bearableErr = errors.Join(r.bearableErr, err)
+		} else {
+			r.hostErr = errors.Join(r.hostErr, err)
+		}
+	}
+	return again
 }
 
 // inUse reports whether anything of ours stands or was asked for since the boot.
@@ -96,81 +113,6 @@ func (h *Host) inUse() (bool, error) {
 		_, end := endpointAliasOf(l)
 		return bridge || end || halfMade(l)
 	}), err
-}
-
-// brokenLockWait bounds how long Broken waits for those who are changing the host.
-const brokenLockWait = 3 * time.Second
-
-// Broken names what is not as it should be, in sentences, and changes nothing: what Reconcile
-// would mend, and what only a person can. It holds the lock meanwhile, since what is half made
-// is not broken. The error names who keeps it waiting.
-func (h *Host) Broken(ctx context.Context) ([]string, error) {
-	var out []string
-	taken := h.CheckReady(ctx)
-	if taken != nil {
-		out = append(out, taken.Error())
-	}
-	used, err := h.inUse()
-	if err != nil || !used && taken != nil {
-		return out, err
-	}
-	if !used {
-		return h.faultsBeforeFirstUse()
-	}
-	faults, nics, err := h.faultsOfOurs(ctx)
-	for _, what := range faults {
-		if !slices.Contains(out, what) {
-			out = append(out, what)
-		}
-	}
-	return append(out, upstreamRules(nics)...), err
-}
-
-// faultsOfOurs names the faults, and returns the NICs that something was asked of.
-func (h *Host) faultsOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
-	wait, cancel := context.WithTimeout(ctx, brokenLockWait)
-	defer cancel()
-	unlock, err := h.lockHost(wait, "look for what is broken")
-	if err != nil {
-		return nil, nil, err
-	}
-	defer unlock()
-	v, err := h.readView()
-	if err != nil {
-		return nil, nil, err
-	}
-	all, err := h.listFaults(v, h.readZones(ctx))
-	for _, e := range v.endpoints {
-		all = append(all, e.containerFaults()...)
-	}
-	for _, f := range all {
-		out = append(out, f.what)
-	}
-	for _, mac := range v.macs() {
-		if nic := v.nics[mac]; nic != nil {
-			nics = append(nics, nic)
-		}
-	}
-	return out, nics, err
-}
-
-// faultsBeforeFirstUse names what would be in the way of the first container of a host, of which nothing is asked yet.
-func (h *Host) faultsBeforeFirstUse() (out []string, err error) {
-	links, err := rtnl.ReadLinks()
-	if err != nil {
-		return nil, err
-	}
-	if l := links.ByName(firstBridge); l != nil {
-		out = append(out, refuseNamesake(links, l).Error())
-	}
-	primary, err := defaultRouteLink()
-	if err != nil {
-		return out, err
-	}
-	if nic := links.ByIndex(primary); nic != nil {
-		out = append(out, upstreamRules([]netlink.Link{nic})...)
-	}
-	return out, nil
 }
 
 // The plugin, or a timer, reconciles every 30 s. Where there is neither, whoever attaches does:

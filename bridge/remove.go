@@ -111,8 +111,8 @@ func (h *Host) removeUnasked(ctx context.Context) error {
 	if !s.isAsked() {
 		return errors.Join(h.removeAllButLinks(), h.leaveZones(ctx))
 	}
-	_, hostErr, bearableErr := h.mendHost(ctx)
-	return errors.Join(hostErr, bearableErr)
+	r := h.doRound(ctx)
+	return errors.Join(r.hostErr, r.bearableErr)
 }
 
 // removeAllButLinks takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,

@@ -9,14 +9,11 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"azurevnet/bridge/internal/forward"
 	"azurevnet/bridge/internal/rtnl"
-	"azurevnet/bridge/internal/ruleset"
 	"azurevnet/internal/dump"
 )
 
@@ -39,6 +36,8 @@ type view struct {
 	forwardingEntries   []rtnl.ForwardingEntry
 	portFlags           map[int]rtnl.PortFlags      // of the ports of every bridge, by link index
 	bridgeSettings      map[int]rtnl.BridgeSettings // of our bridges, by link index
+
+	zones zoneReading // of firewalld; only a round and Broken read them
 
 	nics      map[string]netlink.Link // by MAC; those that are gone are missing
 	endpoints []endpoint
@@ -244,92 +243,6 @@ func (v *view) subnets(mac string) []netip.Prefix {
 	}
 	slices.SortFunc(out, netip.Prefix.Compare)
 	return slices.Compact(out)
-}
-
-// rulesetConfig is what the nft tables derive from.
-func (v *view) rulesetConfig() ruleset.Config {
-	c := ruleset.Config{}
-	for _, mac := range v.macs() {
-		if name := v.nicName(mac); name != "" {
-			c.NICs = append(c.NICs, name)
-		}
-		c.Bridges = c.Bridges || v.state.NICs[mac].Bridge != ""
-		c.Transparent = c.Transparent || v.state.NICs[mac].Transparent
-		c.Subnets = append(c.Subnets, v.subnets(mac)...)
-	}
-	policies := maps.Clone(v.state.Policies)
-	for _, e := range v.endpoints {
-		policies[e.policy] = policyOf(v.state.Policies, e.policy)
-	}
-	for _, id := range slices.Sorted(maps.Keys(policies)) {
-		n := policies[id].rulesetNetwork()
-		n.ID = id // a policy that is taken for the default keeps its id
-		c.Networks = append(c.Networks, n)
-	}
-	ports := v.publishedPorts()
-	for _, e := range v.endpoints {
-		c.Endpoints = append(c.Endpoints, v.rulesetEndpoint(e.alias, e.link.Name, ports[e.link.Name]))
-	}
-	return c
-}
-
-// rulesetEndpoint is an endpoint as the rules take it.
-func (v *view) rulesetEndpoint(a alias, link string, ports []PublishedPort) ruleset.Endpoint {
-	p := policyOf(v.state.Policies, a.policy)
-	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), Network: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}
-	if a.bridge != "" {
-		e.BridgeMAC = net.HardwareAddr{}
-		if mac, err := parseMAC(a.nic); err == nil {
-			e.BridgeMAC = bridgeMAC(mac)
-		}
-	}
-	for _, p := range notIdle(ports) {
-		e.Ports = append(e.Ports, ruleset.Port{UDP: p.Proto == "udp", HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
-	}
-	return e
-}
-
-// forwardConfig is what iptables is to accept.
-func (v *view) forwardConfig() forward.Config {
-	c := forward.Config{}
-	transparent := false
-	for _, mac := range v.macs() {
-		n := v.state.NICs[mac]
-		if n.Bridge != "" {
-			c.Links = append(c.Links, n.Bridge)
-		}
-		transparent = transparent || n.Transparent
-	}
-	if transparent {
-		c.Links = append(c.Links, hostPrefix+"+")
-	}
-	if len(c.Links) == 0 {
-		return c
-	}
-	for _, l := range v.links {
-		if a := l.Attrs(); v.isNIC(a.Index) || mayLeadOut(l) {
-			c.Out = append(c.Out, a.Name)
-		}
-	}
-	slices.Sort(c.Out)
-	return c
-}
-
-func (v *view) isNIC(index int) bool {
-	for _, nic := range v.nics {
-		if nic.Attrs().Index == index {
-			return true
-		}
-	}
-	return false
-}
-
-// mayLeadOut tells a link that may lead to another network, such as a VPN's, from one that
-// leads to somebody's containers: bridges and veths do.
-func mayLeadOut(l netlink.Link) bool {
-	a := l.Attrs()
-	return a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && a.MasterIndex == 0 &&
-		l.Type() != "bridge" && l.Type() != "veth" && !strings.HasPrefix(a.Name, hostPrefix)
 }
 
 // linkWithAddress is the name of the host's link that has the address; empty: none has.

@@ -58,7 +58,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	busListener.Go(func() { firewalld.Watch(busCtx, h.systemBus(), func() { w.wake.Write([]byte{0}) }) })
 	defer busListener.Wait() // after leaveBus
 	defer leaveBus()
-	pending := false      // an event has not been told yet
+	pending := false     // an event has not been told yet
 	var callAt time.Time // when to call changed; zero: not before another event
 	for ctx.Err() == nil {
 		timeout := -1 // milliseconds; -1: none

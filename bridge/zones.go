@@ -48,7 +48,8 @@ func (v *view) zoneLinks() map[string][]string {
 }
 
 // zoneFaults are the links that are not in the zone that they should be in.
-func (h *Host) zoneFaults(v *view, z zoneReading) (all []fault) {
+func (h *Host) zoneFaults(v *view) (all []fault) {
+	z := v.zones
 	if z.err != nil {
 		return []fault{{what: z.err.Error()}}
 	}
