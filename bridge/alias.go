@@ -15,15 +15,15 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// The host end of an endpoint is hostPrefix and eleven hex digits of its owner's
-// hash. The container end, while it lies here, is peerPrefix and the same digits.
+// The names of both ends of an endpoint's veth are a prefix and the same eleven hex digits of the owner's hash.
+// The container end has such a name only while it is in the host's namespace.
 const (
 	hostPrefix = "azv"
 	peerPrefix = "azc"
 )
 
-// linkNames are the names of both ends of owner's veth. 44 bits keep the few hundred
-// owners of a host apart.
+// linkNames returns the names of the host end and of the container end of owner's veth. 44 bits of a hash keep
+// the few hundred owners of a host apart.
 func linkNames(owner string) (host, peer string) {
 	sum := sha256.Sum256([]byte(owner))
 	digits := hex.EncodeToString(sum[:])[:11]
@@ -33,37 +33,37 @@ func linkNames(owner string) (host, peer string) {
 const (
 	aliasVersion = "azv2"
 	bridgeAlias  = aliasVersion + " bridge " // the NIC's MAC follows
-	formerAlias  = "azv1 "                   // of builds that moved the NIC into its bridge
+	formerAlias  = "azv1 "                   // of earlier builds, which moved the NIC into its bridge
 	aliasMax     = 255                       // bytes: IFALIASZ less the terminating NUL
 )
 
-// alias is what the host end of an endpoint says about it. It is written when all
-// else of an attach is done. A detach clears it when all but the link is gone. A
-// link of ours without an alias is half made, or half removed.
+// alias is the text on a host end that says which endpoint it is for. An attach writes it when everything else
+// is done. A detach clears it when everything but the link is gone. So a link of ours without an alias is half
+// made or half removed, and belongs to nobody.
 type alias struct {
 	addr   netip.Prefix
 	mac    net.HardwareAddr
-	nic    string // MAC, lower case with colons
-	bridge string // empty: transparent
-	policy string // its id
-	owner  string // itself, or hashed
-	lease  string // itself, or hashed
-	ports  int    // how many are published; host.json says which
-	pod    string // empty: none
+	nic    string // the NIC's MAC, lower case with colons
+	bridge string // name of the bridge; empty: transparent
+	policy string // the policy's id
+	owner  string // the owner, or hashed(owner)
+	lease  string // the owner of the lease, or its hash
+	ports  int    // how many ports are published or claimed; host.json says which
+	pod    string // namespace/name; empty: none
 }
 
-// hashed stands for an owner that does not fit an alias.
+// hashed returns what an alias has in place of an owner that does not fit into it.
 func hashed(owner string) string {
 	sum := sha256.Sum256([]byte(owner))
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// isOf reports whether the alias is of that owner.
+// isOf reports whether the alias is for that owner. The alias may have the owner's hash.
 func (a alias) isOf(owner string) bool { return a.owner == owner || a.owner == hashed(owner) }
 
-// String is the alias as the link carries it, at most 255 bytes. What can be derived
-// is left out. The pod gives way first, for it is there for people only. The owner gives
-// way before the lease, for it also names the link.
+// String returns the text that the link has, of at most 255 bytes. It leaves out what can be derived. If the
+// text is too long, the pod is left out first, because only people read it. Then the owner becomes a hash,
+// because the link's name derives from it too. Then the lease's owner becomes a hash.
 func (a alias) String() string {
 	write := func(owner, lease string) string {
 		s := aliasVersion + " addr=" + a.addr.String()
@@ -96,8 +96,8 @@ func (a alias) String() string {
 	return s
 }
 
-// parseAlias reads what String wrote. Keys that it does not know are a newer
-// release's and are passed over. Any other text is not ok.
+// parseAlias reads what String wrote. It ignores keys that it does not know, which a newer release may have
+// added. ok is false for any other text.
 func parseAlias(s string) (a alias, ok bool) {
 	version, rest, _ := strings.Cut(s, " ")
 	if version != aliasVersion {
@@ -142,8 +142,8 @@ func parseAlias(s string) (a alias, ok bool) {
 	return a, len(a.mac) == 6
 }
 
-// label says in brackets, behind the name of a link or of an owner, which endpoint that is:
-// "10.240.0.7", or "10.240.0.7, pod default/web".
+// label says which endpoint this is, for brackets behind the name of a link or an owner: "10.240.0.7", or
+// "10.240.0.7, pod default/web".
 func (a alias) label() string {
 	if a.pod == "" {
 		return a.addr.Addr().String()
@@ -151,7 +151,7 @@ func (a alias) label() string {
 	return a.addr.Addr().String() + ", pod " + a.pod
 }
 
-// ownerText names the owner in a sentence, with the pod if it is known.
+// ownerText names the owner in a sentence, with its pod if the pod is known.
 func (a alias) ownerText() string {
 	if a.pod == "" {
 		return a.owner
@@ -159,7 +159,7 @@ func (a alias) ownerText() string {
 	return a.owner + " (pod " + a.pod + ")"
 }
 
-// group is the link group of an endpoint's host end.
+// group returns the link group that the host end must have.
 func (a alias) group() uint32 {
 	if a.bridge == "" {
 		return ruleset.GroupTransparent
@@ -167,17 +167,15 @@ func (a alias) group() uint32 {
 	return ruleset.GroupBridge
 }
 
-// endpointAliasOf reads the alias of a link that is the host end of an endpoint.
+// endpointAliasOf reads the alias of a link. ok is false for a link that is not the host end of an endpoint.
 func endpointAliasOf(l netlink.Link) (alias, bool) {
 	a, ok := parseAlias(l.Attrs().Alias)
 	return a, ok && strings.HasPrefix(l.Attrs().Name, hostPrefix)
 }
 
-// halfMade reports whether l is a link of ours without an alias. It is the host end
-// of an endpoint whose attach died before its last step, or whose detach died after
-// the alias was cleared, or a bridge whose maker died. The group is a mark that a
-// link has from its first moment. It tells our links from those of another plugin,
-// which may have the same names.
+// halfMade reports whether l is a link of ours without an alias. Such a link was left by a call that died: an
+// attach before its last step, a detach after it cleared the alias, or the making of a bridge. The link has its
+// group from its first moment. The group tells it from links of another plugin, whose names may be the same.
 func halfMade(l netlink.Link) bool {
 	a := l.Attrs()
 	if a.Alias != "" {
@@ -190,26 +188,25 @@ func halfMade(l netlink.Link) bool {
 	return ours && l.Type() == "veth" && strings.HasPrefix(a.Name, hostPrefix)
 }
 
-// MACFor is the MAC of a container's interface that has addr, unless another is asked
-// for: 02:42 and the address. So a reused address keeps its MAC, and what others have
-// learnt of it stays right.
+// MACFor returns the MAC of a container's interface with that address, unless Endpoint.MAC asks for another:
+// 02:42 and the four bytes of the address. So an address that is used again has the same MAC, and neighbour
+// entries of others stay right.
 func MACFor(addr netip.Addr) net.HardwareAddr {
 	b := addr.Unmap().As4()
 	return net.HardwareAddr{0x02, 0x42, b[0], b[1], b[2], b[3]}
 }
 
-// hostMAC is the MAC of the host end of addr's veth. It is given because udev
-// rewrites a MAC that the kernel chose, and because a transparent container holds it
-// as its gateway's.
+// hostMAC returns the MAC of the host end of addr's veth. It is derived, because udev changes a MAC that the
+// kernel chose, and because a transparent container has it as its gateway's MAC.
 func hostMAC(addr netip.Addr) net.HardwareAddr {
 	mac := MACFor(addr)
 	mac[0] = 0xfe
 	return mac
 }
 
-// bridgeMAC is the MAC of the bridge of a NIC. It is derived, so that containers that
-// hold it as their gateway's are right when the bridge was made again. The first byte
-// makes it no NIC's.
+// bridgeMAC returns the MAC of a NIC's bridge. Containers have it as their gateway's MAC. It is derived, so
+// that it stays the same when the bridge is made again. The first byte is one that no NIC's MAC has: locally
+// administered, and different from a NIC's own locally administered MAC.
 func bridgeMAC(nic net.HardwareAddr) net.HardwareAddr {
 	mac := append(net.HardwareAddr(nil), nic...)
 	mac[0] = mac[0]&0xfc | 0x02 ^ 0x04

@@ -20,14 +20,16 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// ErrAttached says that a container has the endpoint already: its end of the veth lies in another
-// namespace, and was left as it is.
+// ErrAttached is in Attach's error if a container has the endpoint's interface already: the container end is in
+// another namespace. Attach has changed nothing then.
 var ErrAttached = errors.New("a running container has this interface: end that container first")
 
-// Attach makes a container's interface whole, or not at all. It decides first and acts then; its last
-// act is the alias, which says that the interface is whole. A repeat for the same owner clears away
-// what a crash left and succeeds. It fails with ErrAttached where a container has the endpoint, and
-// with an error that names the other where another owner's link has the address or the MAC.
+// Attach makes a container's interface whole, or not at all. It first decides whether the endpoint can have all
+// that it asks for, and only then makes the parts. The last part is the alias, which says that the interface is
+// whole. A repeat for the same owner removes what a crash left, and succeeds.
+//
+// Its error is ErrAttached if a container has the interface already, and InUseError if another endpoint has the
+// address, the MAC or a port of the host.
 func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 	a, err := e.checkedAlias()
 	if err != nil {
@@ -47,9 +49,9 @@ func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 	return out, nil
 }
 
-// awaitCarrier waits, without the lock, until the kernel has taken note that the container's link is up, and that the
-// bridge has a port that is. It does so a moment after they are, later while it is busy with links of others, and drops
-// what is sent meanwhile. Nearly always it has by now.
+// awaitCarrier waits until the host end and the bridge can send. The caller has given back the lock. After the
+// container end is up, the kernel takes a moment to note it, longer while it is busy with links of others, and
+// drops what is sent meanwhile. Nearly always the wait is zero. It is at most 0.1 s for each of the two links.
 func (a *attacher) awaitCarrier() {
 	for _, index := range []int{a.hostEndIndex, a.bridgeIndex} {
 		for range 100 {
@@ -62,7 +64,8 @@ func (a *attacher) awaitCarrier() {
 	}
 }
 
-// checkedAlias checks the wish, and returns what the endpoint's link will say.
+// checkedAlias checks the wish, and returns what the host end's alias will say. The errors are for the person
+// who gave the names.
 func (e Endpoint) checkedAlias() (alias, error) {
 	if e.Lease == "" {
 		e.Lease = e.Owner
@@ -89,13 +92,13 @@ func (e Endpoint) checkedAlias() (alias, error) {
 		return alias{}, errors.New("a container in a namespace needs an IPv4 gateway: let the IPAM plugin give one, or none")
 	}
 	if strings.ContainsFunc(e.Pod, bad) {
-		e.Pod = "" // no pod has such a name, and the alias cannot keep it
+		e.Pod = "" // no pod of Kubernetes has such a name, and the alias could not be read back
 	}
 	ports, err := normalizedPorts(e.Ports)
 	return alias{addr: e.Addr, mac: e.MAC, nic: nic.String(), bridge: e.Bridge, policy: e.Policy.id(), owner: e.Owner, lease: e.Lease, ports: len(ports), pod: e.Pod}, err
 }
 
-// attacher is one Attach on its way.
+// attacher is one call of Attach: the wish, what was decided, and what was made.
 type attacher struct {
 	host         *Host
 	wish         Endpoint
@@ -110,15 +113,16 @@ type attacher struct {
 	ports           []PublishedPort  // claimed
 	rulesetEndpoint ruleset.Endpoint // the endpoint as the nft tables take it
 
-	hostEndIndex, containerEndIndex int // of the ends, once they are made; peerIndex is of ns
-	nsID                            int // the host's number for ns
-	undo                            []func() error
+	hostEndIndex, containerEndIndex int            // of the ends, once they are made; peerIndex is of ns
+	nsID                            int            // the host's number for ns
+	undo                            []func() error // takes back what was made; called in the opposite order
 
 	nft   ruleset.Conn
 	flows conntrack.Conn
 }
 
-// closeSockets comes after the lock was given back: see ruleset.Conn.
+// closeSockets runs after the lock was given back, because closing a netfilter socket takes long: see
+// ruleset.Conn.
 func (a *attacher) closeSockets() {
 	a.nft.Close()
 	a.flows.Close()
@@ -127,6 +131,7 @@ func (a *attacher) closeSockets() {
 	}
 }
 
+// attachLocked opens the container's namespace, takes the lock, and does the attach.
 func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
 	a.ns = netns.None()
 	if a.wish.Netns != "" {
@@ -158,7 +163,8 @@ func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
 	return out, nil
 }
 
-// removeLeftovers takes away what an earlier attach or half a detach of this owner left.
+// removeLeftovers removes what an earlier attach, or a detach that died, has left for this owner. It refuses to
+// touch a link that a container has, or that is not ours.
 func (a *attacher) removeLeftovers(ctx context.Context) error {
 	l, err := netlink.LinkByName(a.hostEnd)
 	if rtnl.IsNotExist(err) {
@@ -169,7 +175,7 @@ func (a *attacher) removeLeftovers(ctx context.Context) error {
 	}
 	old, whole := endpointAliasOf(l)
 	switch {
-	case !whole && halfMade(l): // nobody was told of it
+	case !whole && halfMade(l): // no caller was ever told of this link
 		return deleteLink(l)
 	case !whole:
 		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end the container that it leads to", a.hostEnd)
@@ -186,7 +192,7 @@ func (a *attacher) removeLeftovers(ctx context.Context) error {
 	return deleteLink(l)
 }
 
-// syncTables makes the tables what the host needs and the endpoint will.
+// syncTables makes the nft tables what the host's endpoints need, and this endpoint too.
 func (a *attacher) syncTables(v *view) error {
 	c := v.rulesetConfig()
 	c.Endpoints = append(c.Endpoints, a.rulesetEndpoint)
@@ -194,11 +200,12 @@ func (a *attacher) syncTables(v *view) error {
 	return err
 }
 
-// rulesetConfig is as much of the tables' input as the endpoint's own elements rest on.
+// rulesetConfig returns as much of the tables' configuration as the endpoint's own elements depend on.
 func (a *attacher) rulesetConfig() ruleset.Config {
 	return ruleset.Config{Networks: []ruleset.Network{a.wish.Policy.rulesetNetwork()}}
 }
 
+// undoAll takes back all that was made, the last part first.
 func (a *attacher) undoAll() error {
 	var errs []error
 	for _, undo := range slices.Backward(a.undo) {
@@ -208,7 +215,8 @@ func (a *attacher) undoAll() error {
 	return errors.Join(errs...)
 }
 
-// makeParts makes what decide found to be possible.
+// makeParts makes what decideParts found to be possible. docs/design.md says why the order is so, and what a
+// crash between two steps leaves.
 func (a *attacher) makeParts() error {
 	for _, step := range []struct {
 		name string
@@ -235,12 +243,13 @@ func (a *attacher) makeParts() error {
 	return nil
 }
 
+// addElements adds the endpoint's elements to the nft tables, so that it may send. If the kernel refuses an
+// element, a killed process has left one for this address. Then the tables are written anew.
 func (a *attacher) addElements() error {
 	a.undo = append(a.undo, func() error { return a.nft.Remove(a.rulesetConfig(), a.rulesetEndpoint) })
 	if a.nft.Add(a.rulesetConfig(), a.rulesetEndpoint) == nil {
 		return nil
 	}
-	// An element that a killed process left for this address is in the way.
 	v, err := a.host.readEndpoints()
 	if err != nil {
 		return err
@@ -248,7 +257,7 @@ func (a *attacher) addElements() error {
 	return a.syncTables(v)
 }
 
-// makeLink makes the pair, with the container end in its namespace.
+// makeLink makes the veth pair, with the container end in the container's namespace.
 func (a *attacher) makeLink() error {
 	pair := rtnl.Veth{Name: a.hostEnd, MAC: hostMAC(a.alias.addr.Addr()), Group: a.alias.group(), Master: a.bridgeIndex, Up: a.bridgeIndex != 0,
 		PeerName: a.containerEnd, PeerMAC: a.alias.mac, PeerNS: -1, MTU: a.mtu}
@@ -275,7 +284,8 @@ func (a *attacher) makeLink() error {
 	return nil
 }
 
-// setUpHostEnd makes the host end a well-behaved port, or, transparent, a link that stands alone.
+// setUpHostEnd makes the host end a bridge port that forwards only what is meant for the container. A
+// transparent host end gets its settings and is set up.
 func (a *attacher) setUpHostEnd() error {
 	if a.bridgeIndex != 0 {
 		if err := a.host.setSysctl(noIPv6(a.hostEnd)); err != nil {
@@ -289,7 +299,7 @@ func (a *attacher) setUpHostEnd() error {
 		}
 		return nil
 	}
-	for _, s := range linkSysctls(a.hostEnd) { // before it is up
+	for _, s := range linkSysctls(a.hostEnd) { // before the link is up, so that it never forwards without them
 		if err := a.host.setSysctl(s); err != nil {
 			return err
 		}
@@ -300,7 +310,7 @@ func (a *attacher) setUpHostEnd() error {
 	return nil
 }
 
-// addRoutes tells the host its way to the container.
+// addRoutes gives the host its way to the container: the neighbour entry and the two routes.
 func (a *attacher) addRoutes() error {
 	link := a.bridgeIndex
 	if link == 0 {
@@ -321,6 +331,7 @@ func (a *attacher) addRoutes() error {
 	return nil
 }
 
+// deleteUDPFlows deletes flows that an earlier holder of the endpoint's UDP ports has left.
 func (a *attacher) deleteUDPFlows() error { return deleteUDPFlows(&a.flows, notIdle(a.ports)) }
 
 // writeAlias says that the interface is whole.
@@ -328,6 +339,7 @@ func (a *attacher) writeAlias() error {
 	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: a.hostEndIndex}}, a.alias.String())
 }
 
+// ignoreMissing turns the error for an object that does not exist into nil.
 func ignoreMissing(err error) error {
 	if rtnl.IsNotExist(err) {
 		return nil

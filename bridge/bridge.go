@@ -1,15 +1,16 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package bridge attaches containers to the host's network: it makes azure0, veth
-// pairs, routes to containers, and the rules that containers live by. The NIC stays
-// the host's: no address, route, rule, name or flag of it is changed. It is not the
-// pool: it is told addresses and never chooses one, and it knows neither Docker nor
-// CNI.
+// Package bridge attaches containers to the host's network. It makes azure0, veth pairs, routes to containers,
+// and the nftables rules that containers live by. The NIC stays the host's: the package changes no address,
+// route, rule, name or flag of it.
 //
-// The kernel is the record. What is attached is read from links: their names, link
-// groups and aliases. <run>/azure-vnet/host.json holds only what the kernel cannot:
-// what was asked of each NIC, the networks' policies, and who claimed which port of
-// the host. Every call can be repeated, and a repeat finishes what a crash left.
+// The package is not the pool: its caller gives it addresses, and it never chooses one. It knows neither Docker
+// nor CNI.
+//
+// The kernel is the record of what is attached. The package reads attachments from the links: from their names,
+// link groups and aliases. The file <run>/azure-vnet/host.json has only what the kernel cannot tell: what was
+// asked of each NIC, the networks' policies, and which endpoint has claimed which port of the host. Every call
+// can be repeated. A repeat finishes what a crash left.
 package bridge
 
 import (
@@ -17,86 +18,86 @@ import (
 	"net/netip"
 )
 
-// Config says where the host's directories are, as this process sees them. The zero
-// value is right outside a container.
+// Config says where the host's directories are, as this process sees them. The zero value is right outside of a
+// container.
 type Config struct {
-	Run    string // the host's /run; empty: /run. State lies in Run/azure-vnet
-	Sysctl string // the host's /proc/sys/net; empty: that
+	Run    string // the host's /run; empty: /run. The package's files are in Run/azure-vnet
+	Sysctl string // the host's /proc/sys/net; empty: /proc/sys/net
 }
 
-// Mode is where the host end of an endpoint's veth is plugged.
+// Mode says how the host end of an endpoint's veth is connected.
 type Mode string
 
-// The modes. Both may stand on one host.
+// The modes. Both may be in use on one host.
 const (
-	ModeBridge      Mode = "bridge"      // a port of the NIC's bridge
-	ModeTransparent Mode = "transparent" // on its own: for policy engines that match a container's own interface
+	ModeBridge      Mode = "bridge"      // the host end is a port of the NIC's bridge
+	ModeTransparent Mode = "transparent" // the host end is in no bridge. This is for policy engines that match a container's own interface
 )
 
-// Modes are all of them.
+// Modes has every mode.
 var Modes = []Mode{ModeBridge, ModeTransparent}
 
-// Spec is what a network asks of the host: see Ensure.
+// Spec is what a network asks of the host. Ensure takes it.
 type Spec struct {
 	MAC     string       // of the NIC, lower case with colons; required
-	Name    string       // of its bridge; empty: the one that it has, else azure0 for the primary NIC and azure<ifindex> for another
+	Name    string       // of the NIC's bridge; empty: the bridge that the NIC has, else azure0 for the primary NIC and azure<ifindex> for another
 	Primary bool         // the NIC is the VM's primary
 	Mode    Mode         // empty: ModeBridge
-	Subnet  netip.Prefix // of the virtual network, which the NIC is in; none: told by the NIC's addresses
+	Subnet  netip.Prefix // of the virtual network that the NIC is in; invalid: the subnet is taken from the NIC's addresses
 
-	// NICs are the MACs of all NICs of the VM, as far as known. What leaves by one of
-	// them stays in the virtual network, whether or not its addresses are lent.
+	// NICs are the MACs of all NICs of the VM, as far as they are known. A packet that leaves by one of these
+	// NICs stays in the virtual network, whether or not addresses of that NIC are lent.
 	NICs []string
 }
 
-// Bridge is what stands for a NIC.
+// Bridge says what a NIC has for its containers.
 type Bridge struct {
-	Name   string           // azure0; empty: only transparent endpoints are asked for
-	MAC    net.HardwareAddr // of the bridge, and no NIC's; nil without a bridge
-	MTU    int              // bytes, the NIC's
-	NIC    string           // its name, eth0; empty: it is gone
-	NICMAC string           // lower case with colons
+	Name   string           // such as azure0; empty: the NIC has transparent endpoints only
+	MAC    net.HardwareAddr // of the bridge. It differs from every NIC's MAC. nil: there is no bridge
+	MTU    int              // in bytes; it is the NIC's
+	NIC    string           // the NIC's name, such as eth0; empty: the NIC is gone
+	NICMAC string           // the NIC's MAC, lower case with colons
 
-	Mended []string // of Ensure alone: what it found broken on the host and mended, in sentences
+	Mended []string // of Ensure alone: sentences that say what Ensure found broken on the host and mended
 }
 
-// Policy is what a network may reach, and how.
+// Policy says which destinations a network's containers may reach, and with which source address.
 type Policy struct {
-	Internal   bool           // the host and other endpoints are reached, and nothing else; SNAT and Direct do not matter then
-	SNAT       bool           // what is not direct leaves with the address of the link that it leaves by; off: all leaves as it is
-	Direct     []netip.Prefix // leaves as it is, by whatever link; nil: RFC 1918, 100.64.0.0/10 and the NICs' subnets, as far as they leave by a NIC
-	NoMetadata bool           // 169.254.169.254 is not reached
+	Internal   bool           // containers reach only the host and other endpoints. SNAT and Direct mean nothing then
+	SNAT       bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address
+	Direct     []netip.Prefix // destinations reached with the container's address, by whatever link; nil: RFC 1918, 100.64.0.0/10 and the NICs' subnets, as far as they are reached by a NIC
+	NoMetadata bool           // containers do not reach 169.254.169.254
 }
 
-// Endpoint is a wish for a container's interface.
+// Endpoint is the wish for a container's interface. Attach takes it.
 type Endpoint struct {
-	Owner   string           // id of the endpoint: names the host end and stands in its alias. No spaces, at most 255 bytes
-	Lease   string           // owner of the address's lease, kept in the alias; empty: Owner
-	Pod     string           // namespace/name of the pod that the container is of, kept in the alias as far as there is room; empty: none, or not known
-	NIC     string           // MAC of the NIC that has the address, lower case with colons; required
-	Bridge  string           // the NIC's bridge, which Ensure has made; empty: transparent
-	Addr    netip.Prefix     // the container's address with its subnet's mask
-	Gateway netip.Addr       // Azure's, in the subnet; ignored without Netns
-	MAC     net.HardwareAddr // of the container's interface; nil: derived from Addr, so that an address keeps its MAC
-	MTU     int              // bytes, of both ends; 0: the NIC's
+	Owner   string           // id of the endpoint. The host end's name derives from it, and the host end's alias has it. 1 to 255 bytes, no spaces
+	Lease   string           // owner of the address's lease, which the alias has too; empty: Owner
+	Pod     string           // namespace/name of the container's pod. The alias has it as far as there is room; empty: none, or not known
+	NIC     string           // MAC of the NIC that the address belongs to, lower case with colons; required
+	Bridge  string           // name of the NIC's bridge, which Ensure has made; empty: the endpoint is transparent
+	Addr    netip.Prefix     // the container's address, with the mask of its subnet
+	Gateway netip.Addr       // Azure's gateway in the subnet. It is ignored if Netns is empty
+	MAC     net.HardwareAddr // of the container's interface; nil: it is derived from Addr, so an address always has the same MAC
+	MTU     int              // of both ends, in bytes; 0: the NIC's
 	Policy  Policy
-	Ports   []PublishedPort // of the host that lead to it; those that are Idle are claimed for it, until Publish has them lead to it
-	Netns   string          // path of the container's network namespace; empty: the container end stays here for the caller to move
-	IfName  string          // name in Netns; required with Netns
+	Ports   []PublishedPort // ports of the host that lead to the container. Those that are Idle are claimed for it, and lead nowhere until Publish
+	Netns   string          // path of the container's network namespace; empty: the container end stays in the host's namespace, and the caller moves it
+	IfName  string          // the interface's name in Netns; required with Netns
 }
 
-// Attachment is a container's interface as the kernel holds it.
+// Attachment is a container's interface as the kernel has it.
 type Attachment struct {
-	Owner       string // as given; sha256:<hex> where it did not fit the alias
-	Lease       string // owner of its address's lease
-	Pod         string // namespace/name; empty: none, not known, or it did not fit the alias
-	Link        string // host end
-	Peer        string // container end while it lies in the host's namespace, else empty
-	Bridge      string // as asked for, also while the link is not in it; empty: transparent
-	NIC         string // MAC, lower case with colons
+	Owner       string // as given to Attach; sha256:<hex> if it did not fit into the alias
+	Lease       string // owner of the address's lease; sha256:<hex> if it did not fit into the alias
+	Pod         string // namespace/name; empty: none, not known, or it did not fit into the alias
+	Link        string // name of the host end
+	Peer        string // name of the container end while it is in the host's namespace, else empty
+	Bridge      string // name of the bridge that was asked for, also while the host end is not in it; empty: transparent
+	NIC         string // the NIC's MAC, lower case with colons
 	Addr        netip.Prefix
-	MAC         net.HardwareAddr // container's
-	MTU         int              // bytes
-	Ports       []PublishedPort  // published: they lead to it
+	MAC         net.HardwareAddr // of the container's interface
+	MTU         int              // of the host end, in bytes
+	Ports       []PublishedPort  // ports of the host that lead to the container now
 	InContainer bool             `json:"Away"` // the container end lies in another network namespace, so a container has it. The key is that of earlier releases' status
 }

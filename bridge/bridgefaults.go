@@ -14,7 +14,7 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// bridgeFaults are those of a NIC's bridge.
+// bridgeFaults are the faults of the NIC's bridge. A NIC that has transparent endpoints only has none.
 func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	name, nic := v.state.NICs[mac].Bridge, v.nics[mac]
 	if name == "" {
@@ -32,7 +32,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	case l == nil:
 		return []fault{{what: name + " is gone", mend: func() error { return h.createBridge(name, mac, want, nic.Attrs().MTU) }}}
 	case halfMade(l):
-		return nil // said already; it is made when that one is gone
+		return nil // halfMadeFaults names the bridge. When it is deleted, the next pass makes it
 	case v.bridge(mac) == nil:
 		return []fault{{what: refuseNamesake(v.links, l).Error()}}
 	}
@@ -50,7 +50,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	}
 	br := l.(*netlink.Bridge)
 	add(br.MulticastSnooping != nil && *br.MulticastSnooping, name+" snoops multicast", func() error {
-		attrs := netlink.NewLinkAttrs() // of the link as it was read, the kernel refuses to change some
+		attrs := netlink.NewLinkAttrs() // a new value: the kernel refuses to change some attributes of the link as it was read
 		attrs.Name, attrs.Index = name, a.Index
 		return netlink.BridgeSetMcastSnoop(&netlink.Bridge{LinkAttrs: attrs}, false)
 	})
@@ -66,9 +66,11 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	return append(all, addressFaults(v, l)...)
 }
 
-// createBridge makes a bridge. A bridge copies its ports' MTU until its own MTU is changed.
-// Setting the value that it already has does not count, so it is made one byte smaller and
-// then set.
+// createBridge makes a bridge for the NIC with the MAC nic, and sets it up. If a step fails, it deletes the
+// bridge. mtu is in bytes.
+//
+// A bridge takes over the MTU of its ports until somebody changes its own MTU. To set the value that it already
+// has is no change. So the bridge is made with one byte less, and then set.
 func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) error {
 	if err := h.beforeStep("bridge"); err != nil {
 		return err
@@ -110,8 +112,8 @@ func (h *Host) createBridge(name, nic string, mac net.HardwareAddr, mtu int) err
 	return nil
 }
 
-// addressFaults are the addresses of a link. Links of ours must have no address. With the last
-// one the kernel deletes the link's routes and neighbour entries. While there is one,
+// addressFaults are the addresses of a link of ours, which must have none. When the last address of a link
+// goes, the kernel deletes the link's routes and neighbour entries. While there is an address,
 // conf.all.rp_filter=2 makes the link's source check loose.
 func addressFaults(v *view, l netlink.Link) (all []fault) {
 	for _, a := range v.addrs {

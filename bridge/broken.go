@@ -12,12 +12,12 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// brokenLockWait bounds how long Broken waits for those who are changing the host.
+// brokenLockWait bounds how long Broken waits for calls that are changing the host.
 const brokenLockWait = 3 * time.Second
 
-// Broken names what is not as it should be, in sentences, and changes nothing: what Reconcile
-// would mend, and what only a person can. It holds the lock meanwhile, since what is half made
-// is not broken. The error names who keeps it waiting.
+// Broken returns a sentence for each fault, and changes nothing. The faults are those that Reconcile would
+// mend, and those that only a person can mend. Broken holds the host's lock while it reads, because what
+// another call has half made is not a fault. If it cannot get the lock, the error names the call that has it.
 func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	var out []string
 	taken := h.CheckReady(ctx)
@@ -40,7 +40,7 @@ func (h *Host) Broken(ctx context.Context) ([]string, error) {
 	return append(out, upstreamRules(nics)...), err
 }
 
-// faultsOfOurs names the faults, and returns the NICs that something was asked of.
+// faultsOfOurs returns the faults of a host that something was asked of, and the NICs that it was asked of.
 func (h *Host) faultsOfOurs(ctx context.Context) (out []string, nics []netlink.Link, err error) {
 	wait, cancel := context.WithTimeout(ctx, brokenLockWait)
 	defer cancel()
@@ -69,7 +69,8 @@ func (h *Host) faultsOfOurs(ctx context.Context) (out []string, nics []netlink.L
 	return out, nics, err
 }
 
-// faultsBeforeFirstUse names what would be in the way of the first container of a host, of which nothing is asked yet.
+// faultsBeforeFirstUse returns what would be in the way of the first container of a host that nothing was asked
+// of yet.
 func (h *Host) faultsBeforeFirstUse() (out []string, err error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {

@@ -38,9 +38,9 @@ func (a *attacher) decideParts(ctx context.Context) error {
 	return nil
 }
 
-// readLittle reads as little as nearly every attach needs: v has the NIC and its bridge. tables says that the nft tables
-// stand with the endpoint's policy. enough: nothing more has to be read. The tables stand, no route leads to the
-// address, and no port is asked for.
+// readLittle reads as little as nearly every attach needs. The view has the NIC and its bridge only.
+// tablesExist reports whether the nft tables have the endpoint's policy. enough reports whether nothing else
+// has to be read: the tables exist, no route leads to the address, and no port of the host is asked for.
 func (a *attacher) readLittle() (v *view, tables, enough bool, err error) {
 	state, err := a.host.readState()
 	if err != nil {
@@ -129,7 +129,7 @@ func (a *attacher) claimPorts(ctx context.Context, v *view) (err error) {
 	return nil
 }
 
-// decideFromView takes from the view what the endpoint's parts rest on.
+// decideFromView takes from the view what the endpoint's parts depend on: the NIC, the MTU, and the bridge.
 func (a *attacher) decideFromView(v *view) error {
 	nic := v.nics[a.alias.nic]
 	if nic == nil {
@@ -165,7 +165,7 @@ func (a *attacher) decideFromView(v *view) error {
 	return nil
 }
 
-// refuseUsedMAC refuses a MAC that the bridge has already: the kernel would move it to the new port, and
+// refuseUsedMAC refuses a MAC that the bridge has already. The kernel would move the MAC to the new port, and
 // the other container would be cut off.
 func (a *attacher) refuseUsedMAC() error {
 	f, found, err := rtnl.FindForwarding(a.bridgeIndex, a.alias.mac)
@@ -174,7 +174,7 @@ func (a *attacher) refuseUsedMAC() error {
 	}
 	holder, owner := fmt.Sprintf("link %d", f.Port), ""
 	if l, err := netlink.LinkByIndex(f.Port); err == nil {
-		if halfMade(l) { // a detach is about to delete it, or died before it could
+		if halfMade(l) { // a detach is about to delete this link, or died before it could
 			return deleteLink(l)
 		}
 		holder = l.Attrs().Name
@@ -185,13 +185,15 @@ func (a *attacher) refuseUsedMAC() error {
 	return &InUseError{Owner: owner, text: fmt.Sprintf("the MAC %s is that of %s on %s already: ask for another, or for none", a.alias.mac, holder, a.alias.bridge)}
 }
 
-// addressIsFree asks the kernel's routes, which know of every address that the host or a container has.
+// addressIsFree reports whether no route leads to the address alone. The kernel has such a route for each
+// address of the host and of a container.
 func addressIsFree(addr netip.Addr) (bool, error) {
 	_, found, err := routeTo(addr)
 	return !found, err
 }
 
-// refuseForeignRoute refuses an address that a route of somebody else leads to: it is a container's of theirs.
+// refuseForeignRoute refuses an address that a route of somebody else leads to alone. Such a route is to a
+// container of another plugin.
 func refuseForeignRoute(addr netip.Addr) error {
 	r, found, err := routeTo(addr)
 	if err != nil || !found || r.Protocol == ourProtocol || r.Type != unix.RTN_UNICAST {
@@ -200,7 +202,7 @@ func refuseForeignRoute(addr netip.Addr) error {
 	return fmt.Errorf("a route to %s is there that is not ours (ip route show table %d %[1]s): whoever made it uses that address; end that, or ask for another address", addr, r.Table)
 }
 
-// routeTo is the route to that one address, if there is one.
+// routeTo finds the route to that one address (/32), in any table that the kernel asks.
 func routeTo(addr netip.Addr) (r netlink.Route, found bool, err error) {
 	routes, err := netlink.RouteGetWithOptions(net.IP(addr.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
 	if rtnl.IsNotExist(err) || errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {

@@ -14,12 +14,15 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// bridgePortFlags are what a container's bridge port differs in from a new one. Nothing is learnt
-// from it and nothing is flooded to it: its MAC is in the forwarding table. With hairpin,
-// br_netfilter can lead a service back to the container that asked. The mask has frames to the
-// reserved groups (01:80:c2:00:00:00 to 0f) take the way of all others, where the nft rules drop
-// them. Else the kernel hands them to the host by the port itself, past every rule, and a router
-// advertisement in one would give the host a default route. Bit 1, PAUSE, is always dropped.
+// bridgePortFlags are the flags by which a container's bridge port differs from a new port.
+//
+// The port learns no MAC, and frames are not flooded to it: the container's MAC has a static forwarding entry.
+// With hairpin, br_netfilter can lead a packet for a service back to the container that sent it.
+//
+// group_fwd_mask has one bit for each of the reserved groups 01:80:c2:00:00:00 to 0f. With the mask, frames to
+// these groups take the way of all frames, where the nft rules drop them. Without it, the kernel hands such a
+// frame to the host by the port itself, past every rule: a router advertisement in one would give the host a
+// default route. Bit 1, PAUSE, is always dropped by the kernel and cannot be set.
 var bridgePortFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_MODE, Name: "hairpin", Value: 1},
 	{Kind: nl.IFLA_BRPORT_LEARNING, Name: "learning", Value: 0},
@@ -29,14 +32,15 @@ var bridgePortFlags = []rtnl.PortFlag{
 	{Kind: nl.IFLA_BRPORT_GROUP_FWD_MASK, Name: "group_fwd_mask", Value: 0xfffd},
 }
 
-// bridgePortDefaults are flags that a new port has and that a container's must keep. A kernel that
-// does not have such a flag tells none. With br_netfilter the bridge itself leads what was sent
-// to a service from port to port, which an isolated port does not get.
+// bridgePortDefaults are flags that a new port has and that a container's port must keep. A kernel that does
+// not know such a flag does not tell it. With br_netfilter, the bridge itself may lead a packet for a service
+// from one port to another; an isolated port would not get it.
 var bridgePortDefaults = []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_ISOLATED, Name: "isolated", Value: 0}}
 
+// portForwards is BR_STATE_FORWARDING, the state of a port that passes frames.
 const portForwards = 3 // BR_STATE_FORWARDING
 
-// bridgePortFaults are those of a host end as a port of its bridge.
+// bridgePortFaults are the faults of a host end as a port of its bridge. add collects them.
 func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, mend func() error)) {
 	has := v.portFlags[e.link.Index]
 	for _, f := range bridgePortFlags {
@@ -49,26 +53,26 @@ func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, me
 		add(has[f.Kind] != f.Value, "port flag "+f.Name+" changed", func() error { return rtnl.SetPortFlags(e.link.Index, bridgePortDefaults) })
 	}
 	state, told := has[nl.IFLA_BRPORT_STATE]
-	blocked := told && state != portForwards && e.link.OperState == netlink.OperUp // else its container's end is down
+	blocked := told && state != portForwards && e.link.OperState == netlink.OperUp // while the container end is down, the port is blocked, and nothing is wrong
 	add(blocked && !v.bridgeSettings[e.link.MasterIndex].STP, "its port does not forward", func() error {
 		return rtnl.SetPortFlags(e.link.Index, []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_STATE, Value: portForwards}})
 	})
 }
 
-// containerFaults are what is wrong inside of the endpoint's container. Nobody can mend it from outside.
+// containerFaults are the faults within the endpoint's container. Nobody can mend them from outside.
 func (e endpoint) containerFaults() []fault {
 	if e.link.NetNsID < 0 {
 		return nil
 	}
 	name, mac, found, err := rtnl.ReadLinkInNamespace(e.link.NetNsID, e.link.ParentIndex)
 	if err != nil || !found || mac.String() == e.mac.String() {
-		return nil // the container may be on its way out
+		return nil // without an answer nothing is said: the container may be ending
 	}
 	return []fault{{what: fmt.Sprintf("%s (%s): %s in its container has the MAC %s and not %s, so all that it sends is dropped: where a plugin such as tuning gave it that MAC, ask azure-vnet for it, by the capability mac or by CNI_ARGS",
 		e.link.Name, e.label(), name, mac, e.mac)}}
 }
 
-// endpointFaults are those of one container's interface, as far as the host has it.
+// endpointFaults are the faults of one container's interface, as far as the host has it.
 func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	name, addr := e.link.Name, e.addr.Addr()
 	l := &netlink.Device{LinkAttrs: *e.link}
@@ -95,7 +99,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	} else {
 		br := v.bridge(e.nic)
 		if br == nil || br.Name != e.bridge {
-			return all // said already
+			return all // bridgeFaults names the bridge
 		}
 		all = append(all, h.sysctlFault(noIPv6(name))...)
 		joined := e.link.MasterIndex == br.Index
@@ -118,7 +122,7 @@ func (h *Host) endpointFaults(v *view, e endpoint) (all []fault) {
 	return all
 }
 
-// isOurs reports whether that link bears our mark.
+// isOurs reports whether the link of that name is a bridge or a host end of ours.
 func (v *view) isOurs(name string) bool {
 	l := v.links.ByName(name)
 	if l == nil {
@@ -129,7 +133,8 @@ func (v *view) isOurs(name string) bool {
 	return ours || end
 }
 
-// forwardingFault is what ails the entry that leads the bridge's frames to the container.
+// forwardingFault says what is wrong with the forwarding entry that leads the bridge's frames to the container,
+// and how to mend it. Without a fault, what is empty. If another link rightly has the MAC, mend is nil.
 func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, mend func() error) {
 	i := slices.IndexFunc(v.forwardingEntries, func(f rtnl.ForwardingEntry) bool {
 		return f.Bridge == br.Index && f.MAC.String() == e.mac.String()
@@ -144,7 +149,7 @@ func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, 
 		if v.hasMAC(other.Port, e.mac) {
 			return what, nil
 		}
-		return what, func() error { // somebody moved the entry
+		return what, func() error { // somebody has moved the entry to a port whose MAC it is not
 			if err := rtnl.DeleteForwarding(other); err != nil && !rtnl.IsNotExist(err) {
 				return err
 			}
@@ -154,8 +159,7 @@ func (e endpoint) forwardingFault(v *view, br *netlink.LinkAttrs) (what string, 
 	return "", nil
 }
 
-// hasMAC reports whether the MAC is rightly that of a port: of the link itself, or of
-// the container behind it.
+// hasMAC reports whether a port rightly has the MAC: it is the MAC of the link, or of the container behind it.
 func (v *view) hasMAC(port int, mac net.HardwareAddr) bool {
 	l := v.links.ByIndex(port)
 	if l == nil {
@@ -165,6 +169,7 @@ func (v *view) hasMAC(port int, mac net.HardwareAddr) bool {
 	return ours && a.mac.String() == mac.String() || l.Attrs().HardwareAddr.String() == mac.String()
 }
 
+// nameOf returns the name of the link with that index, or "link" and the index if there is none.
 func (v *view) nameOf(index int) string {
 	if l := v.links.ByIndex(index); l != nil {
 		return l.Attrs().Name

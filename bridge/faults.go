@@ -13,19 +13,21 @@ import (
 
 // fault is one thing that is not as it should be.
 type fault struct {
-	what     string       // in a sentence's words: "azure0 is down"
-	mend     func() error // nil: only a person can
+	what     string       // in the words of a sentence, such as "azure0 is down"
+	mend     func() error // nil: only a person can mend it
 	bearable bool         // containers can be attached in spite of it
 }
 
 // needsPerson reports whether azure-vnet cannot mend the fault. Its text then says what to do.
 func (f fault) needsPerson() bool { return f.mend == nil }
 
-// listFaults says what is wrong with the host. This is the one place that says what ought to
-// stand: Ensure, Reconcile, Check and status all go by it. Mending a fault may bring others
-// to light, such as the ports of a bridge that was gone, so whoever mends reads again.
+// listFaults says what is wrong with the host. It is the one place that says what the host should be like:
+// Ensure, Reconcile, Check and Broken all use these functions. Mending one fault may bring others to light,
+// such as the ports of a bridge that was gone. So a round reads the host again after it mended something.
 //
-// The order is that of mending: what restricts comes before what opens.
+// The order of the calls is the order of mending: what restricts containers comes before what opens a way to
+// them. The functions named Faults decide on the view. They read only what it lacks: sysctls, nft tables,
+// FORWARD, drop-ins.
 func (h *Host) listFaults(v *view) (all []fault, err error) {
 	add := func(faults []fault) { all = append(all, faults...) }
 	add(halfMadeFaults(v))
@@ -76,7 +78,7 @@ func halfMadeFaults(v *view) (all []fault) {
 	return all
 }
 
-// nicFaults are those of a NIC that has containers, or is to have some.
+// nicFaults are the faults of a NIC that containers are asked for on. A NIC without any has none.
 func (h *Host) nicFaults(v *view, mac string) []fault {
 	if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
 		return nil
@@ -93,7 +95,8 @@ func (h *Host) nicFaults(v *view, mac string) []fault {
 
 var ipForward = sysctl{"ipv4/ip_forward", "1"}
 
-// sysctlFault is a setting that is not s. One that the kernel does not have is none.
+// sysctlFault is the fault of a setting with another value than s wants. A setting that the kernel does not
+// have is no fault.
 func (h *Host) sysctlFault(s sysctl) []fault {
 	if is := h.readSysctl(s.name); is == "" || is == s.value {
 		return nil
@@ -101,10 +104,11 @@ func (h *Host) sysctlFault(s sysctl) []fault {
 	return []fault{{what: fmt.Sprintf("net.%s is not %s", strings.ReplaceAll(s.name, "/", "."), s.value), mend: func() error { return h.setSysctl(s) }}}
 }
 
-// linkSysctls are the settings of a link that leads to containers. It answers ARP in Azure's
-// place and at once. It takes from a container only what has the container's address. It speaks
-// no IPv6, which is not served yet. With route_localnet the host reaches published ports at
-// 127.0.0.1, ours and those of a chained portmap; the nft rules keep containers from 127.0.0.1.
+// linkSysctls are the settings of a bridge of ours, or of a transparent host end. With proxy_arp the link
+// answers ARP for Azure's gateway, and with proxy_delay 0 at once. With rp_filter it takes from a container
+// only packets with the container's address. IPv6 is off, because it is not served yet. With route_localnet the
+// host reaches published ports at 127.0.0.1, ours and those of a chained portmap plugin; the nft rules keep
+// containers away from 127.0.0.1.
 func linkSysctls(link string) []sysctl {
 	conf := "ipv4/conf/" + link
 	return []sysctl{
@@ -119,9 +123,10 @@ func linkSysctls(link string) []sysctl {
 	}
 }
 
-// noIPv6 has the host neither speak IPv6 by the link nor believe what comes by it.
+// noIPv6 keeps the host from sending IPv6 by the link, and from believing IPv6 that comes by it.
 func noIPv6(link string) sysctl { return sysctl{"ipv6/conf/" + link + "/disable_ipv6", "1"} }
 
+// deleteLink deletes a link. If the link does not exist, that is success.
 func deleteLink(l netlink.Link) error {
 	if err := netlink.LinkDel(l); err != nil && !rtnl.IsNotExist(err) {
 		return fmt.Errorf("delete %s: %w", l.Attrs().Name, err)

@@ -46,7 +46,7 @@ func droppingChainFaults(v *view) (all []fault) {
 	return all
 }
 
-// forwardConfig is what iptables is to accept.
+// forwardConfig returns what our rules in iptables' FORWARD are to accept.
 func (v *view) forwardConfig() forward.Config {
 	c := forward.Config{}
 	transparent := false
@@ -81,8 +81,8 @@ func (v *view) isNIC(index int) bool {
 	return false
 }
 
-// mayLeadOut tells a link that may lead to another network, such as a VPN's, from one that
-// leads to somebody's containers: bridges and veths do.
+// mayLeadOut reports whether a link may lead to another network, as a VPN's link does. Bridges and veths do not
+// count: they lead to containers of somebody.
 func mayLeadOut(l netlink.Link) bool {
 	a := l.Attrs()
 	return a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && a.MasterIndex == 0 &&

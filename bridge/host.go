@@ -13,19 +13,19 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// Host is the network of the host, or of the namespace, that its methods are called
-// in. The methods speak to the kernel from the calling thread and start no goroutine
-// that does, so a caller that locked its thread into a namespace works on that one.
-// Any number of Hosts, in any number of processes, may work on one host at once.
+// Host is the network of the host, or of the namespace that its methods are called in. The methods speak to the
+// kernel from the calling thread, and start no goroutine that does. So a caller that has locked its thread into
+// a namespace works on that namespace. Any number of Hosts, in any number of processes, may work on one host at
+// the same time.
 type Host struct {
 	cfg Config
 
-	// testHook is called before each named step, and an error that it returns is
-	// that step's. It is nil outside tests.
+	// testHook is called before each named step. If it returns an error, the step fails with it. Outside of
+	// tests it is nil.
 	testHook func(step string) error
 }
 
-// New returns the host that cfg describes. It touches nothing.
+// New returns the host that cfg describes. It reads and changes nothing.
 func New(cfg Config) *Host {
 	if cfg.Run == "" {
 		cfg.Run = "/run"
@@ -36,6 +36,7 @@ func New(cfg Config) *Host {
 	return &Host{cfg: cfg}
 }
 
+// beforeStep lets a test stop the caller before the named step, as a crash would.
 func (h *Host) beforeStep(step string) error {
 	if h.testHook == nil {
 		return nil
@@ -43,19 +44,19 @@ func (h *Host) beforeStep(step string) error {
 	return h.testHook(step)
 }
 
-// path is a file of ours under <run>/azure-vnet.
+// path returns the path of a file of ours, which is under <run>/azure-vnet.
 func (h *Host) path(elem ...string) string {
 	return filepath.Join(append([]string{h.cfg.Run, "azure-vnet"}, elem...)...)
 }
 
-// lockWait bounds the wait for the host's lock, for a caller that has more time. A call
-// of CNI has 30 s: of 200 ADDs at once on a busy node, the last ones wait long.
+// lockWait bounds the wait for the host's lock if the caller's ctx ends later. A CNI call has 30 s in all. Of
+// 200 ADDs at once on a busy node, the last ones wait for long.
 const lockWait = 20 * time.Second
 
-// lockHost holds the host's network alone: whoever reads it in order to change it holds
-// the lock from the reading to the change. who is told to those who wait in vain. While
-// it is held, only host.json's lock is taken, iptables' own, and at uninstall that of
-// the leases.
+// lockHost takes bridge.lock, which is exclusive: a call that changes the host's network holds it from the
+// reading on which it decides to the change. The file has the text of who; another call that waits in vain is
+// told it. While the lock is held, only these locks may be taken: host.json's, that of the iptables programs,
+// and at uninstall that of leases.json.
 func (h *Host) lockHost(ctx context.Context, who string) (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
@@ -66,17 +67,17 @@ func (h *Host) lockHost(ctx context.Context, who string) (unlock func(), err err
 	return unlock, nil
 }
 
-// sysctl is a setting below /proc/sys/net.
+// sysctl is a setting below /proc/sys/net. The name is a path, such as ipv4/ip_forward.
 type sysctl struct{ name, value string }
 
-// readSysctl returns "" for a setting that the kernel does not have.
+// readSysctl returns the value of a setting, or "" if the kernel does not have the setting.
 func (h *Host) readSysctl(name string) string {
 	is, _ := os.ReadFile(filepath.Join(h.cfg.Sysctl, name))
 	return strings.TrimSpace(string(is))
 }
 
-// setSysctl writes s unless it stands. A setting that the kernel does not have, such
-// as one of IPv6 where that is switched off, is success.
+// setSysctl writes the value if the setting has another one. If the kernel does not have the setting, it does
+// nothing: for example, a host without IPv6 has no setting of IPv6.
 func (h *Host) setSysctl(s sysctl) error {
 	if is := h.readSysctl(s.name); is == "" || is == s.value {
 		return nil

@@ -15,16 +15,17 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// maxPasses bounds how often a round reads and mends. A bridge that is half made is deleted, then
-// made, then its ports are plugged in, then their flags are set, and the last pass finds nothing.
+// maxPasses bounds how often a round reads the host. The longest chain of repairs takes five passes: a
+// half-made bridge is deleted, then made again, then host ends become its ports, then the ports get their
+// flags, and the last pass finds nothing.
 const maxPasses = 6
 
-// Reconcile makes everything of ours stand as it should, whoever broke it, and finishes what a
-// crash left. It returns a sentence for each thing that it mended, none when all stood. It works
-// on after an error, and returns all of them.
+// Reconcile mends everything of ours that is not as it should be, whoever broke it, and finishes what a crash
+// left. It returns a sentence for each thing that it mended, and none if nothing was broken. After an error it
+// works on, and it returns all errors. On a host that has nothing of ours it does nothing, and makes no file.
 func (h *Host) Reconcile(ctx context.Context) (mended []string, err error) {
 	if used, err := h.inUse(); err != nil || !used {
-		return nil, err // nor is a lock made on a host that has nothing of ours
+		return nil, err
 	}
 	unlock, err := h.lockHost(ctx, "reconcile")
 	if err != nil {
@@ -101,7 +102,7 @@ func (h *Host) mendFaults(ctx context.Context, faults []fault, r *round) (again 
 	return again
 }
 
-// inUse reports whether anything of ours stands or was asked for since the boot.
+// inUse reports whether the host has anything of ours, or anything was asked of it since its boot.
 func (h *Host) inUse() (bool, error) {
 	s, err := h.readState()
 	if err != nil || s.isAsked() {
@@ -115,15 +116,16 @@ func (h *Host) inUse() (bool, error) {
 	}), err
 }
 
-// The plugin, or a timer, reconciles every 30 s. Where there is neither, whoever attaches does:
-// see Ensure.
+// roundEvery is how old the last round may be before a call that attaches does one itself. The plugin and the
+// timer do a round every 30 s, so this matters only on a host with neither.
 const roundEvery = time.Minute
 
-// roundTime bounds what a call that attaches spends on a round.
+// roundTime bounds how long a call that attaches spends on a round.
 const roundTime = 5 * time.Second
 
-// reconcileIfNobodyDoes reconciles a host that nobody reconciles, and returns what it mended. Of
-// many calls at once one does it. Its failure keeps no container away that can do without.
+// reconcileIfNobodyDoes does a round if no round ran for a minute, and returns what it mended. Of many calls at
+// once, one does the round. An error of the round is not returned: the attach may work in spite of it, and
+// fails by itself if not.
 func (h *Host) reconcileIfNobodyDoes(ctx context.Context) (mended []string) {
 	if used, err := h.inUse(); err != nil || !used || h.roundIsRecent() {
 		return nil
@@ -135,12 +137,14 @@ func (h *Host) reconcileIfNobodyDoes(ctx context.Context) (mended []string) {
 	return mended
 }
 
-// noteRound notes that a round runs now. Where it cannot be noted, the next call costs more.
+// noteRound sets the time of the last round. If that fails, the next attach does one round more.
 func (h *Host) noteRound() {
 	_ = os.WriteFile(h.path("reconciled"), nil, 0o600)
 	_ = os.Chtimes(h.path("reconciled"), time.Now(), time.Now())
 }
 
+// roundIsRecent reports whether a round began less than a minute ago. A time in the future does not count: the
+// clock was set back.
 func (h *Host) roundIsRecent() bool {
 	info, err := os.Stat(h.path("reconciled"))
 	if err != nil {

@@ -13,7 +13,8 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// routingFaults are those of the rules, and of the tables that lead out by other NICs.
+// routingFaults are routing rules and routes of the NICs' tables that are missing, and rules of ours that
+// nothing asks for.
 func routingFaults(v *view) (all []fault) {
 	want := v.wantedRules()
 	for _, r := range v.wantedRoutes() {
@@ -51,8 +52,8 @@ func routingFaults(v *view) (all []fault) {
 	return all
 }
 
-// strayFaults are routes and neighbour entries of ours that no link speaks for. In bridge mode
-// they name the bridge, and do not die with the container's link.
+// strayFaults are routes and neighbour entries with our protocol number that no endpoint needs. In bridge mode
+// a container's route names the bridge, so the kernel does not delete it with the host end.
 func strayFaults(v *view) (all []fault) {
 	routes := v.wantedRoutes()
 	for _, r := range v.ourRoutes {
@@ -74,7 +75,7 @@ func strayFaults(v *view) (all []fault) {
 	return all
 }
 
-// mendRouting makes the rules and the ways out by other NICs what they should be.
+// mendRouting mends the routing rules and the NICs' tables alone. An attach on a second NIC needs them at once.
 func (h *Host) mendRouting() error {
 	v, err := h.readView()
 	if err != nil {

@@ -23,9 +23,10 @@ func tableFaults(v *view) (all []fault, err error) {
 	return all, nil
 }
 
-// mendTables makes the nft tables what they should be. The kernel decides on SNAT and DNAT once for a flow. A datagram
-// flow that began while the tables were gone would go on without them for as long as it is used. So such flows are
-// deleted, and the kernel decides on the next datagram. A TCP client begins a new connection by itself.
+// mendTables makes the nft tables what the view asks for. It then deletes flows of datagrams. The kernel
+// decides on SNAT and DNAT with the first packet of a flow, and a flow of datagrams that began without the
+// tables would stay without them as long as it is used. After the deletion, the kernel decides again on the
+// next datagram. TCP needs no such help: its clients begin a new connection by themselves.
 func mendTables(v *view) error {
 	c := v.rulesetConfig()
 	if _, err := c.Sync(); err != nil {
@@ -45,7 +46,7 @@ func mendTables(v *view) error {
 	return flows.Delete(all...)
 }
 
-// rulesetConfig is what the nft tables derive from.
+// rulesetConfig returns the plain values that the nft tables derive from.
 func (v *view) rulesetConfig() ruleset.Config {
 	c := ruleset.Config{}
 	for _, mac := range v.macs() {
@@ -62,7 +63,7 @@ func (v *view) rulesetConfig() ruleset.Config {
 	}
 	for _, id := range slices.Sorted(maps.Keys(policies)) {
 		n := policies[id].rulesetNetwork()
-		n.ID = id // a policy that is taken for the default keeps its id
+		n.ID = id // a policy that host.json has lost is taken for the default, and keeps its id
 		c.Networks = append(c.Networks, n)
 	}
 	ports := v.publishedPorts()
@@ -72,7 +73,7 @@ func (v *view) rulesetConfig() ruleset.Config {
 	return c
 }
 
-// rulesetEndpoint is an endpoint as the rules take it.
+// rulesetEndpoint returns an endpoint as plain values for the nft tables. link is the name of its host end.
 func (v *view) rulesetEndpoint(a alias, link string, ports []PublishedPort) ruleset.Endpoint {
 	p := policyOf(v.state.Policies, a.policy)
 	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), Network: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}

@@ -17,21 +17,24 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// ourProtocol marks the routes, rules and neighbour entries that we made.
+// ourProtocol is the protocol number of the routes, rules and neighbour entries that we make. It is our mark on
+// them.
 const ourProtocol = 168
 
-// mainRule is the priority of the kernel's rule that leads to the main table.
+// mainRule is the priority of the kernel's own rule that leads to the table main.
 const mainRule = 32766
 
-// view is one reading of the host: each kind of kernel state once. What ought to stand is
-// decided on it alone.
+// view is one reading of the host, with each kind of kernel state once. Decisions rest on it: which faults
+// there are, what an endpoint may have, and what the nft tables and FORWARD should hold. Settings and files
+// that only one decision needs are not in it: sysctls, the nft tables, FORWARD and drop-ins are read once each
+// by the function that lists their faults.
 type view struct {
-	state               *hostState // with what the links tell of a state that was lost
+	state               *hostState // host.json, completed from the links if the file was lost
 	links               rtnl.Links
 	addrs               []netlink.Addr  // IPv4
-	ourRoutes           []netlink.Route // with our protocol, in every table
-	ourRoutingRules     []netlink.Rule  // with our protocol
-	lowestOtherPriority int             // lowest priority of a rule of others behind the local table's
+	ourRoutes           []netlink.Route // those with our protocol number, in every table
+	ourRoutingRules     []netlink.Rule  // those with our protocol number
+	lowestOtherPriority int             // the lowest priority of a rule of others; the local table's rule does not count
 	neighbours          []rtnl.Neighbour
 	forwardingEntries   []rtnl.ForwardingEntry
 	portFlags           map[int]rtnl.PortFlags      // of the ports of every bridge, by link index
@@ -39,19 +42,19 @@ type view struct {
 
 	zones zoneReading // of firewalld; only a round and Broken read them
 
-	nics      map[string]netlink.Link // by MAC; those that are gone are missing
+	nics      map[string]netlink.Link // by MAC; a NIC that is gone is missing
 	endpoints []endpoint
-	adopted   []string // MACs of the NICs of which the links tell more than host.json
+	adopted   []string // MACs of the NICs for which the links tell more than host.json does
 }
 
-// endpoint is a host end that its alias speaks for.
+// endpoint is a host end whose alias says what it is for.
 type endpoint struct {
 	alias
 	link *netlink.LinkAttrs
 }
 
-// readEndpoints reads what stands, and not how the host leads to it: state, links and addresses. The rest of the
-// view is empty.
+// readEndpoints reads host.json, links and addresses only. The view then has the endpoints, but not how the
+// host leads to them.
 func (h *Host) readEndpoints() (v *view, err error) {
 	v = &view{nics: map[string]netlink.Link{}}
 	if v.state, err = h.readState(); err != nil {
@@ -66,8 +69,8 @@ func (h *Host) readEndpoints() (v *view, err error) {
 	return v, v.adoptFromLinks()
 }
 
-// readView reads the host. The caller holds the lock, unless it changes nothing and bears with
-// an endpoint that is half made.
+// readView reads all of the view but the zones. The caller holds the host's lock, unless it changes nothing and
+// can bear to see an endpoint that another call has half made.
 func (h *Host) readView() (*view, error) {
 	v, err := h.readEndpoints()
 	if err != nil {
@@ -83,11 +86,11 @@ func (h *Host) readView() (*view, error) {
 	v.lowestOtherPriority = mainRule
 	for _, r := range rules {
 		if r.Table == unix.RT_TABLE_UNSPEC {
-			r.Type = unix.RTN_UNREACHABLE // the library does not tell, and a deletion must not hit another rule of that priority and link
+			r.Type = unix.RTN_UNREACHABLE // the library does not read the type. It is set, since RuleDel would else also match a rule of another type
 		}
 		if r.Protocol == ourProtocol {
 			v.ourRoutingRules = append(v.ourRoutingRules, r)
-		} else if r.Priority > 0 { // that of the local table has none
+		} else if r.Priority > 0 { // the local table's rule has priority 0
 			v.lowestOtherPriority = min(v.lowestOtherPriority, r.Priority)
 		}
 	}
@@ -112,8 +115,8 @@ func (h *Host) readView() (*view, error) {
 	return v, nil
 }
 
-// adoptFromLinks takes from the links what the state does not know: the file is lost sooner than
-// they are.
+// adoptFromLinks lists the endpoints, and completes the state from the links: host.json may be lost, and the
+// links then tell most of it. It also finds the NICs.
 func (v *view) adoptFromLinks() error {
 	for _, l := range v.links {
 		if a, ok := endpointAliasOf(l); ok {
@@ -149,7 +152,7 @@ func (v *view) adoptFromLinks() error {
 		if err == nil {
 			v.nics[mac] = nic
 		} else if !errors.Is(err, errNoNIC) {
-			return err // which of two is the NIC is not known, and nothing is changed by a guess
+			return err // two links may be the NIC. Nothing is changed by a guess
 		}
 	}
 	if len(v.nics) == 0 || v.knowsPrimary() {
@@ -173,8 +176,8 @@ func (v *view) knowsPrimary() bool {
 	return false
 }
 
-// defaultRouteLink is the index of the link that the host's best default route leaves by; 0 if there is none. Azure's
-// is on the primary NIC.
+// defaultRouteLink returns the index of the link that the host's best default route leaves by, or 0 if there is
+// no default route. Azure's default route is on the primary NIC.
 func defaultRouteLink() (int, error) {
 	all, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: ipNet(prefixOf(nil))}, netlink.RT_FILTER_DST)
@@ -185,10 +188,10 @@ func defaultRouteLink() (int, error) {
 	return slices.MinFunc(all, func(a, b netlink.Route) int { return a.Priority - b.Priority }).LinkIndex, nil
 }
 
-// macs are the NICs' MACs, in order.
+// macs returns the MACs of the NICs in host.json, sorted, so that every reading takes them in the same order.
 func (v *view) macs() []string { return slices.Sorted(maps.Keys(v.state.NICs)) }
 
-// nicName is empty for a NIC that is gone.
+// nicName returns the NIC's name, or "" if the NIC is gone.
 func (v *view) nicName(mac string) string {
 	if nic := v.nics[mac]; nic != nil {
 		return nic.Attrs().Name
@@ -196,8 +199,8 @@ func (v *view) nicName(mac string) string {
 	return ""
 }
 
-// bridge is the NIC's bridge as it stands, nil if it does not. One of that name which is
-// not ours is not it.
+// bridge returns the NIC's bridge, or nil if the NIC has none. A bridge of that name without our alias is not
+// the NIC's bridge.
 func (v *view) bridge(mac string) *netlink.LinkAttrs {
 	l := v.links.ByName(v.state.NICs[mac].Bridge)
 	if l == nil {
@@ -209,10 +212,11 @@ func (v *view) bridge(mac string) *netlink.LinkAttrs {
 	return l.Attrs()
 }
 
-// subnets are the NIC's IPv4 subnets of the virtual network: that of host.json, which the last Ensure wrote there, and
-// those of the NIC's containers. If the NIC has a prefix that contains one of these, the NIC's prefix stands in its
-// place. Without any of these, all prefixes of the NIC are its subnets. With one, a prefix that somebody adds to the NIC
-// from elsewhere is none.
+// subnets returns the IPv4 subnets of the virtual network that the NIC is in, sorted. They are the subnet in
+// host.json, which the last Ensure wrote there, and the subnets of the NIC's containers. If an address of the
+// NIC has a prefix that contains one of them, the prefix takes its place. If there is none of them, all
+// prefixes of the NIC's addresses are its subnets. So a prefix that somebody adds to the NIC from elsewhere is
+// a subnet only while nothing better is known.
 func (v *view) subnets(mac string) []netip.Prefix {
 	var on, out []netip.Prefix
 	if nic := v.nics[mac]; nic != nil {
@@ -245,7 +249,7 @@ func (v *view) subnets(mac string) []netip.Prefix {
 	return slices.Compact(out)
 }
 
-// linkWithAddress is the name of the host's link that has the address; empty: none has.
+// linkWithAddress returns the name of the host's link that has the address, or "" if no link has it.
 func (v *view) linkWithAddress(addr netip.Addr) string {
 	for _, a := range v.addrs {
 		if prefixOf(a.IPNet).Addr() == addr {
@@ -257,7 +261,7 @@ func (v *view) linkWithAddress(addr netip.Addr) string {
 	return ""
 }
 
-// prefixOf reads an IPv4 prefix; none is every address.
+// prefixOf converts an IPv4 prefix of the netlink library. nil is 0.0.0.0/0, as in a default route.
 func prefixOf(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
