@@ -151,7 +151,7 @@ func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
 	if err := a.decideParts(ctx); err != nil {
 		return Attachment{}, err
 	}
-	// The undoing is not deferred: a panic leaves what a crash does, and a repeat finishes it.
+	// The undoing is not deferred. After a panic the parts stay, as after a crash, and a repeat finishes them.
 	if err := a.makeParts(); err != nil {
 		return Attachment{}, errors.Join(err, a.undoAll())
 	}

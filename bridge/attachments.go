@@ -13,8 +13,7 @@ import (
 	"azurevnet/bridge/internal/rtnl"
 )
 
-// Attachments lists what is attached: what the links and their aliases say, and the ports that
-// host.json knows of them.
+// Attachments lists what is attached. It reads links and their aliases, and the published ports from host.json.
 func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -47,8 +46,8 @@ func attachmentOf(l netlink.Link, a alias) Attachment {
 		MTU: l.Attrs().MTU, InContainer: l.Attrs().NetNsID >= 0}
 }
 
-// Attachment finds what owner has attached, with less to read than Attachments. It does not tell the
-// ports.
+// Attachment finds owner's attachment, and reads less than Attachments does. ok is false if there is none.
+// Ports is not set.
 func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
 	host, peer := linkNames(owner)
 	l, err := netlink.LinkByName(host)
@@ -69,8 +68,8 @@ func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, 
 	return at, true, nil
 }
 
-// AddrsInContainers is the set of addresses whose container end lies in another namespace: containers have them.
-// On a host with containers of an earlier build it is an error, for their links do not tell.
+// AddrsInContainers returns the addresses whose container end is in another namespace, so a container has them.
+// It returns an error on a host with containers of an earlier build, whose links do not tell their addresses.
 func (h *Host) AddrsInContainers(ctx context.Context) (map[netip.Addr]bool, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -88,8 +87,8 @@ func (h *Host) AddrsInContainers(ctx context.Context) (map[netip.Addr]bool, erro
 	return away, nil
 }
 
-// DeleteFlows deletes the flows of addresses whose links died with their containers' namespaces, before
-// Detach could: they would mislead the next containers that have the addresses. None is success.
+// DeleteFlows deletes the tracked flows of addresses. A link that ends with its container's namespace leaves
+// them, and they would mislead the next container that has the address. If there are no flows, that is success.
 func (h *Host) DeleteFlows(addrs ...netip.Addr) error {
 	var flows conntrack.Conn
 	defer flows.Close()
@@ -99,6 +98,7 @@ func (h *Host) DeleteFlows(addrs ...netip.Addr) error {
 	return nil
 }
 
+// deleteFlows deletes the flows that these addresses began, and those that they answer.
 func deleteFlows(c *conntrack.Conn, addrs ...netip.Addr) error {
 	var all []conntrack.Flows
 	for _, addr := range addrs {

@@ -9,9 +9,9 @@ import (
 	"slices"
 )
 
-// Check tells what of owner's attachment is not as Attach left it, in the host's namespace, and changes
-// nothing. It returns nil if all stands. It holds the lock meanwhile, since what another call has half
-// made is not broken.
+// Check returns what of owner's attachment is not as Attach left it in the host's namespace, as one error with
+// a line for each fault. It returns nil if everything is right, and changes nothing. It holds the host's lock
+// while it reads, because what another call has half made is not a fault.
 func (h *Host) Check(ctx context.Context, owner string) error {
 	unlock, err := h.lockHost(ctx, "check "+owner)
 	if err != nil {

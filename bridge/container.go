@@ -15,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OpenNetns opens the container's network namespace at path, which must not be the host's. A path that is no
-// namespace is refused at once, and a FIFO keeps nobody waiting. The caller closes the handle.
+// OpenNetns opens the container's network namespace at path. It refuses the host's own namespace, a path that
+// is no namespace, and a namespace of another kind. It never waits, also if the path is a FIFO. The caller
+// closes the handle.
 func OpenNetns(path string) (netns.NsHandle, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -45,9 +46,10 @@ func OpenNetns(path string) (netns.NsHandle, error) {
 	return ns, nil
 }
 
-// setUpContainerEnd gives the container end its address and, unless its network is internal, its routes. All
-// goes by the gateway, the subnet too: so the container holds one neighbour entry, and all that it
-// sends meets in the host's IP layer. lo is the runtime's.
+// setUpContainerEnd gives the container end its address and its routes. All routes lead by the gateway, the
+// route to the subnet too. So the container holds one neighbour entry, and all that it sends passes the host's
+// IP layer. An internal network has no default route. The container's runtime sets up lo. If the container end
+// stays in the host's namespace, nothing is done.
 func (a *attacher) setUpContainerEnd() error {
 	if !a.ns.IsOpen() {
 		return nil
@@ -64,7 +66,7 @@ func (a *attacher) setUpContainerEndIn(ns netns.NsHandle) error {
 		return err
 	}
 	defer in.Close()
-	// A router advertisement would give the container another gateway.
+	// With accept_ra, a router advertisement would give the container another gateway.
 	if err := runInNamespace(ns, func() error { return writeIfExists("/proc/sys/net/ipv6/conf/"+a.wish.IfName+"/accept_ra", "0") }); err != nil {
 		return err
 	}
@@ -92,7 +94,7 @@ func (a *attacher) setUpContainerEndIn(ns netns.NsHandle) error {
 	for _, r := range routes {
 		r.LinkIndex, r.Src = a.containerEndIndex, a.wish.Addr.Addr().AsSlice()
 		err := in.RouteAdd(&r)
-		if errors.Is(err, unix.EEXIST) { // of another interface of the container, which goes before
+		if errors.Is(err, unix.EEXIST) { // another interface of the container has the route, and keeps its precedence
 			r.Priority = a.containerEndIndex
 			err = in.RouteAdd(&r)
 		}
@@ -103,7 +105,7 @@ func (a *attacher) setUpContainerEndIn(ns netns.NsHandle) error {
 	return a.routeBySource(in)
 }
 
-// gatewayMAC answers the container for Azure's gateway.
+// gatewayMAC returns the MAC that answers the container for Azure's gateway.
 func (a *attacher) gatewayMAC() []byte {
 	if a.bridgeIndex == 0 {
 		return hostMAC(a.alias.addr.Addr())
@@ -111,7 +113,8 @@ func (a *attacher) gatewayMAC() []byte {
 	return a.rulesetEndpoint.BridgeMAC
 }
 
-// runInNamespace runs f on a thread in the namespace. f starts no goroutine.
+// runInNamespace calls f on a thread that has entered the namespace. f must not start a goroutine, which would
+// run in another namespace.
 func runInNamespace(ns netns.NsHandle, f func() error) error {
 	runtime.LockOSThread()
 	own, err := netns.Get()
@@ -126,13 +129,13 @@ func runInNamespace(ns netns.NsHandle, f func() error) error {
 	}
 	err = f()
 	if back := netns.Set(own); back != nil {
-		return errors.Join(err, back) // the thread stays locked, and ends with its goroutine
+		return errors.Join(err, back) // the thread stays locked, so it ends with its goroutine
 	}
 	runtime.UnlockOSThread()
 	return err
 }
 
-// writeIfExists writes a setting that the kernel may not have.
+// writeIfExists writes a sysctl. If the kernel does not have it, that is success.
 func writeIfExists(file, value string) error {
 	err := os.WriteFile(file, []byte(value), 0)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.EINVAL) {

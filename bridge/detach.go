@@ -15,9 +15,11 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Detach takes owner's interface away. None is success. The container sends nothing any more as soon as
-// its elements are gone. When all else is gone the alias is cleared: from there on the link is nobody's, and
-// whoever comes deletes it. The link itself goes last and without the lock, since the kernel takes some 20 ms.
+// Detach removes owner's interface. If there is none, that is success.
+//
+// The nft elements go first: without them the container can send nothing. The alias is cleared when everything
+// but the link is gone. From then on the link is nobody's, and whoever meets it may delete it. The link goes
+// last and without the lock, because the kernel takes some 20 ms for it.
 func (h *Host) Detach(ctx context.Context, owner string) error {
 	d := &detacher{host: h}
 	defer d.closeSockets()
@@ -27,6 +29,7 @@ func (h *Host) Detach(ctx context.Context, owner string) error {
 	return nil
 }
 
+// detacher is one call of Detach.
 type detacher struct {
 	host  *Host
 	link  netlink.Link
@@ -35,7 +38,8 @@ type detacher struct {
 	flows conntrack.Conn
 }
 
-// closeSockets comes after the lock was given back: see ruleset.Conn.
+// closeSockets runs after the lock was given back, because closing a netfilter socket takes long: see
+// ruleset.Conn.
 func (d *detacher) closeSockets() {
 	d.nft.Close()
 	d.flows.Close()
@@ -52,13 +56,14 @@ func (d *detacher) detachOwner(ctx context.Context, owner string) error {
 	return deleteLink(d.link)
 }
 
-// removePartsLocked finds the owner's link, and clears it under the lock. d.link is nil if there is none.
+// removePartsLocked takes the lock, finds the owner's link and removes its parts. d.link is nil afterwards if
+// there is no link to delete.
 func (d *detacher) removePartsLocked(ctx context.Context, owner string) error {
 	unlock, err := d.host.lockHost(ctx, "detach "+owner)
 	if err != nil {
 		return err
 	}
-	defer unlock() // also where a panic passes, which a handler of the plugin recovers
+	defer unlock() // also after a panic, which the plugin's handlers recover from
 	name, _ := linkNames(owner)
 	if d.link, err = netlink.LinkByName(name); err != nil {
 		d.link = nil
@@ -68,13 +73,14 @@ func (d *detacher) removePartsLocked(ctx context.Context, owner string) error {
 	switch d.alias, whole = endpointAliasOf(d.link); {
 	case whole && d.alias.isOf(owner):
 		return d.removeParts(ctx)
-	case !halfMade(d.link): // not ours, or of an owner with the same hash
+	case !halfMade(d.link): // the link is not ours, or belongs to an owner with the same hash
 		d.link = nil
 	}
 	return nil
 }
 
-// removeParts takes away all that was attached with the link, and the alias. The caller holds the lock.
+// removeParts removes all that was attached with the link, and clears the alias last. The caller holds the
+// lock.
 func (d *detacher) removeParts(ctx context.Context) error {
 	state, err := d.host.readState()
 	if err != nil {
@@ -105,10 +111,12 @@ func (d *detacher) removeParts(ctx context.Context) error {
 	return nil
 }
 
+// removeElements removes the endpoint's elements from the nft tables. It makes a view with this endpoint alone,
+// since the elements derive from a view.
 func (d *detacher) removeElements(state *hostState) error {
 	v := &view{state: state}
 	nic := nicByName(state, d.alias.nic)
-	if nic == nil && d.alias.ports > 0 { // renamed, or host.json was lost: the ports' elements have the NIC's name
+	if nic == nil && d.alias.ports > 0 { // the NIC was renamed, or host.json was lost. The keys of published ports have the NIC's name
 		if links, err := rtnl.ReadLinks(); err == nil {
 			nic, _ = findNIC(links, d.alias.nic, state.NICs[d.alias.nic].Name)
 		}
@@ -123,14 +131,14 @@ func (d *detacher) removeElements(state *hostState) error {
 	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
 }
 
-// removeRoutes takes away the host's way to the container, and the rules that a transparent one has of its
-// own.
+// removeRoutes removes the host's way to the container, and the routing rules that a transparent endpoint of a
+// second NIC has of its own.
 func (d *detacher) removeRoutes(state *hostState) error {
 	link := d.link.Attrs().Index
 	if d.alias.bridge != "" {
 		b, err := netlink.LinkByName(d.alias.bridge)
 		if rtnl.IsNotExist(err) {
-			return nil // and its routes with it
+			return nil // the bridge is gone, and the kernel deleted its routes with it
 		}
 		if err != nil {
 			return err
@@ -159,4 +167,5 @@ func (d *detacher) removeRoutes(state *hostState) error {
 	return errors.Join(append(errs, err)...)
 }
 
+// deleteFlows deletes the flows of the container's address.
 func (d *detacher) deleteFlows() error { return deleteFlows(&d.flows, d.alias.addr.Addr()) }

@@ -15,11 +15,13 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// Ensure makes what endpoints of the NIC need: its bridge, unless spec is for transparent ones,
-// and the host's rules. Where that stands it costs a few reads and no lock. On a host that nobody
-// reconciles it does so once a minute. A failure of the first call for a NIC leaves nothing of it.
+// Ensure makes what endpoints of the NIC need: the NIC's bridge, unless spec is for transparent endpoints, and
+// the host's rules. If all of it was made before, Ensure costs a few reads and takes no lock. On a host where
+// no round runs, Ensure does one once a minute. If the first call for a NIC fails, it leaves nothing of what it
+// made.
 //
-// The error is ErrTaken for a NIC that is in a bridge.
+// The error is ErrTaken for a NIC that is in a bridge, and ErrNameTaken for a bridge's name that another link
+// has.
 func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	mended := h.reconcileIfNobodyDoes(ctx)
 	b, stands := h.findPrepared(spec)
@@ -37,7 +39,8 @@ func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	return b, nil
 }
 
-// findPrepared reports whether all that spec asks for stands, from as few reads as can tell.
+// findPrepared reports whether the host has all that spec asks for, and returns the NIC's bridge. It reads no
+// more than it must: host.json, the NIC, the bridge, and whether the nft tables exist.
 func (h *Host) findPrepared(spec Spec) (Bridge, bool) {
 	s, err := h.readState()
 	if err != nil || slices.ContainsFunc(spec.NICs, func(mac string) bool { _, known := s.NICs[mac]; return !known }) {
@@ -73,6 +76,8 @@ func (h *Host) findPrepared(spec Spec) (Bridge, bool) {
 	return b, err == nil && ok
 }
 
+// ensureLocked records in host.json what spec asks for, and does a round, which makes it. The caller holds the
+// lock.
 func (h *Host) ensureLocked(ctx context.Context, spec Spec) (Bridge, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -107,7 +112,7 @@ func (h *Host) ensureLocked(ctx context.Context, spec Spec) (Bridge, error) {
 	if err := h.recordAsked(ctx, nic, name, spec); err != nil {
 		return Bridge{}, err
 	}
-	h.noteRound() // this is one, and the first call of a host found no directory to note its own in
+	h.noteRound() // at the first call, reconcileIfNobodyDoes had no directory to note its round in
 	err = h.doRound(ctx).hostErr
 	if err == nil {
 		err = h.notePrepared(ctx, mac)
@@ -125,7 +130,7 @@ func (h *Host) ensureLocked(ctx context.Context, spec Spec) (Bridge, error) {
 	return b, nil
 }
 
-// recordAsked writes down what spec asks for.
+// recordAsked writes into host.json what spec asks of the NIC. Prepared is false until a round has made it.
 func (h *Host) recordAsked(ctx context.Context, nic netlink.Link, bridge string, spec Spec) error {
 	mac := nic.Attrs().HardwareAddr.String()
 	return h.updateState(ctx, "prepare the NIC "+mac, func(s *hostState) error {
@@ -149,8 +154,8 @@ func (h *Host) recordAsked(ctx context.Context, nic netlink.Link, bridge string,
 	})
 }
 
-// notePrepared notes that all that was asked for stands. An Ensure that dies before
-// leaves a table or a bridge, and its repeat must not take these for all of it.
+// notePrepared notes in host.json that the host has all that was asked of the NIC. An Ensure that dies before
+// this may leave a table or a bridge. Its repeat must not take these for all that is needed.
 func (h *Host) notePrepared(ctx context.Context, mac string) error {
 	if err := h.beforeStep("note"); err != nil {
 		return err
@@ -163,8 +168,8 @@ func (h *Host) notePrepared(ctx context.Context, mac string) error {
 	})
 }
 
-// withdrawAsked takes back what was asked of a NIC that nothing is attached to, with all that was made for
-// it. The errors of those who failed to make it say enough.
+// withdrawAsked takes back what was asked of a NIC that has no endpoint, and removes what was made for it.
+// before is what was asked earlier.
 func (h *Host) withdrawAsked(ctx context.Context, mac string, before nicState) error {
 	v, err := h.readView()
 	if err != nil || slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.nic == mac }) {
@@ -188,7 +193,8 @@ func (h *Host) withdrawAsked(ctx context.Context, mac string, before nicState) e
 // firstBridge is the name of the primary NIC's bridge, unless another is asked for.
 const firstBridge = "azure0"
 
-// chooseBridge names the bridge of the NIC: the one it has, or a new one.
+// chooseBridge returns the name of the NIC's bridge: the bridge that the NIC has, else the name that spec asks
+// for, else a name of ours. It refuses a second bridge for one NIC, and a name that another link has.
 func chooseBridge(links rtnl.Links, spec Spec, nic netlink.Link, s *hostState) (string, error) {
 	mac, name := nic.Attrs().HardwareAddr.String(), spec.Name
 	has := s.NICs[mac].Bridge

@@ -12,15 +12,16 @@ import (
 	"strings"
 )
 
-// The drop-ins that keep systemd-networkd and NetworkManager from addressing our links. They
-// lie under /run and so end with the boot, as the links do. The NIC stays theirs.
+// The drop-ins keep systemd-networkd and NetworkManager from giving addresses to our links. They are under /run
+// and so end with the boot, as the links do. The NIC stays in the care of these programs. The paths are below
+// /run.
 const (
 	networkdDropIn       = "systemd/network/05-azure-vnet.network"
 	networkManagerDropIn = "NetworkManager/conf.d/azure-vnet.conf"
 )
 
-// dropIns are the texts of the drop-ins, by path below /run. NetworkManager's is left out
-// where there is no NetworkManager.
+// dropIns returns the texts of the drop-ins, by path below /run. Without NetworkManager's directory there is
+// none for it.
 func (h *Host) dropIns(v *view) map[string]string {
 	names := []string{"azure*", hostPrefix + "*", peerPrefix + "*"}
 	for _, n := range v.state.NICs {
@@ -37,6 +38,7 @@ func (h *Host) dropIns(v *view) map[string]string {
 	return all
 }
 
+// dropInFaults are the drop-ins with another text than they should have.
 func (h *Host) dropInFaults(v *view) (all []fault) {
 	for name, text := range h.dropIns(v) {
 		file := filepath.Join(h.cfg.Run, name)
@@ -57,7 +59,7 @@ func (h *Host) dropInFaults(v *view) (all []fault) {
 	return all
 }
 
-// removeDropIns removes them. None is success.
+// removeDropIns removes the drop-ins. If there are none, that is success.
 func (h *Host) removeDropIns() error {
 	var errs []error
 	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
@@ -68,7 +70,7 @@ func (h *Host) removeDropIns() error {
 	return errors.Join(errs...)
 }
 
-// replaceFile puts data in the place of file, whole or not at all.
+// replaceFile replaces the whole file by a rename, so that no reader sees half of it.
 func replaceFile(file string, data []byte, mode fs.FileMode) error {
 	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
 	if err != nil {

@@ -16,22 +16,24 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// ErrTaken is in the error for a host whose NIC is in a bridge: of somebody else, or of
-// a build of azure-vnet that moved the NIC into its bridge. Such a host is not touched.
+// ErrTaken is in the error for a host whose NIC is in a bridge. The bridge is somebody else's, or was made by a
+// build of azure-vnet that moved the NIC into it. Such a host is not changed.
 var ErrTaken = errors.New("the NIC is a port of a bridge")
 
+// errNoNIC is in the error for a MAC that no NIC of this host has. The text goes on with the MAC.
 var errNoNIC = errors.New("no network interface of this host has")
 
-// ErrNameTaken is in the error for a host where a bridge that is not ours has the name of the bridge that the NIC is
-// to have. Such a bridge is not touched.
+// ErrNameTaken is in the error for a host where another link has the name that the NIC's bridge is to have.
+// That link is not changed.
 var ErrNameTaken = errors.New("the bridge's name is another link's")
 
-// notNICs are kinds of link that may carry a NIC's MAC and are not the NIC.
+// notNICs are kinds of link that may have a NIC's MAC and are not the NIC.
 var notNICs = []string{"bridge", "vlan", "macvlan", "macvtap", "ipvlan", "bond", "team", "vxlan", "ipoib"}
 
-// findNIC finds the NIC with that MAC. It goes by kind too: under accelerated networking
-// the virtual function has the MAC of the NIC above it, and a container may be given the
-// MAC of the NIC. Of several, it is the one with the name that the NIC had last.
+// findNIC finds the NIC with that MAC. The MAC alone does not tell: under accelerated networking the virtual
+// function has the MAC of the NIC above it, and a container may have been given the NIC's MAC. So the kind of
+// link counts too. If several links remain, the NIC is the one with the given name, which the NIC had last. The
+// error is errNoNIC if no link has the MAC.
 func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 	hw, err := parseMAC(mac)
 	if err != nil {
@@ -45,7 +47,7 @@ func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 			continue
 		}
 		if m := links.ByIndex(a.MasterIndex); a.MasterIndex != 0 && (m == nil || !hasPorts(m)) {
-			continue // a virtual function under its synthetic device
+			continue // a virtual function is a port of the NIC that it belongs to
 		}
 		found = append(found, l)
 	}
@@ -64,8 +66,8 @@ func findNIC(links rtnl.Links, mac, name string) (netlink.Link, error) {
 	return nil, fmt.Errorf("%s and %s both have the MAC %s: which is the NIC cannot be told; give the other one another MAC", found[0].Attrs().Name, found[1].Attrs().Name, hw)
 }
 
-// nicByName finds the NIC by the name that it had last, which spares a list of all links. It is nil where
-// that link is another one now, or a port of something.
+// nicByName finds the NIC by the name that it had last, without a list of all links. It returns nil if another
+// link has that name now, or the link is a port of something.
 func nicByName(s *hostState, mac string) netlink.Link {
 	name := s.NICs[mac].Name
 	if name == "" {
@@ -78,13 +80,14 @@ func nicByName(s *hostState, mac string) netlink.Link {
 	return l
 }
 
-// hasPorts tells links that have ports from a NIC that has a virtual function.
+// hasPorts reports whether links of this kind have ports, such as a bridge or a bond. A NIC with a virtual
+// function under it is a master too, and no such kind.
 func hasPorts(l netlink.Link) bool {
 	return slices.Contains([]string{"bridge", "bond", "team", "openvswitch", "vrf"}, l.Type())
 }
 
-// refuseTaken is an error if the NIC is a port of any bridge. Nobody can have its
-// addresses both ways, and whoever put it there relies on it.
+// refuseTaken returns an error if the NIC is a port of any bridge, bond or team. Whoever put the NIC there
+// relies on it, and its addresses cannot be used both ways.
 func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	m := links.ByIndex(nic.Attrs().MasterIndex)
 	if m == nil || !hasPorts(m) {
@@ -97,8 +100,9 @@ func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	return fmt.Errorf("%w: %s is in %s, a %s that is not ours, such as an older azure-vnet's. Nothing was changed. Drain this VM and reboot it without whatever makes %s", ErrTaken, name, master, m.Type(), master)
 }
 
-// refuseNamesake says that a link of others has the name that a bridge of ours is to have. Azure's own azure-vnet
-// leaves its azure0 behind. While that has ports or an address, somebody may rely on it.
+// refuseNamesake returns the error for a link of others that has the name of a bridge of ours. Azure's own
+// azure-vnet leaves such a bridge behind. While the bridge has ports or an address, somebody may rely on it, so
+// the remedy is another one.
 func refuseNamesake(links rtnl.Links, l netlink.Link) error {
 	name := l.Attrs().Name
 	if l.Type() != "bridge" {
@@ -118,7 +122,8 @@ func refuseNamesake(links rtnl.Links, l netlink.Link) error {
 // ErrNotPermitted is in the error for a process that may not change the host's network.
 var ErrNotPermitted = errors.New("the host's network may not be changed")
 
-// CheckPermitted is ErrNotPermitted where all that Ensure and Attach do would fail for want of a right.
+// CheckPermitted returns ErrNotPermitted if this process may not change the host's network, so that Ensure and
+// Attach would fail.
 func (h *Host) CheckPermitted() error {
 	if rtnl.HasNetAdmin() {
 		return nil
@@ -126,7 +131,7 @@ func (h *Host) CheckPermitted() error {
 	return fmt.Errorf("%w: azure-vnet runs without CAP_NET_ADMIN over the host's network, as in a rootless container engine, whose user namespace has no right to that network: run the container runtime as root of the host", ErrNotPermitted)
 }
 
-// CheckPresent is an error if the NIC with that MAC is not in the network namespace of the calling thread.
+// CheckPresent returns an error if no NIC in the calling thread's network namespace has that MAC.
 func (h *Host) CheckPresent(ctx context.Context, mac string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -142,8 +147,8 @@ func (h *Host) CheckPresent(ctx context.Context, mac string) error {
 	return err
 }
 
-// BridgeName is the name of the bridge that the NIC has, or that Ensure would give it. The error is ErrNameTaken where
-// a link that is not ours has that name. Nothing is changed.
+// BridgeName returns the name of the bridge that the NIC has, or that Ensure would give it. The error is
+// ErrNameTaken if another link has that name. BridgeName changes nothing.
 func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -160,9 +165,9 @@ func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 	return chooseBridge(links, spec, nic, s)
 }
 
-// CheckReady is nil if containers could be attached to the NICs with these MACs; for none, to all that were told
-// of. It is ErrTaken where one of them is a port of a bridge, and where a bridge named azure… that is not
-// ours has a port.
+// CheckReady returns nil if containers could be attached to the NICs with these MACs. Without MACs, it checks
+// every NIC in host.json. The error is ErrTaken if one of the NICs is a port of a bridge, or if a bridge named
+// azure… that is not ours has a port.
 func (h *Host) CheckReady(ctx context.Context, macs ...string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -187,7 +192,7 @@ func (h *Host) CheckReady(ctx context.Context, macs ...string) error {
 			known = true
 		}
 	}
-	if known { // then a bridge that is named so, with other ports, is somebody's own
+	if known { // a bridge named azure… with other ports is somebody's own, and no obstacle
 		return refuseFormer(links)
 	}
 	return refuseBridges(links, func(name, alias string) bool {
@@ -195,8 +200,8 @@ func (h *Host) CheckReady(ctx context.Context, macs ...string) error {
 	})
 }
 
-// refuseHost is an error for a host that is not to be touched: its NIC is a port of a bridge, or an
-// earlier build of ours moved any NIC.
+// refuseHost returns an error for a host that must not be changed: the NIC is a port of a bridge, or an earlier
+// build of ours moved any NIC into a bridge.
 func refuseHost(links rtnl.Links, nic netlink.Link) error {
 	if err := refuseTaken(links, nic); err != nil {
 		return err
@@ -225,9 +230,8 @@ func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error
 	return nil
 }
 
-// NIC resolves a NIC's name or MAC, or the name of a bridge of ours, to the NIC: its
-// name and its MAC, lower case with colons. Empty is the NIC that the best default
-// route leaves by.
+// NIC returns the name and the MAC of a NIC that somebody names: by its name, by its MAC, or by the name of its
+// bridge. The empty string is the NIC that the default route leaves by.
 func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -267,13 +271,14 @@ func (h *Host) NIC(ctx context.Context, nameOrMAC string) (name, mac string, err
 	return a.Name, a.HardwareAddr.String(), nil
 }
 
-// bridgeAliasOf reads the NIC's MAC off a bridge of ours.
+// bridgeAliasOf reads the NIC's MAC from the alias of a bridge. ours is false for a link that is no bridge of
+// ours.
 func bridgeAliasOf(l netlink.Link) (nic string, ours bool) {
 	nic, ours = strings.CutPrefix(l.Attrs().Alias, bridgeAlias)
 	return nic, ours && l.Type() == "bridge"
 }
 
-// Bridges lists the bridges of ours, from the kernel.
+// Bridges lists our bridges, as the kernel has them.
 func (h *Host) Bridges(ctx context.Context) ([]Bridge, error) {
 	links, err := rtnl.ReadLinks()
 	return ourBridges(links), err
@@ -295,8 +300,8 @@ func ourBridges(links rtnl.Links) []Bridge {
 	return out
 }
 
-// parseMAC reads an Ethernet address as people and Azure write it: with colons, hyphens
-// or nothing between the digits.
+// parseMAC reads an Ethernet address as people and Azure write it: with colons, with hyphens, or with nothing
+// between the digits.
 func parseMAC(s string) (net.HardwareAddr, error) {
 	if len(s) == 12 {
 		s = s[0:2] + ":" + s[2:4] + ":" + s[4:6] + ":" + s[6:8] + ":" + s[8:10] + ":" + s[10:12]

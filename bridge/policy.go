@@ -15,14 +15,15 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// text is the policy in one spelling, whatever the order its prefixes came in.
+// text spells the policy. Two policies that mean the same have the same text, in whatever order their prefixes
+// are given.
 func (p Policy) text() string {
 	var words []string
 	switch {
 	case p.Internal:
 		words = append(words, "internal")
 	case !p.SNAT:
-		words = append(words, "snat=off") // without SNAT nothing needs a list of what is reached without it
+		words = append(words, "snat=off") // without SNAT, the list of direct prefixes has no effect
 	case p.Direct == nil:
 		words = append(words, "snat=on")
 	default:
@@ -39,20 +40,19 @@ func (p Policy) text() string {
 	return strings.Join(words, " ")
 }
 
-// id names the policy in aliases, chains and host.json.
+// id names the policy in aliases, chains and host.json: eight hex digits of its text's hash.
 func (p Policy) id() string {
 	sum := sha256.Sum256([]byte(p.text()))
 	return hex.EncodeToString(sum[:4])
 }
 
-// rulesetNetwork is the policy as the rules take it.
+// rulesetNetwork returns the policy as plain values for the nft tables.
 func (p Policy) rulesetNetwork() ruleset.Network {
 	return ruleset.Network{ID: p.id(), SNAT: p.SNAT && !p.Internal, Direct: p.Direct}
 }
 
-// policyOf finds a policy by its id. host.json may be lost while links stand: the
-// policies without a list are known by their ids alone, and any other is taken for the
-// default.
+// policyOf finds a policy by its id. host.json may have been lost while links remain. Then policies without a
+// list of prefixes are found by computing their ids, and any other is taken for the default.
 func policyOf(known map[string]Policy, id string) Policy {
 	if p, ok := known[id]; ok {
 		return p
@@ -67,9 +67,9 @@ func policyOf(known map[string]Policy, id string) Policy {
 	return Policy{SNAT: true}
 }
 
-// LearnPolicy writes down the policy of a network whose endpoints may stand already, and makes
-// the rules what they need: should host.json have been lost, links tell the policy's id
-// and no more. A policy that is known costs a read.
+// LearnPolicy writes the policy of a network into host.json and brings the nft tables up to date. The network
+// may have endpoints already: their aliases have only the policy's id, and host.json may have been lost. If
+// host.json has the policy, LearnPolicy costs one read.
 func (h *Host) LearnPolicy(ctx context.Context, p Policy) error {
 	s, err := h.readState()
 	if err != nil {
@@ -88,7 +88,7 @@ func (h *Host) LearnPolicy(ctx context.Context, p Policy) error {
 		return err
 	}
 	if err := refuseFormer(links); err != nil {
-		return err // whose files are not ours to change
+		return err // an earlier build's files are not ours to change
 	}
 	if err := h.recordPolicy(ctx, p, links); err != nil {
 		return err
@@ -101,12 +101,13 @@ func (h *Host) LearnPolicy(ctx context.Context, p Policy) error {
 	return err
 }
 
-// maxUnusedPolicies is how many a host may know that no endpoint has. Each has its chain, so
-// that the next container of its network is programmed by its elements alone.
+// maxUnusedPolicies is how many policies host.json may have before those without an endpoint are forgotten.
+// Each policy has its chain in the nft tables, so that the next container of its network needs new elements
+// only.
 const maxUnusedPolicies = 32
 
-// recordPolicy writes a policy down. Where many are known, those that no link has are forgotten:
-// a network without endpoints tells its policy again.
+// recordPolicy writes a policy into host.json. If host.json has many, it forgets those that no link has. This
+// loses nothing: a network without endpoints tells its policy again.
 func (h *Host) recordPolicy(ctx context.Context, p Policy, links rtnl.Links) error {
 	used := map[string]bool{}
 	for _, l := range links {

@@ -15,17 +15,18 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// PublishedPort is a port of the host that leads to one of a container.
+// PublishedPort is a port of the host that leads to a port of a container. In a wish, the host's port may be
+// left open.
 type PublishedPort struct {
 	Proto       string     `json:"proto"`                 // tcp or udp
-	HostAddr    netip.Addr `json:"hostAddr,omitzero"`     // of the host; none: each of its IPv4 addresses, 127.0.0.1 too, but those of NICs that are not the container's
-	HostPort    uint16     `json:"hostPort"`              // 0 in a wish: a free one of 32768 to 60999
-	HostPortEnd uint16     `json:"hostPortEnd,omitempty"` // in a wish: the first free one from HostPort to this; 0: HostPort alone
-	Port        uint16     `json:"port"`                  // the container's
+	HostAddr    netip.Addr `json:"hostAddr,omitzero"`     // IPv4 address of the host; none: every address of the host, 127.0.0.1 too, but no address of another NIC than the container's
+	HostPort    uint16     `json:"hostPort"`              // 0 in a wish: a free port of 32768 to 60999
+	HostPortEnd uint16     `json:"hostPortEnd,omitempty"` // in a wish: the first free port from HostPort to this one; 0: HostPort alone
+	Port        uint16     `json:"port"`                  // of the container
 	Idle        bool       `json:"idle,omitempty"`        // claimed for the container, and leads nowhere
 }
 
-// String is the port as docker ps writes it.
+// String writes the port as docker ps does.
 func (p PublishedPort) String() string {
 	host := p.HostAddr
 	if !host.IsValid() {
@@ -34,10 +35,10 @@ func (p PublishedPort) String() string {
 	return fmt.Sprintf("%s:%d->%d/%s", host, p.HostPort, p.Port, p.Proto)
 }
 
-// The range that engines take free host ports from, and Linux its own.
+// The range that container engines take free ports of the host from. Linux takes its own from it too.
 const firstFree, lastFree = 32768, 60999
 
-// normalized checks the wish and spells it in one way.
+// normalized checks the wish, and gives equal wishes the same spelling.
 func (p PublishedPort) normalized() (PublishedPort, error) {
 	p.HostAddr = p.HostAddr.Unmap()
 	if p.HostAddr == netip.IPv4Unspecified() {
@@ -69,14 +70,14 @@ func normalizedPorts(ports []PublishedPort) ([]PublishedPort, error) {
 	return out, nil
 }
 
-// conflicts reports whether p wants a port that o has. A claim that is idle yields: its container's default route leads
-// to another network, which may be ours too.
+// conflicts reports whether p wants a port of the host that o has. An idle claim yields to a port that is to
+// lead to a container: the default route of the idle port's container is on another network.
 func (p PublishedPort) conflicts(o PublishedPort) bool {
 	return (!o.Idle || p.Idle) && p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
 }
 
-// choosePorts finds ports of the host for the endpoint behind link. Who listens at one that it has already is not asked
-// again.
+// choosePorts finds ports of the host for the endpoint with that host end. A port that the endpoint has already
+// is not checked for programs that listen there: the listener may be the plugin itself, for this port.
 func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]PublishedPort, error) {
 	for _, p := range wishes {
 		if err := v.checkHostAddr(p, nic); err != nil {
@@ -95,7 +96,7 @@ func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]P
 		if n := slices.IndexFunc(had, wish.isMetBy); n >= 0 {
 			got := had[n]
 			got.Idle = wish.Idle
-			if err := v.refusePublished(got, taken); err != nil { // another took it while it was idle
+			if err := v.refusePublished(got, taken); err != nil { // another endpoint took it while it was idle
 				return nil, refusedPort(got, err)
 			}
 			had, mine = slices.Delete(slices.Clone(had), n, n+1), append(mine, got)
@@ -118,21 +119,21 @@ func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]P
 	return mine, nil
 }
 
-// claimPorts writes down that the endpoint behind link has the ports, and forgets claims that a crash left.
+// claimPorts writes into host.json that the endpoint with that host end has the ports. Claims that a crash has
+// left are forgotten by this.
 func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []PublishedPort) error {
 	taken := v.publishedPorts()
 	taken[link] = ports
 	return h.updateState(ctx, "claim ports for "+link, func(s *hostState) error { s.Ports = taken; return nil })
 }
 
-// isMetBy reports whether a port that is held is one that p wishes for.
+// isMetBy reports whether p is a wish that a port which the endpoint has already fulfils.
 func (p PublishedPort) isMetBy(held PublishedPort) bool {
 	return p.Proto == held.Proto && p.HostAddr == held.HostAddr && p.Port == held.Port && (p.HostPort == 0 || p.HostPort <= held.HostPort && held.HostPort <= p.HostPortEnd)
 }
 
-// choosePort finds the wished port of the host, or the first of several, that refuse has nothing
-// against. Where any will do, the search begins at a place that depends on the owner, so that a
-// repeat finds the same.
+// choosePort returns the first port of the wished range that refuse has nothing against. If any port will do,
+// the search begins at a place that derives from the owner, so that a repeat finds the same port.
 func choosePort(wish PublishedPort, owner string, nth int, refuse func(PublishedPort) error) (PublishedPort, error) {
 	first, last, skip := uint32(wish.HostPort), uint32(wish.HostPortEnd), uint32(0)
 	if wish.HostPort == 0 {
@@ -159,7 +160,7 @@ func refusedPort(p PublishedPort, why error) error {
 	return fmt.Errorf("publish port %d/%s of the host: %w; publish another, or none: containers are reached at their own addresses", p.HostPort, p.Proto, why)
 }
 
-// refusePublished says which endpoint has p already.
+// refusePublished returns an InUseError if another endpoint has the port.
 func (v *view) refusePublished(p PublishedPort, taken map[string][]PublishedPort) error {
 	for link, ports := range taken {
 		if !slices.ContainsFunc(ports, p.conflicts) {
@@ -174,6 +175,7 @@ func (v *view) refusePublished(p PublishedPort, taken map[string][]PublishedPort
 	return nil
 }
 
+// refuseListening returns an error if a program of the host listens at the port.
 func refuseListening(sockets []listen.Socket, p PublishedPort) error {
 	for _, s := range sockets {
 		if s.Proto != p.Proto || s.Addr.Port() != p.HostPort {
@@ -186,8 +188,9 @@ func refuseListening(sockets []listen.Socket, p PublishedPort) error {
 	return nil
 }
 
-// checkHostAddr refuses an address that is not the host's, and one of another NIC: the answers
-// would leave by the container's own.
+// checkHostAddr refuses an address that the host does not have, and an address of another NIC than the
+// container's. In the second case the answers would leave by the container's NIC, with an address that Azure
+// drops there.
 func (v *view) checkHostAddr(p PublishedPort, nic string) error {
 	if !p.HostAddr.IsValid() || p.HostAddr.IsLoopback() {
 		return nil
@@ -208,8 +211,8 @@ func (v *view) checkHostAddr(p PublishedPort, nic string) error {
 	return nil
 }
 
-// publishedPorts are the published ports of the endpoints that stand, by host end. host.json knows them; where
-// it was lost, the table still does.
+// publishedPorts returns the published and claimed ports of all endpoints, by host end. They are in host.json.
+// If the file was lost, the nft table still has those that lead to a container.
 func (v *view) publishedPorts() map[string][]PublishedPort {
 	out := map[string][]PublishedPort{}
 	var table map[netip.Addr][]ruleset.Port
@@ -220,7 +223,7 @@ func (v *view) publishedPorts() map[string][]PublishedPort {
 		ports, known := v.state.Ports[e.link.Name]
 		if !known {
 			if table == nil {
-				table, _ = ruleset.ReadPublished() // unreadable: keepPorts says which are lost
+				table, _ = ruleset.ReadPublished() // without an answer, publishedPortFaults says which ports are lost
 			}
 			for _, p := range table[e.addr.Addr()] {
 				ports = append(ports, PublishedPort{Proto: map[bool]string{true: "udp", false: "tcp"}[p.UDP], HostAddr: p.HostAddr, HostPort: p.HostPort, Port: p.Port})
@@ -233,8 +236,8 @@ func (v *view) publishedPorts() map[string][]PublishedPort {
 	return out
 }
 
-// publishedPortFaults are what host.json says of published ports too much or too little: claims that a crash
-// left, and those that it lost and the table still tells.
+// publishedPortFaults are differences between host.json and the endpoints: claims that a crash has left, ports
+// that only the nft table has, and ports that are lost.
 func (h *Host) publishedPortFaults(v *view) (all []fault) {
 	ports := v.publishedPorts()
 	if !maps.EqualFunc(v.state.Ports, ports, slices.Equal) {
@@ -250,7 +253,7 @@ func (h *Host) publishedPortFaults(v *view) (all []fault) {
 	return all
 }
 
-// releasePorts forgets the claim of an endpoint. None is success.
+// releasePorts deletes the claims of the endpoint with that host end. If there are none, that is success.
 func (h *Host) releasePorts(ctx context.Context, link string) error {
 	return h.updateState(ctx, "forget ports of "+link, func(s *hostState) error {
 		delete(s.Ports, link)

@@ -15,15 +15,16 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// Publish has ports of the host lead to owner's endpoint, and no others. For none, those that Attach claimed stay
-// claimed and lead nowhere. A repeat changes nothing. It returns the ports that lead to the endpoint now.
+// Publish makes these ports of the host lead to owner's endpoint, and no others. Without ports, those that
+// Attach claimed stay claimed and lead nowhere. Publish returns the ports that lead to the endpoint afterwards.
+// A repeat changes nothing. The error is InUseError if another endpoint has a port.
 func (h *Host) Publish(ctx context.Context, owner string, ports []PublishedPort) ([]PublishedPort, error) {
 	wishes, err := normalizedPorts(ports)
 	if err != nil {
 		return nil, err
 	}
 	if l, err := netlink.LinkByName(hostEndOf(owner)); len(wishes) == 0 && (rtnl.IsNotExist(err) || err == nil && hasNoPorts(l)) {
-		return nil, nil // as nearly always, at the end of a container
+		return nil, nil // nearly every container ends like this, and needs no lock
 	}
 	p := &publisher{host: h}
 	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back: see ruleset.Conn
@@ -38,12 +39,12 @@ func (h *Host) Publish(ctx context.Context, owner string, ports []PublishedPort)
 	return notIdle(p.ports), nil
 }
 
-// publisher is one Publish on its way.
+// publisher is one call of Publish.
 type publisher struct {
 	host     *Host
 	endpoint endpoint
-	before   []PublishedPort
-	ports    []PublishedPort // claimed from now on
+	before   []PublishedPort // what the endpoint had before
+	ports    []PublishedPort // claimed from now on; those that are not idle lead to the endpoint
 	nft      ruleset.Conn
 	flows    conntrack.Conn
 }
@@ -56,7 +57,7 @@ func (p *publisher) publishLocked(ctx context.Context, owner string, wishes []Pu
 	i := slices.IndexFunc(v.endpoints, func(e endpoint) bool { return e.isOf(owner) })
 	if i < 0 {
 		if len(wishes) == 0 {
-			return nil // it is gone, and its ports with it
+			return nil // the endpoint is gone, and its ports with it
 		}
 		return errors.New("it is not attached: start its container again")
 	}
@@ -70,7 +71,7 @@ func (p *publisher) publishLocked(ctx context.Context, owner string, wishes []Pu
 			return err
 		}
 	}
-	// The alias tells that there are ports before host.json has them: what it does not tell of is void.
+	// The alias comes first: host.json's ports of a link whose alias has none are void.
 	for _, step := range []struct {
 		name string
 		do   func() error
@@ -90,7 +91,7 @@ func (p *publisher) publishLocked(ctx context.Context, owner string, wishes []Pu
 	return nil
 }
 
-// writeAlias says in the alias how many ports there are, where it says fewer.
+// writeAlias writes the number of ports into the alias if the alias has a lower one.
 func (p *publisher) writeAlias() error {
 	if p.endpoint.ports >= len(p.ports) {
 		return nil
@@ -110,8 +111,9 @@ func hasNoPorts(l netlink.Link) bool {
 	return whole && a.ports == 0
 }
 
-// changeElements takes away the elements of ports that do not lead to the endpoint any more, and adds those of the ones that
-// do. host.json does not tell which of these stand: who died here wrote it before.
+// changeElements removes the elements of ports that the endpoint no longer has, and adds those of the others.
+// If the kernel refuses an element, a killed process has left one for the port. Then the tables are written
+// anew.
 func (p *publisher) changeElements(v *view) error {
 	of := func(ports []PublishedPort) ruleset.Endpoint {
 		return v.rulesetEndpoint(p.endpoint.alias, p.endpoint.link.Name, ports)
@@ -123,7 +125,6 @@ func (p *publisher) changeElements(v *view) error {
 	if p.nft.AddPorts(of(p.ports)) == nil {
 		return nil
 	}
-	// An element that a killed process left for such a port is in the way.
 	v, err := p.host.readEndpoints()
 	if err == nil {
 		_, err = v.rulesetConfig().Sync()
@@ -131,8 +132,9 @@ func (p *publisher) changeElements(v *view) error {
 	return err
 }
 
-// mayHaveElements are those ports of an endpoint whose elements may lead to it, whatever host.json says of them: a Publish that
-// died may have left the element of one that is idle. An idle one that leads to another endpoint by now is not among them.
+// mayHaveElements returns those ports of an endpoint that may have elements in the nft table, whatever
+// host.json says: a Publish that died may have left the element of an idle port. An idle port that leads to
+// another endpoint by now is left out, because the element is that endpoint's.
 func (s *hostState) mayHaveElements(link string, ports []PublishedPort) (out []PublishedPort) {
 	for _, p := range ports {
 		elsewhere := false
@@ -147,13 +149,13 @@ func (s *hostState) mayHaveElements(link string, ports []PublishedPort) (out []P
 	return out
 }
 
-// notIdle are the ports that lead to a container.
+// notIdle returns the ports that lead to a container.
 func notIdle(ports []PublishedPort) []PublishedPort {
 	return slices.DeleteFunc(slices.Clone(ports), func(p PublishedPort) bool { return p.Idle })
 }
 
-// deleteUDPFlows deletes the flows of datagrams to UDP ports. Else a client that keeps sending would reach whoever had
-// the port before.
+// deleteUDPFlows deletes the flows to UDP ports of the host. A client that goes on sending would else still
+// reach the container that had the port before.
 func deleteUDPFlows(c *conntrack.Conn, ports []PublishedPort) error {
 	var all []conntrack.Flows
 	for _, p := range ports {

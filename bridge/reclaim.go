@@ -16,11 +16,11 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Reclaim takes addrs off the NIC with that MAC, and returns those that were there. What cloud-init put on
-// the host is then free for containers. addrs must be none of the host's own: an address that a default
-// route leaves from, and the last one of the NIC, are refused.
+// Reclaim takes addresses off the NIC with that MAC, and returns those that the NIC had. cloud-init puts
+// secondary addresses on the NIC; afterwards containers can have them. Reclaim refuses an address that the host
+// itself uses: one that a default route names as its source, and the last address of the NIC.
 //
-// This is the one thing that changes a NIC's addresses, and the administrator asks for it.
+// It is the only method that changes a NIC's addresses. An administrator asks for it.
 func (h *Host) Reclaim(ctx context.Context, mac string, addrs []netip.Addr) (removed []netip.Addr, err error) {
 	unlock, err := h.lockHost(ctx, "reclaim")
 	if err != nil {
@@ -66,8 +66,8 @@ func (h *Host) reclaimLocked(mac string, addrs []netip.Addr) (removed []netip.Ad
 	return removed, nil
 }
 
-// deleteAddr deletes one address. With the first of a subnet the kernel would delete the others, unless it is
-// told to promote them: it is told so for the moment.
+// deleteAddr deletes one address of the NIC. If the address is the first of its subnet, the kernel deletes the
+// subnet's other addresses with it, unless promote_secondaries is 1. So the setting is 1 for this moment.
 func (h *Host) deleteAddr(nic netlink.Link, a netlink.Addr) (err error) {
 	promote := sysctl{"ipv4/conf/" + nic.Attrs().Name + "/promote_secondaries", "1"}
 	before := h.readSysctl(promote.name)
@@ -77,12 +77,13 @@ func (h *Host) deleteAddr(nic netlink.Link, a netlink.Addr) (err error) {
 		}
 		defer func() { err = errors.Join(err, h.setSysctl(sysctl{promote.name, before})) }()
 	}
-	a.Label = "" // the kernel compares it where it is given
+	a.Label = "" // the kernel compares the label if it is given
 	return ignoreMissing(netlink.AddrDel(nic, &a))
 }
 
-// hostSourceOf is the address that the host's packets leave with by the NIC's default route: the one that the
-// route names, else the first that shares a subnet with its gateway.
+// hostSourceOf returns the address that the host's packets leave with by the NIC's default route. It is the
+// source that the route names, else the first address in the subnet of the route's gateway. Without a default
+// route it is the zero Addr.
 func hostSourceOf(nic netlink.Link, has []netlink.Addr) (netip.Addr, error) {
 	routes, err := dump.Whole(func() ([]netlink.Route, error) { return netlink.RouteList(nic, netlink.FAMILY_V4) })
 	if err != nil {

@@ -15,8 +15,8 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// RemoveBridge takes away the bridge of that name. It refuses while endpoints are attached to it. No
-// such bridge is success.
+// RemoveBridge removes the bridge of that name, and what else its NIC no longer needs. It refuses while
+// endpoints are attached to the bridge. If there is no such bridge, that is success.
 func (h *Host) RemoveBridge(ctx context.Context, name string) error {
 	unlock, err := h.lockHost(ctx, "remove "+name)
 	if err != nil {
@@ -42,7 +42,7 @@ func (h *Host) RemoveBridge(ctx context.Context, name string) error {
 	return nil
 }
 
-// attachedEndpoints names the endpoints that want chooses.
+// attachedEndpoints names the endpoints for which want is true, in the words of an error.
 func (v *view) attachedEndpoints(want func(endpoint) bool) (out []string) {
 	for _, e := range v.endpoints {
 		if want(e) {
@@ -53,12 +53,12 @@ func (v *view) attachedEndpoints(want func(endpoint) bool) (out []string) {
 	return out
 }
 
-// RemoveAll takes away all of ours, also what a crash left half made, and returns the names of the
-// bridges that it removed. It refuses while endpoints are attached. forget is called when all is
-// gone and nobody else can begin anew yet: a state that is deleted later may be another's.
+// RemoveAll removes all that is ours, also what a crash has left half made, and returns the names of the
+// bridges that it removed. It refuses while endpoints are attached. It calls forget, which deletes the caller's
+// state, when everything is gone and while it still holds the lock. After that another call may begin anew, and
+// the state would be that call's.
 //
-// ip_forward and the NICs' forwarding stay: an engine or a kubelet that came since may rely on
-// them.
+// ip_forward and the NICs' forwarding stay on: an engine or a kubelet that was started since may rely on them.
 func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []string, err error) {
 	unlock, err := h.lockHost(ctx, "remove all")
 	if err != nil {
@@ -70,7 +70,7 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 		return nil, err
 	}
 	if err := refuseFormer(v.links); err != nil {
-		return nil, err // forget would take its containers' leases
+		return nil, err // forget would delete the leases of the earlier build's containers
 	}
 	if on := v.attachedEndpoints(func(endpoint) bool { return true }); len(on) > 0 {
 		return nil, fmt.Errorf("containers are attached: %s: end them first", strings.Join(on, ", "))
@@ -95,14 +95,14 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 	if err := h.removeAllButLinks(); err != nil {
 		return removed, err
 	}
-	left := h.leaveZones(ctx) // which keeps nothing else from ending
+	left := h.leaveZones(ctx) // an error of firewalld ends nothing; it is returned at the end
 	if err := h.beforeStep("forget"); err != nil {
 		return removed, err
 	}
 	return removed, errors.Join(forget(), left)
 }
 
-// removeUnasked takes away what nobody asks for any more. The caller holds the lock.
+// removeUnasked removes what nobody asks for any more. The caller holds the lock.
 func (h *Host) removeUnasked(ctx context.Context) error {
 	s, err := h.readState()
 	if err != nil {
@@ -115,8 +115,8 @@ func (h *Host) removeUnasked(ctx context.Context) error {
 	return errors.Join(r.hostErr, r.bearableErr)
 }
 
-// removeAllButLinks takes away all but links: routes, rules, neighbour entries, tables, our place in FORWARD,
-// and the drop-ins.
+// removeAllButLinks removes our routes, rules, neighbour entries, nft tables, rules in FORWARD, and drop-ins.
+// The caller holds the lock.
 func (h *Host) removeAllButLinks() error {
 	v, err := h.readView()
 	if err != nil {

@@ -16,58 +16,61 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Routing tables and rules of ours.
+// Our routing tables, and the priorities of our routing rules. A lower number is asked first.
 //
-// The first rule leads to a table of containers alone: rules of others, such as those of
-// multi-NIC guides (from <host> lookup T), would else take what goes to containers. It
-// takes nothing from anybody.
+// The first rule leads to a table of containers alone. Without it, rules of others would take the packets to
+// containers, such as "from <host> lookup T" in guides for several NICs. The table has routes to containers
+// only, so the rule takes nothing from anybody.
 //
-// What a container sends must leave by its own NIC, because Azure drops a packet whose
-// source address does not belong to the NIC that sends it. The main table does not see to
-// that: Azure's default route is on the primary NIC alone, and the route to another NIC's
-// subnet is on that NIC. So containers have rules of their own. Those for what is not the
-// VNet's stand just before main's, so that a VPN's keep their place.
+// A packet of a container must leave by the container's NIC, because Azure drops a packet whose source address
+// does not belong to the NIC that sends it. The table main does not see to this: Azure's default route is on
+// the primary NIC, and the route to another NIC's subnet is on that NIC. So there are rules for packets from
+// containers. Those for destinations outside of the VNet are just before main's rule, so that a VPN's rules
+// keep their place.
 //
-// The rules lead to the NICs' subnets by Azure's gateway. By the main table the host would
-// hold a neighbour entry for each address that a container sends to, and a container that
-// sends to a thousand absent ones would fill the kernel's one neighbour table (gc_thresh3):
-// nobody would reach a new peer any more, nor would the host itself.
+// The rules lead to the NICs' subnets by Azure's gateway. By main, the host would hold a neighbour entry for
+// each address that a container sends to. A container that sends to a thousand absent addresses would fill the
+// kernel's one neighbour table (gc_thresh3). Then neither containers nor the host would reach a new peer.
 const (
 	containerTable    = 16863    // a route to each container
 	nicTables         = 16863000 // and the NIC's index: the way out by that NIC
 	unreachableMetric = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
 
 	containerRule = 100   // at most: see containerPriority
-	hostRule      = 32761 // to what the host has a narrower route to than to a NIC's subnet, such as a pod of another plugin
+	hostRule      = 32761 // to destinations that main has a longer prefix for than a NIC's subnet, such as another plugin's pod
 	subnetRule    = 32762 // to the NICs' subnets
-	// Two kinds. Of a second NIC: main, but for its default route, which is the primary NIC's. Of the primary NIC's
-	// transparent containers: main, for routes that are longer than a subnet's; lastRule has the rest.
+	// Two kinds of rule have this priority. For a second NIC: main without its default route, which is the
+	// primary NIC's. For transparent containers of the primary NIC: main, for prefixes longer than a subnet's.
 	otherRule = 32763
-	outRule   = 32764 // not of the primary NIC, to all the rest
-	// Of the primary NIC's transparent containers, to the NICs' subnets. It goes by subnet: where a second NIC has the
-	// same one, that NIC's rules must match first, and so have lower numbers.
+	outRule   = 32764 // for a second NIC: all the rest
+	// For transparent containers of the primary NIC: to the NICs' subnets. The rule matches the subnet of the
+	// source. A second NIC may have the same subnet; that NIC's rules must match first, and so have lower
+	// numbers.
 	lastRule = 32765
 
-	// These are added to the first rule's number, and so are 101 and 102. They come before the rules of wg-quick, which
-	// ask main before its tunnel: main leads to the subnets and to Azure's services by the primary NIC.
-	secondHostRule   = 1 // of a second NIC: as hostRule, and to the host agent and the metadata service; of every NIC that is gone or down: nowhere
-	secondSubnetRule = 2 // of a second NIC: as subnetRule
+	// These two are added to the priority of the first rule, which makes 101 and 102. Such rules come before
+	// the rules of wg-quick, which ask main before its tunnel: main leads to the subnets and to Azure's
+	// services by the primary NIC.
+	secondHostRule   = 1 // for a second NIC: as hostRule, and to Azure's two services. For every NIC that is gone or down: unreachable
+	secondSubnetRule = 2 // for a second NIC: as subnetRule
 )
 
+// azureAddrs are the addresses of the host agent and of the metadata service.
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
 
-// containerRoute is a route to a container, in one of the two tables that have it. It has the
-// container's MTU: a bridge drops a packet that is too large for a port without a word.
+// containerRoute is the route to a container in one of the two tables. It has the MTU of the container's link,
+// in bytes: a bridge drops a packet that is too large for a port and tells nobody, while a route with an MTU
+// makes the host answer the sender.
 func (a alias) containerRoute(table, link, mtu int) netlink.Route {
 	return netlink.Route{Table: table, Dst: ipNet(netip.PrefixFrom(a.addr.Addr(), 32)), LinkIndex: link, Scope: netlink.SCOPE_LINK, Protocol: ourProtocol, MTU: mtu, Type: unix.RTN_UNICAST}
 }
 
-// containerTables are where a container's route stands. The main table has it for others
-// who look there.
+// containerTables are the tables with routes to containers. The routes in main are for programs that look
+// there.
 var containerTables = []int{containerTable, unix.RT_TABLE_MAIN}
 
-// putRoute makes the route, in place of another one of ours. One of somebody else's to the
-// same destination is not replaced.
+// putRoute adds the route. It replaces a route of ours to the same destination, and refuses if somebody else
+// has one there.
 func putRoute(r netlink.Route) error {
 	err := netlink.RouteAdd(&r)
 	if !errors.Is(err, unix.EEXIST) {
@@ -94,6 +97,7 @@ func wrapRoute(r netlink.Route, err error) error {
 	return nil
 }
 
+// deleteRoute deletes the route. If there is none, that is success.
 func deleteRoute(r netlink.Route) error {
 	if err := netlink.RouteDel(&r); err != nil && !rtnl.IsNotExist(err) {
 		return fmt.Errorf("delete the route to %s in table %d: %w", prefixOf(r.Dst), r.Table, err)
@@ -106,12 +110,13 @@ func sameRoute(a, b netlink.Route) bool {
 	return samePlace(a, b) && a.Gw.Equal(b.Gw) && a.MTU == b.MTU
 }
 
-// samePlace reports whether one of the two would stand where the other does, or lead by the same link.
+// samePlace reports whether two routes have the same table, destination, metric and link. The kernel has only
+// one such route.
 func samePlace(a, b netlink.Route) bool {
 	return a.Table == b.Table && prefixOf(a.Dst) == prefixOf(b.Dst) && a.Priority == b.Priority && a.LinkIndex == b.LinkIndex
 }
 
-// wantedRoutes are all that our protocol number may stand on.
+// wantedRoutes returns all routes that should have our protocol number.
 func (v *view) wantedRoutes() []netlink.Route {
 	var all []netlink.Route
 	for _, e := range v.endpoints {
@@ -130,7 +135,8 @@ func (v *view) wantedRoutes() []netlink.Route {
 		if !v.state.NICs[mac].Primary { // with its link, the route below goes, and main's would lead out by the primary NIC
 			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), Priority: unreachableMetric, Protocol: ourProtocol, Type: unix.RTN_UNREACHABLE})
 		}
-		// The kernel takes no route by a link that is down. When the link is up, a round adds it.
+		// The kernel accepts no route by a link that is down. When the link is up again, a round adds the
+		// route.
 		if v.nics[mac].Attrs().Flags&net.FlagUp != 0 {
 			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), LinkIndex: index, Gw: gateway.AsSlice(),
 				Flags: int(netlink.FLAG_ONLINK), Protocol: ourProtocol, Type: unix.RTN_UNICAST})
@@ -139,7 +145,8 @@ func (v *view) wantedRoutes() []netlink.Route {
 	return all
 }
 
-// linkToContainer is the index of the link that leads to the endpoint; 0 while its bridge is gone.
+// linkToContainer returns the index of the link that leads to the endpoint: its bridge, or its host end. It is
+// 0 while the bridge is gone.
 func (v *view) linkToContainer(e endpoint) int {
 	if e.bridge == "" {
 		return e.link.Index
@@ -150,8 +157,8 @@ func (v *view) linkToContainer(e endpoint) int {
 	return 0
 }
 
-// wayOut is the gateway of a NIC whose containers have rules of their own; not ok for any other
-// NIC.
+// wayOut returns Azure's gateway for the NIC, which is the first address of its subnet. ok is false if the NIC
+// needs no table: it is gone, nothing is asked of it, or its subnet is not known.
 func (v *view) wayOut(mac string) (gateway netip.Addr, ok bool) {
 	n, subnets := v.state.NICs[mac], v.subnets(mac)
 	if v.nics[mac] == nil || n.Bridge == "" && !n.Transparent || len(subnets) == 0 {
@@ -166,23 +173,22 @@ func (v *view) isGoneOrDown(mac string) bool {
 	return nic == nil || nic.Attrs().Flags&net.FlagUp == 0
 }
 
-// needsOwnRules reports whether each transparent endpoint of the NIC has rules: a rule that names azv+ would mean a
-// link of that very name. The primary NIC's have rules by their subnet instead, which are as many for 250
-// containers as for one.
+// needsOwnRules reports whether each transparent endpoint of the NIC has routing rules of its own. One rule for
+// all cannot be: "iif azv+" would mean a link of that very name. The primary NIC's transparent endpoints have
+// rules by their subnet instead, whose number does not grow with the containers.
 func (s *hostState) needsOwnRules(mac string) bool {
 	return s.NICs[mac].Transparent && !s.NICs[mac].Primary
 }
 
-// containerPriority is that of the rule that leads to containers: before every rule of others but
-// the local table's. A rule that is added without a priority comes before all that are there. If
-// somebody adds a rule before ours, ours are added again below that rule, and the old ones deleted. behind is how many
-// numbers a rule is behind the first one. With number 0, they stand behind the local table's, in the order in which
-// they were added.
+// containerPriority returns the priority of the rule that leads to containers, plus behind. The rule comes
+// before all rules of others but the local table's. A rule that is added without a priority gets the lowest
+// number. So if somebody adds a rule before ours, ours are added again below it, and then the old ones are
+// deleted. At number 0 our rules are behind the local table's, in the order in which they were added.
 func (v *view) containerPriority(behind int) int {
 	return max(0, min(containerRule, v.lowestOtherPriority-1-secondSubnetRule)+behind)
 }
 
-// wantedRules are all that our protocol number may stand on.
+// wantedRules returns all routing rules that should have our protocol number.
 func (v *view) wantedRules() []netlink.Rule {
 	w := &ruleList{v: v}
 	for _, mac := range v.macs() {
@@ -214,18 +220,18 @@ func (v *view) wantedRules() []netlink.Rule {
 	return w.rules
 }
 
-// everywhere is no condition of a rule.
+// everywhere stands for no condition on an address.
 var everywhere = netip.Prefix{}
 
-// ruleList collects the rules that a view wants.
+// ruleList collects the routing rules that a view asks for.
 type ruleList struct {
 	v       *view
 	subnets []netip.Prefix // of all NICs
 	rules   []netlink.Rule
 }
 
-// addRule adds a rule. The rule ignores routes of its table whose prefix has suppress bits or fewer; -1: it ignores none.
-// A rule without a table makes the destination unreachable.
+// addRule adds a rule. It ignores routes of its table whose prefix has suppress bits or fewer; with -1 it
+// ignores none. A rule without a table makes the destination unreachable.
 func (w *ruleList) addRule(priority, table, suppress int, iif string, from, to netip.Prefix) {
 	r := netlink.NewRule()
 	r.Family, r.Protocol, r.Priority, r.Table, r.SuppressPrefixlen, r.IifName = unix.AF_INET, ourProtocol, priority, table, suppress, iif
@@ -241,14 +247,14 @@ func (w *ruleList) addRule(priority, table, suppress int, iif string, from, to n
 	w.rules = append(w.rules, *r)
 }
 
-// addNowhere adds a rule for a NIC that is gone or down. Containers behind the link then reach only containers.
+// addNowhere adds a rule for a NIC that is gone or down: what comes by the link reaches containers only.
 func (w *ruleList) addNowhere(mac, link string) {
 	if w.v.isGoneOrDown(mac) {
 		w.addRule(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
 	}
 }
 
-// addWayOut adds the rules that lead packets from containers of the NIC out by that NIC. The packets come in by the link.
+// addWayOut adds the rules by which packets from containers leave by their NIC. The packets come by the link.
 func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	v := w.v
 	if _, ok := v.wayOut(mac); !ok {
@@ -272,9 +278,10 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	}
 }
 
-// addForSubnets adds the rules that lead packets from all transparent containers of the primary NIC out by that NIC. The
-// rules match the subnet of the source address. Two kinds of packets have such a source and keep their own way: those
-// that the host itself sends, for which the rules see the link lo, and those that the host forwards from its NICs.
+// addForSubnets adds the rules by which packets from all transparent containers of the primary NIC leave by
+// that NIC. The rules match the subnet of the source address. Two other kinds of packet have such a source, and
+// keep their own way: packets that the host itself sends, which the rules see as coming by lo, and packets that
+// the host forwards from its NICs.
 func (w *ruleList) addForSubnets(mac string) {
 	if _, ok := w.v.wayOut(mac); !ok {
 		return
@@ -290,11 +297,13 @@ func (w *ruleList) addForSubnets(mac string) {
 	}
 }
 
+// sameRule compares what we set of a routing rule.
 func sameRule(a, b netlink.Rule) bool {
 	return a.Priority == b.Priority && a.Table == b.Table && a.SuppressPrefixlen == b.SuppressPrefixlen && a.IifName == b.IifName &&
 		prefixOf(a.Src) == prefixOf(b.Src) && prefixOf(a.Dst) == prefixOf(b.Dst)
 }
 
+// ruleText writes the rule as ip rule does.
 func ruleText(r netlink.Rule) string {
 	text := fmt.Sprintf("%d:", r.Priority)
 	if r.Src != nil {

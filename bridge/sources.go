@@ -15,18 +15,18 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// A container may have several interfaces of ours, on one NIC or on two. Its main table leads
-// to most destinations by the first of them. Each interface may send its own address alone, so
-// an answer from the second address would be dropped there. So each address of such a
-// container has a rule and a table of its own in the container's namespace, which lead out by
-// the interface that has the address. A container with one interface has neither.
+// A container may have several interfaces of ours, on one NIC or on two. Its table main leads to most
+// destinations by the first of them. But an interface may send only with its own address, so an answer from the
+// second address would be dropped. So each address of such a container has a rule and a table in the
+// container's namespace, which lead out by the interface with the address. A container with one interface has
+// neither.
 const (
-	sourceTables = 16864000 // and the interface's index: the way out by that interface
+	sourceTables = 16864000 // plus the interface's index: the table with the way out by that interface
 	sourceRule   = 32765    // just before the kernel's rule for main
 )
 
-// routeBySource has what is sent from each address of ours in the container leave by the
-// interface that has it, if there is more than one.
+// routeBySource sees to it that packets from each address of ours in the container leave by the interface with
+// that address. It does nothing if the container has one interface.
 func (a *attacher) routeBySource(in *netlink.Handle) error {
 	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -47,7 +47,7 @@ func (a *attacher) routeBySource(in *netlink.Handle) error {
 		}
 	}
 	if len(indexes) == 1 {
-		return nil // the others are somebody else's
+		return nil // the other interfaces are not ours
 	}
 	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return in.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
@@ -69,15 +69,15 @@ func (a *attacher) routeBySource(in *netlink.Handle) error {
 	return nil
 }
 
-// addSourceTable gives an address its table, with all routes that its interface has in the main one,
-// and its rule. It may be repeated.
+// addSourceTable adds a table for an address, with all routes that its interface has in main, and the rule that
+// leads to the table. It can be repeated.
 func addSourceTable(in *netlink.Handle, from netip.Addr, index int) error {
 	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
 	routes, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return err
 	}
-	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return len(a.Gw) - len(b.Gw) }) // the next hops' routes first
+	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return len(a.Gw) - len(b.Gw) }) // routes without a gateway first, since the gateways must be reachable
 	for _, r := range routes {
 		way := netlink.Route{Table: sourceTables + index, LinkIndex: index, Dst: r.Dst, Gw: r.Gw, Scope: r.Scope, Src: r.Src, MTU: r.MTU, AdvMSS: r.AdvMSS,
 			Protocol: ourProtocol, Type: unix.RTN_UNICAST}

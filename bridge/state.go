@@ -14,30 +14,30 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// hostState is host.json: what of the host's network the kernel cannot tell.
+// hostState is the content of host.json: what the kernel cannot tell of the host's network.
 type hostState struct {
 	Version  int                        `json:"version"`
-	Boot     string                     `json:"boot"`               // the kernel's boot id; a state of another boot is void
-	NICs     map[string]nicState        `json:"nics,omitempty"`     // by MAC: those of the VM, as far as known
+	Boot     string                     `json:"boot"`               // the kernel's boot id. The state of another boot counts as empty
+	NICs     map[string]nicState        `json:"nics,omitempty"`     // by MAC: the VM's NICs, as far as they are known
 	Policies map[string]Policy          `json:"policies,omitempty"` // by id
-	Ports    map[string][]PublishedPort `json:"ports,omitempty"`    // claimed, by host end; those of a link whose alias has none are void
-	Zones    map[string]string          `json:"zones,omitempty"`    // of firewalld, by the link of ours that we put there or are about to
+	Ports    map[string][]PublishedPort `json:"ports,omitempty"`    // claimed ports, by host end. Those of a link whose alias has no ports are void
+	Zones    map[string]string          `json:"zones,omitempty"`    // zones of firewalld, by link of ours: those that we put the link into, or are about to
 }
 
 // nicState is what was asked of a NIC.
 type nicState struct {
-	Name        string       `json:"name,omitempty"`        // as last seen: a hint, since a NIC may be renamed
-	Bridge      string       `json:"bridge,omitempty"`      // name of its bridge; empty: none is asked for
-	Primary     bool         `json:"primary,omitempty"`     // the VM's
+	Name        string       `json:"name,omitempty"`        // the name that the NIC had last. It is a hint, because a NIC may be renamed
+	Bridge      string       `json:"bridge,omitempty"`      // name of the NIC's bridge; empty: no bridge is asked for
+	Primary     bool         `json:"primary,omitempty"`     // the NIC is the VM's primary
 	Transparent bool         `json:"transparent,omitempty"` // transparent endpoints are asked for
-	Subnet      netip.Prefix `json:"subnet,omitzero"`       // of the virtual network, which it is in
-	Prepared    bool         `json:"prepared,omitempty"`    // all that was asked for has stood; false after a crash of Ensure
+	Subnet      netip.Prefix `json:"subnet,omitzero"`       // of the virtual network that the NIC is in
+	Prepared    bool         `json:"prepared,omitempty"`    // a round has made all that was asked for. It is false after a crash of Ensure
 }
 
 const stateVersion = 2
 
-// Check makes a file of another version unreadable, and one with what no program writes: a bridge that cannot be
-// made or a prefix of IPv6 would keep every round from mending anything.
+// Check refuses a file of another version, and a file with a value that no program writes. Such values would
+// keep every round from mending anything, for example a bridge that cannot be made or a prefix of IPv6.
 func (s hostState) Check() error {
 	if s.Version != stateVersion {
 		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, stateVersion)
@@ -77,7 +77,7 @@ func (s hostState) Check() error {
 	return nil
 }
 
-// policyID matches what Policy.id makes.
+// policyID matches what Policy.id returns.
 var policyID = regexp.MustCompile(`^[0-9a-f]{8}$`)
 
 // startNewBoot empties a state that is new or of another boot.
@@ -114,8 +114,8 @@ func (s *hostState) isAsked() bool {
 	return false
 }
 
-// readState reads host.json. No file, one of another boot and one that cannot be
-// understood are an empty state: the kernel tells the rest.
+// readState reads host.json. If there is no file, or it is of another boot, or it cannot be understood, the
+// state is empty, and the links tell the rest.
 func (h *Host) readState() (*hostState, error) {
 	s, err := statefile.Read[hostState](h.path("host.json"))
 	if errors.Is(err, statefile.ErrUnreadable) {
@@ -127,9 +127,9 @@ func (h *Host) readState() (*hostState, error) {
 	return &s, s.startNewBoot()
 }
 
-// updateState changes host.json under its own lock; who is told to those who wait. A
-// file that cannot be understood is set aside first. Nothing is written when change
-// returns an error, which comes back as it is.
+// updateState changes host.json under the file's own lock. Another call that waits for the lock in vain is told
+// who. A file that cannot be understood is set aside first. If change returns an error, nothing is written, and
+// updateState returns that error.
 func (h *Host) updateState(ctx context.Context, who string, change func(*hostState) error) error {
 	file := h.path("host.json")
 	renewed := func(s *hostState) error {
@@ -147,8 +147,8 @@ func (h *Host) updateState(ctx context.Context, who string, change func(*hostSta
 	return err
 }
 
-// stateFaults are what host.json does not say of what stands, because the file was
-// lost or could not be read.
+// stateFaults are the NICs for which the links tell more than host.json, because the file was lost or could not
+// be read.
 func (h *Host) stateFaults(v *view) (all []fault) {
 	for _, mac := range v.adopted {
 		n := v.state.NICs[mac]
@@ -164,7 +164,7 @@ func (h *Host) stateFaults(v *view) (all []fault) {
 	return all
 }
 
-// bootID tells this boot of the kernel from any other.
+// bootID returns an id that the kernel makes anew at each boot.
 func bootID() (string, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(id)), err

@@ -23,8 +23,9 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// upstreamRules names the rules of ebtables that name one of these NICs, or an address of its subnet. Azure's own
-// azure-vnet leaves such rules. They are not ours to delete.
+// upstreamRules returns a sentence about rules in ebtables that name one of these NICs or an address of its
+// subnet. Azure's own azure-vnet leaves such rules behind. They are not ours to delete, so the sentence has the
+// commands.
 func upstreamRules(nics []netlink.Link) []string {
 	var names []string
 	var subnets []netip.Prefix
@@ -55,8 +56,8 @@ func upstreamRules(nics []netlink.Link) []string {
 	return out
 }
 
-// UpstreamContainer is what Azure's own azure-vnet was told of a container's interface. It made the name of its
-// host end of that.
+// UpstreamContainer is what the runtime tells of a container's interface. Azure's own azure-vnet derived the
+// name of its host end from it.
 type UpstreamContainer struct {
 	Network      string // name of the network
 	ContainerID  string // as the runtime gives it
@@ -66,9 +67,9 @@ type UpstreamContainer struct {
 	Netns        string // path of the container's network namespace; empty: not told
 }
 
-// hostEnds are the names that the host end may have. byID is of this container alone (bridge mode). byPod is of
-// every container that a pod of that name has had (transparent mode): a StatefulSet's pod comes again under its
-// name, and may do so before its old container is gone. It is empty where no pod is told.
+// hostEnds returns the two names that the host end may have. byID is of this container alone (bridge mode).
+// byPod is of every container that a pod of this name has had (transparent mode): a StatefulSet's pod comes
+// again under its name, maybe before its old container is gone. byPod is empty if no pod is told.
 func (c UpstreamContainer) hostEnds() (byID, byPod string) {
 	name := func(of string) string {
 		sum := sha1.Sum([]byte(of))
@@ -80,13 +81,15 @@ func (c UpstreamContainer) hostEnds() (byID, byPod string) {
 	return name(c.Network + c.ContainerID + c.IfName), byPod
 }
 
-// RemoveUpstreamLink removes the host end that Azure's own azure-vnet gave to this very container, and returns its
-// name; empty: there is none. The routes over the link and the container's interface go with it, and nothing else
-// does. A runtime needs that for containers that it began before azure-vnet was installed.
+// RemoveUpstreamLink removes the host end that Azure's own azure-vnet gave to this very container, and returns
+// its name, or "" if there is none. The kernel deletes the routes over the link and the container's interface
+// with it; nothing else is removed. A runtime needs this for containers that it started before azure-vnet was
+// installed.
 //
-// The container's namespace is the proof: the interface IfName in it is the link's other end. Without a namespace, the
-// link whose name derives from the container's id is removed. The link whose name derives from the pod stays then: the
-// kernel deletes a link together with the namespace of its other end, so a link that stands is another container's.
+// The proof is in the container's namespace: the interface IfName there is the link's other end. Without a
+// namespace, only the link whose name derives from the container's id is removed. The link whose name derives
+// from the pod stays: the kernel deletes a link together with the namespace of its other end, so a link that
+// still exists belongs to another container.
 func (h *Host) RemoveUpstreamLink(ctx context.Context, c UpstreamContainer) (link string, err error) {
 	byID, byPod := c.hostEnds()
 	for _, name := range []string{byID, byPod} {
@@ -106,7 +109,7 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 		return false, nil
 	}
 	if l, err := netlink.LinkByName(name); rtnl.IsNotExist(err) || err == nil && !mayBeUpstreams(l) {
-		return false, nil // as nearly always; no lock is needed to know
+		return false, nil // nearly every DEL ends here, without the lock
 	}
 	unlock, err := h.lockHost(ctx, "remove "+name)
 	if err != nil {
@@ -142,13 +145,14 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	return true, err
 }
 
-// mayBeUpstreams reports whether a link may be a host end of Azure's own azure-vnet: a veth without any mark of ours.
+// mayBeUpstreams reports whether a link may be a host end of Azure's own azure-vnet: a veth without any mark of
+// ours.
 func mayBeUpstreams(l netlink.Link) bool {
 	a := l.Attrs()
 	return l.Type() == "veth" && a.Alias == "" && a.Group != ruleset.GroupBridge && a.Group != ruleset.GroupTransparent
 }
 
-// hasOtherEnd reports whether the interface IfName of the container is the link's other end. told is false where
+// hasOtherEnd reports whether the interface IfName of the container is the link's other end. told is false if
 // there is no namespace to look into.
 func (c UpstreamContainer) hasOtherEnd(l netlink.Link) (has, told bool) {
 	if c.Netns == "" {

@@ -11,21 +11,23 @@ import (
 	"azurevnet/bridge/internal/firewalld"
 )
 
-// systemBus is the socket of the host's system bus.
+// systemBus returns the path of the system bus's socket.
 func (h *Host) systemBus() string { return filepath.Join(h.cfg.Run, "dbus/system_bus_socket") }
 
-// zoneReading is one reading of firewalld, for all the passes of a round: a bus that hangs is waited for once.
+// zoneReading is one reading of firewalld's zones.
 type zoneReading struct {
-	zones *firewalld.Zones // nil: there is no firewalld, or err
+	zones *firewalld.Zones // nil: the host has no firewalld, or err says why it was not read
 	err   error
 }
 
+// readZones asks firewalld for its zones. A bus that hangs costs 2 s.
 func (h *Host) readZones(ctx context.Context) (z zoneReading) {
 	z.zones, z.err = firewalld.ReadZones(ctx, h.systemBus())
 	return z
 }
 
-// zoneLinks are our links that firewalld is to have in a zone, with the names of their NICs as far as these are there.
+// zoneLinks returns our links that should be in a zone, each with the names of its NICs. A NIC that is gone has
+// no name.
 func (v *view) zoneLinks() map[string][]string {
 	links := map[string][]string{}
 	add := func(link, nic string) {
@@ -66,8 +68,9 @@ func (h *Host) zoneFaults(v *view) (all []fault) {
 	return all
 }
 
-// takeZoneStep notes a zone before a link joins it, and forgets it after the link has left: what is noted may be taken
-// away.
+// takeZoneStep puts a link into a zone or takes it out. host.json has the zones that we put links into, and
+// uninstall takes links out of these only. So the zone is noted before a link joins it, and the note is deleted
+// after the link has left.
 func (h *Host) takeZoneStep(z *firewalld.Zones, s firewalld.Step) error {
 	ctx := context.Background()
 	note := func(zone string) error {
@@ -99,7 +102,7 @@ func (h *Host) takeZoneStep(z *firewalld.Zones, s firewalld.Step) error {
 	return note("")
 }
 
-// leaveZones takes our links out of firewalld's zones, as far as we put them there.
+// leaveZones takes our links out of the zones that we put them into.
 func (h *Host) leaveZones(ctx context.Context) error {
 	s, err := h.readState()
 	if err != nil || len(s.Zones) == 0 {
@@ -110,7 +113,7 @@ func (h *Host) leaveZones(ctx context.Context) error {
 		return fmt.Errorf("%w. Some of our links stay in its zones until its next reload or the boot", z.err)
 	}
 	if z.zones == nil {
-		return nil // and it begins without them
+		return nil // firewalld is gone, and will start without our links
 	}
 	var errs []error
 	for _, step := range z.zones.Steps(nil, s.Zones) {
