@@ -127,7 +127,7 @@ func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []Pub
 	return h.updateState(ctx, "claim ports for "+link, func(s *hostState) error { s.Ports = taken; return nil })
 }
 
-// isMetBy reports whether p is a wish that a port which the endpoint has already fulfils.
+// isMetBy reports whether a port that the endpoint has already fulfils the wish p.
 func (p PublishedPort) isMetBy(held PublishedPort) bool {
 	return p.Proto == held.Proto && p.HostAddr == held.HostAddr && p.Port == held.Port && (p.HostPort == 0 || p.HostPort <= held.HostPort && held.HostPort <= p.HostPortEnd)
 }

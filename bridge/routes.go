@@ -32,9 +32,9 @@ import (
 // each address that a container sends to. A container that sends to a thousand absent addresses would fill the
 // kernel's one neighbour table (gc_thresh3). Then neither containers nor the host would reach a new peer.
 const (
-	containerTable    = 16863    // a route to each container
-	nicTables         = 16863000 // and the NIC's index: the way out by that NIC
-	unreachableMetric = 1        // the metric of such a table's route to nowhere, which is for when the other one (0) is gone
+	containerTable    = 16863    // has a route to each container
+	nicTables         = 16863000 // plus the NIC's index: the table with the way out by that NIC
+	unreachableMetric = 1        // metric of the unreachable route in such a table. It counts only while the route with metric 0 is gone
 
 	containerRule = 100   // at most: see containerPriority
 	hostRule      = 32761 // to destinations that main has a longer prefix for than a NIC's subnet, such as another plugin's pod

@@ -137,7 +137,7 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	}
 	var flows conntrack.Conn
 	defer flows.Close()
-	for _, r := range routes { // flows of the address would mislead the container that has it next
+	for _, r := range routes { // their flows would mislead the next container that has the address
 		if p := prefixOf(r.Dst); p.Bits() == 32 {
 			err = deleteFlows(&flows, p.Addr())
 		}

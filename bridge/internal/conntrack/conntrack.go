@@ -1,7 +1,7 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package conntrack deletes flows of the kernel's connection tracking. It does
-// not read flows. A kernel without connection tracking is success.
+// Package conntrack deletes flows from the kernel's connection tracking. It does not list flows. On a kernel
+// without connection tracking, every deletion is success.
 package conntrack
 
 import (
@@ -17,26 +17,25 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Flows describes the flows to delete: those that agree with each field that is
-// set.
+// Flows selects the flows to delete. One of From, Answerer, UDPPort and Untranslated is set.
 type Flows struct {
-	From     netip.Addr // sent the first packet
-	Answerer netip.Addr // sends the answers, whatever address the first packet was sent to
-	UDPPort  uint16     // of a datagram's first destination; only where no address is set
+	From     netip.Addr // the address that sent the first packet
+	Answerer netip.Addr // the address that sends the answers. Where DNAT applies, the first packet was sent to another one
+	UDPPort  uint16     // the first destination port of a flow of UDP
 
-	Untranslated netip.Addr // sent the first datagram, and is answered at this address; alone
+	Untranslated netip.Addr // sent the first datagram of a flow of UDP, and receives the answers at the same address: the flow has no SNAT
 }
 
-// Conn is a socket for deletions. Its zero value is ready for use.
+// Conn is a socket for deletions. The zero value is ready for use.
 //
-// Close waits until all that nf_tables transactions of this namespace deleted is
-// destroyed, 8 to 17 ms after a deletion (nft_rcv_nl_event in Linux), and keeps
-// other transactions waiting meanwhile. So close it last, without any lock.
+// Close waits until the kernel has destroyed all that nf_tables transactions of this namespace deleted, which
+// takes 8 to 17 ms after a deletion (nft_rcv_nl_event in Linux). Meanwhile other transactions wait too. So
+// close it last, and hold no lock.
 type Conn struct {
 	socket *nl.SocketHandle
 }
 
-// Close gives the socket back.
+// Close closes the socket. It may wait: see Conn.
 func (c *Conn) Close() {
 	if c.socket != nil {
 		c.socket.Close()
@@ -44,7 +43,7 @@ func (c *Conn) Close() {
 	}
 }
 
-// Delete deletes the flows that agree with any of all. None is success.
+// Delete deletes the flows that any of the selections matches. If there are none, that is success.
 func (c *Conn) Delete(all ...Flows) error {
 	for _, f := range all {
 		err := c.execute(f.deleteRequest())
@@ -59,7 +58,8 @@ func (c *Conn) Delete(all ...Flows) error {
 	return nil
 }
 
-// deleteOneByOne is for older kernels, which delete by a whole tuple only. It reads the whole table, once.
+// deleteOneByOne is for kernels before 6.9, which delete only by a flow's whole tuple. It lists all flows of
+// the host, once.
 func deleteOneByOne(all []Flows) error {
 	var filters []netlink.CustomConntrackFilter
 	for _, f := range all {
@@ -93,6 +93,7 @@ func deleteOneByOne(all []Flows) error {
 	return err
 }
 
+// execute sends a request, by the socket that earlier requests used.
 func (c *Conn) execute(r *nl.NetlinkRequest) error {
 	if c.socket == nil {
 		s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
@@ -109,6 +110,7 @@ func (c *Conn) execute(r *nl.NetlinkRequest) error {
 	return err
 }
 
+// noConntrack reports whether an error means that the kernel has no such flow, or no connection tracking.
 func noConntrack(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS)
 }

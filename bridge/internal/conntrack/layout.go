@@ -10,19 +10,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Of linux/netfilter/nfnetlink_conntrack.h, which no library here names.
+// This file has the layout of ctnetlink's messages. The numbers are of linux/netfilter/nfnetlink_conntrack.h,
+// and no library here names them. CTA_FILTER says which fields of the tuples in a message select flows; the
+// kernel ignores the other fields.
 const (
-	ctaFilter           = 25
-	ctaFilterOrigFlags  = 1
-	ctaFilterReplyFlags = 2
-	ctaFilterIPSrc      = 1 << 0
-	ctaFilterIPDst      = 1 << 1
-	ctaFilterProto      = 1 << 3
-	ctaFilterDstPort    = 1 << 5
+	ctaFilter           = 25     // CTA_FILTER
+	ctaFilterOrigFlags  = 1      // CTA_FILTER_ORIG_FLAGS: fields of the first packet's tuple
+	ctaFilterReplyFlags = 2      // CTA_FILTER_REPLY_FLAGS: fields of the answers' tuple
+	ctaFilterIPSrc      = 1 << 0 // source address
+	ctaFilterIPDst      = 1 << 1 // destination address
+	ctaFilterProto      = 1 << 3 // protocol
+	ctaFilterDstPort    = 1 << 5 // destination port
 )
 
-// deleteRequest has the kernel delete the flows in one message, which Linux does since
-// 6.9.
+// deleteRequest is a request that deletes all selected flows in one message. Linux does this since 6.9.
 func (f Flows) deleteRequest() *nl.NetlinkRequest {
 	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_CTNETLINK<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
 	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_INET, Version: nl.NFNETLINK_V0})
@@ -49,6 +50,8 @@ func (f Flows) deleteRequest() *nl.NetlinkRequest {
 	return r
 }
 
+// untranslatedRequest completes the request for Untranslated: datagrams from the address, answered at the
+// address.
 func (f Flows) untranslatedRequest(r *nl.NetlinkRequest) *nl.NetlinkRequest {
 	addr := f.Untranslated.AsSlice()
 	orig := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, nil)

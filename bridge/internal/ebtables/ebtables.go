@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package ebtables finds rules of others in ebtables' table nat, such as those that
-// Azure's own azure-vnet leaves behind: they answer ARP for addresses and lead frames
-// to MACs that are gone. It is no firewall: it reads, and changes nothing.
+// Package ebtables finds rules of others in ebtables' table nat, such as those that Azure's own azure-vnet
+// leaves behind. These rules answer ARP for addresses, and lead frames to MACs, that are gone. The package
+// reads, and changes nothing.
 package ebtables
 
 import (
@@ -19,16 +19,15 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// table is where Azure's own azure-vnet has its rules.
+// table is the table in which Azure's own azure-vnet has its rules.
 const table = "nat"
 
-// chains are those that the table begins with.
+// chains are the chains that every such table has.
 var chains = []string{"PREROUTING", "OUTPUT", "POSTROUTING"}
 
-// DeleteCommands are the commands that delete those rules of the table for which concerns is
-// true, of both kinds of ebtables. A rule comes as its words, as ebtables prints them.
-// On a host without such rules the kernel is asked a few questions, and no program is
-// started.
+// DeleteCommands returns the commands that delete those rules for which concerns is true, of both kinds of
+// ebtables. concerns gets a rule as its words, as ebtables prints them. On a host without rules, this asks the
+// kernel a few questions and starts no program.
 func DeleteCommands(concerns func(rule []string) bool) (commands []string, err error) {
 	var errs []error
 	for _, kind := range []struct {
@@ -48,7 +47,7 @@ func DeleteCommands(concerns func(rule []string) bool) (commands []string, err e
 	return commands, errors.Join(errs...)
 }
 
-// countNftRules counts the rules that ebtables-nft made.
+// countNftRules counts the rules that ebtables-nft has made.
 func countNftRules() (n int, err error) {
 	for _, chain := range chains {
 		rules, err := nfnl.ReadRules(unix.NFPROTO_BRIDGE, table, chain)
@@ -60,8 +59,8 @@ func countNftRules() (n int, err error) {
 	return n, nil
 }
 
-// The socket option that asks for a table of legacy ebtables, and its answer (struct
-// ebt_replace of linux/netfilter_bridge/ebtables.h).
+// The socket option that asks for a table of legacy ebtables (EBT_SO_GET_INFO), and its answer: struct
+// ebt_replace of linux/netfilter_bridge/ebtables.h.
 const ebtSoGetInfo = 128
 
 type ebtReplace struct {
@@ -75,8 +74,8 @@ type ebtReplace struct {
 	entries     uintptr
 }
 
-// countLegacyRules counts the rules of legacy ebtables. To ask for the table would load its
-// module, so the list of modules comes first: without the module there is no rule.
+// countLegacyRules counts the rules of legacy ebtables. To ask for the table would load its kernel module. So
+// the list of modules comes first: without the module there is no rule.
 func countLegacyRules() (int, error) {
 	modules, err := os.ReadFile("/proc/modules")
 	loaded := func(line string) bool { return strings.HasPrefix(line, "ebtable_nat ") }
@@ -93,12 +92,12 @@ func countLegacyRules() (int, error) {
 	size := uint32(unsafe.Sizeof(info))
 	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, ebtSoGetInfo,
 		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0); errno != 0 {
-		return 0, nil // no such table in this namespace
+		return 0, nil // this namespace has no such table
 	}
 	return int(info.nentries), nil
 }
 
-// listRules asks the program for the rules.
+// listRules has the program list the rules.
 func listRules(kind string, concerns func([]string) bool) (commands []string, err error) {
 	program, err := findProgram(kind)
 	if err != nil {
@@ -119,7 +118,7 @@ func listRules(kind string, concerns func([]string) bool) (commands []string, er
 	return commands, nil
 }
 
-// findProgram looks for the program of that kind, by its own name or as ebtables.
+// findProgram finds the ebtables program of that kind: by its own name, or as ebtables.
 func findProgram(kind string) (string, error) {
 	if path, err := exec.LookPath("ebtables-" + kind); err == nil {
 		return path, nil

@@ -26,9 +26,11 @@ const (
 // busTimeout bounds each visit to the bus. Callers hold locks meanwhile.
 const busTimeout = 2 * time.Second
 
-// ReadZones reads the zones. bus is the socket of the host's system bus. Read returns nil where there is no firewalld. An
-// error of the bus counts only while firewalld's nft table stands. A firewalld older than 0.9 whose back-end is iptables
-// counts as none: it leaves to the end of FORWARD what no zone decides, and an accept there serves.
+// ReadZones reads the zones. bus is the path of the system bus's socket. It returns nil if there is no
+// firewalld. An error of the bus counts only while firewalld's nft table exists.
+//
+// A firewalld older than 0.9 with the back-end iptables counts as none. It leaves to the end of FORWARD what no
+// zone decides on, and an accept there is enough.
 func ReadZones(ctx context.Context, bus string) (*Zones, error) {
 	z, err := readZones(ctx, bus)
 	if err == nil && !z.isTooOld() {
@@ -71,7 +73,7 @@ func readZones(ctx context.Context, bus string) (*Zones, error) {
 	return z, err
 }
 
-// readZone reads what a zone's settings mean for containers.
+// readZone reads what the settings of a zone mean for containers.
 func (f *daemon) readZone(name string) (is zone, err error) {
 	var settings map[string]dbus.Variant
 	err = f.call(busZones+".getZoneSettings2", name).Store(&settings)
@@ -85,7 +87,8 @@ func (f *daemon) readZone(name string) (is zone, err error) {
 	return is, err
 }
 
-// MoveLink puts a link that is in none into a zone, or for none out of the one that this reading found it in.
+// MoveLink puts a link that is in no zone into the zone to. If to is empty, it takes the link out of the zone
+// that this reading found it in.
 func (z *Zones) MoveLink(ctx context.Context, link, to string) error {
 	from := z.zoneOfLink[link]
 	if from == to {
@@ -104,12 +107,12 @@ func (z *Zones) MoveLink(ctx context.Context, link, to string) error {
 	return nil
 }
 
-// Watch calls changed whenever firewalld may have forgotten what it was told at run time, or have changed the zones of
-// links, until ctx ends. A bus that comes later, or again, is found within watchPause.
+// Watch calls changed whenever firewalld may have forgotten what it was told at run time, or has changed the
+// zones of links. It returns when ctx ends. It finds a bus that starts later, or again, within watchPause.
 func Watch(ctx context.Context, bus string, changed func()) {
 	for ctx.Err() == nil {
 		if _, err := os.Stat(bus); err == nil {
-			_ = hearSignals(ctx, bus, changed) // an error ends with the bus that it came from
+			_ = hearSignals(ctx, bus, changed) // an error means that the bus has ended
 		}
 		select {
 		case <-ctx.Done():
@@ -120,11 +123,11 @@ func Watch(ctx context.Context, bus string, changed func()) {
 
 const watchPause = 5 * time.Second
 
-// startTimeout bounds how long firewalld may take from its name on the bus to its first answer.
+// startTimeout bounds how long firewalld may take from having its name on the bus to its first answer.
 const startTimeout = time.Minute
 
-// signals are those of firewalld that Watch listens to. Others are frequent on some hosts, such as those of
-// the rules that fail2ban adds.
+// signals are the signals of firewalld that Watch listens to. Others are frequent on some hosts, such as those
+// for rules that fail2ban adds.
 var signals = [][]dbus.MatchOption{
 	{dbus.WithMatchSender("org.freedesktop.DBus"), dbus.WithMatchMember("NameOwnerChanged"), dbus.WithMatchArg(0, busName)},
 	{dbus.WithMatchSender(busName), dbus.WithMatchMember("Reloaded")},
@@ -154,10 +157,10 @@ func hearSignals(ctx context.Context, bus string, changed func()) error {
 	if !late.Stop() {
 		return ctx.Err()
 	}
-	changed() // what came before went unheard
+	changed() // signals from before the subscription were not heard
 	for s := range heard {
 		if s.Name == "org.freedesktop.DBus.NameOwnerChanged" {
-			// It has its name before its rules, and answers when it has both.
+			// firewalld takes its name before it has made its rules. It answers calls when it has.
 			bounded, cancel := context.WithTimeout(ctx, startTimeout)
 			_ = (&daemon{bounded, f.conn}).call(busName + ".getDefaultZone").Err
 			cancel()
@@ -167,24 +170,24 @@ func hearSignals(ctx context.Context, bus string, changed func()) error {
 	return nil
 }
 
-// daemon is firewalld on a connection to the bus.
+// daemon is firewalld, by a connection to the bus.
 type daemon struct {
 	ctx  context.Context
 	conn *dbus.Conn
 }
 
-// connect is bound by ctx as a whole: the connection ends with it.
+// connect opens a connection to the bus, which ends when ctx ends.
 func connect(ctx context.Context, bus string) (*daemon, error) {
 	conn, err := dbus.Connect("unix:path="+dbus.EscapeBusAddressValue(bus), dbus.WithContext(ctx))
 	return &daemon{ctx, conn}, err
 }
 
-// call calls a method of firewalld. It starts no firewalld.
+// call calls a method of firewalld. It does not start firewalld.
 func (f *daemon) call(method string, args ...any) *dbus.Call {
 	return f.conn.Object(busName, busPath).CallWithContext(f.ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
-// visitBus connects to the bus and calls do with firewalld. It takes no longer than patience for both.
+// visitBus connects to the bus and calls do with firewalld. Both together take no longer than busTimeout.
 func visitBus(ctx context.Context, bus string, do func(*daemon) error) error {
 	bounded, cancel := context.WithTimeout(ctx, busTimeout)
 	defer cancel()
@@ -206,7 +209,7 @@ func visitBus(ctx context.Context, bus string, do func(*daemon) error) error {
 	return err
 }
 
-// errorName is the name of an error that came over the bus, else empty.
+// errorName returns the name of an error that came over the bus, or "" for another error.
 func errorName(err error) string {
 	var said dbus.Error
 	if !errors.As(err, &said) {

@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package firewalld has links join the zone of a NIC, in a firewalld that runs on the
-// host. It speaks to firewalld over the system bus and changes its zones at run time
-// only: no permanent configuration, no reload. It never starts firewalld.
+// Package firewalld puts links into the zone of a NIC, in a firewalld that runs on the host. It speaks to
+// firewalld over the system bus. It changes zones at run time only: it writes no permanent configuration, and
+// causes no reload. It never starts firewalld.
 package firewalld
 
 import (
@@ -14,21 +14,21 @@ import (
 
 // Zones is one reading of firewalld's zones.
 type Zones struct {
-	bus         string            // the system bus's socket
-	defaultZone string            // the default zone: of every link that is in none by name
-	zoneOfLink  map[string]string // zones of links, by link
-	zones       map[string]zone   // the active ones and the default one
+	bus         string            // path of the system bus's socket
+	defaultZone string            // the zone of every link that is in no zone by name
+	zoneOfLink  map[string]string // zones by link
+	zones       map[string]zone   // the active zones and the default one, by name
 }
 
 // zone is what a zone's settings mean for containers.
 type zone struct {
-	accepts     bool // its target is ACCEPT: every port of the host is open to what is in it
+	accepts     bool // its target is ACCEPT: every port of the host is open to its links
 	forwards    bool // packets pass between its links
-	old         bool // this firewalld, older than 0.9, can forward within no zone
-	masquerades bool // what leaves by its links gets their addresses
+	old         bool // this firewalld is older than 0.9, which cannot forward within a zone
+	masquerades bool // packets that leave by its links get the links' addresses
 }
 
-// isTooOld reports whether this firewalld can forward within no zone.
+// isTooOld reports whether this firewalld is older than 0.9, which cannot forward within a zone.
 func (z *Zones) isTooOld() bool { return z.zones[z.defaultZone].old }
 
 // Act is what a step does.
@@ -36,24 +36,23 @@ type Act int
 
 // The acts. Each can be repeated.
 const (
-	Join       Act = iota // put Link into Zone, from none
+	Join       Act = iota // put Link, which is in no zone, into Zone
 	Leave                 // take Link out of Zone, which we put it into
-	ForgetZone            // Link is not in the zone any more that we put it into
+	ForgetZone            // Link is no longer in the zone that we put it into; only our note of it goes
 	Report                // only a person can do something
 )
 
-// Step is what is to be done, or told, about one link.
+// Step is one thing to do, or to report, about one link.
 type Step struct {
-	What string // what is not as it should be
+	What string // a sentence: what is not as it should be
 	Act  Act
 	Link string
 	Zone string
 }
 
-// Steps says what is to be done so that each link is in the zone that all its NICs are in by
-// name. links are ours, as firewalld spells them (azure0, or azv+ for each azv…), each with the
-// names of its NICs. joined are the zones that we put links into. A link that somebody else put
-// into a zone stays there.
+// Steps returns what to do so that each link is in the zone that all of its NICs are in by name. links are our
+// links as firewalld writes them (azure0, or azv+ for every link azv…), each with the names of its NICs. joined
+// are the zones that we put links into. A link that somebody else put into a zone stays in it.
 func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all []Step) {
 	names := slices.Collect(maps.Keys(links))
 	for link := range joined {
@@ -69,12 +68,12 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 		is, was := z.namedZone(link), joined[link]
 		nics, ours := links[link]
 		switch {
-		case is != "" && is != was: // somebody's choice
+		case is != "" && is != was: // somebody else chose this zone
 			if was != "" {
 				step(ForgetZone, was, "host.json says that %s was put into the firewalld zone %s, and somebody put it into %s", link, was, is)
 			}
 			continue
-		case ours && len(nics) == 0: // its NIC is gone, and may come back
+		case ours && len(nics) == 0: // the NIC is gone, and may come back
 			continue
 		}
 		want, told := "", ""
@@ -82,7 +81,7 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 			want, told = z.zoneFor(link, nics)
 		}
 		switch {
-		case want != "" && is != "" && want != is: // then the next reading has it join: who dies in between leaves it in none
+		case want != "" && is != "" && want != is: // the next round has the link join. A crash in between leaves it in no zone
 			step(Leave, is, "%s is in the firewalld zone %s, and %s in %s", link, is, nics[0], want)
 		case want != "" && want != is:
 			step(Join, want, "%s is not in the firewalld zone %s of %s", link, want, nics[0])
@@ -99,7 +98,7 @@ func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all 
 }
 
 // zoneFor chooses the zone that a link is to join: one that serves containers and opens nothing else. If there
-// is none, told says why, and what to do.
+// is none, want is empty, and told says why and what to do.
 func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	nic := nics[0]
 	name, named := z.effectiveZone(nic)
@@ -109,7 +108,7 @@ func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 		}
 	}
 	if z.zones[name].accepts && z.zones[z.defaultZone].accepts {
-		return "", "" // a link in no zone is in the default one
+		return "", "" // a link in no zone counts as in the default one
 	}
 	cut := fmt.Sprintf(", so firewalld drops what the containers of %s send or receive. ", link)
 	switch is := z.zones[name]; {
@@ -127,7 +126,8 @@ func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	return name, told
 }
 
-// effectiveZone is a link's zone; it is not named where that is the default one for want of another.
+// effectiveZone returns a link's zone. named is false if the link is in the default zone only because it is in
+// no other.
 func (z *Zones) effectiveZone(link string) (name string, named bool) {
 	if name = z.namedZone(link); name != "" {
 		return name, true
@@ -135,7 +135,8 @@ func (z *Zones) effectiveZone(link string) (name string, named bool) {
 	return z.defaultZone, false
 }
 
-// namedZone is the zone that a link is in by its name, or by how its name begins, as with eth+; empty: none.
+// namedZone returns the zone that a link is in by its name, or by the beginning of its name, as with eth+. It
+// is empty if there is none.
 func (z *Zones) namedZone(link string) string {
 	if name, ok := z.zoneOfLink[link]; ok {
 		return name
@@ -148,7 +149,7 @@ func (z *Zones) namedZone(link string) string {
 	return ""
 }
 
-// commands are an administrator's, for now and for good.
+// commands returns the commands for an administrator: one for now, and one for good.
 func commands(zone, option string) string {
 	var all []string
 	for _, permanent := range []string{"", "--permanent "} {

@@ -13,18 +13,18 @@ import (
 	"github.com/mattn/go-shellwords"
 )
 
-// backend is one kind of iptables.
+// backend is one kind of iptables: nft or legacy.
 type backend struct {
 	name string
 	run  *iptables.IPTables
 }
 
-// iptablesState is what lies in iptables.
+// iptablesState is what we need to know of the filter table.
 type iptablesState struct {
 	forward     []string // rules of FORWARD, as iptables -S prints them
-	finalRule   int      // index of the first of them that ends the chain for every packet; else their number
+	finalRule   int      // index of the first rule of FORWARD that ends the chain for every packet; len(forward) if none does
 	hasOurChain bool     // our chain exists
-	accepts     []string // its rules
+	accepts     []string // rules of our chain
 }
 
 func (b *backend) readState() (s iptablesState, err error) {
@@ -52,7 +52,7 @@ func (b *backend) readState() (s iptablesState, err error) {
 	return s, nil
 }
 
-// listRules lists a chain's rules without the line of its policy or its making.
+// listRules lists the rules of a chain. It leaves out the lines that make the chain and set its policy.
 func (b *backend) listRules(chain string) ([]string, error) {
 	all, err := b.run.List(table, chain)
 	if err != nil {
@@ -61,14 +61,15 @@ func (b *backend) listRules(chain string) ([]string, error) {
 	return slices.DeleteFunc(all, func(r string) bool { return !strings.HasPrefix(r, "-A ") }), nil
 }
 
-// everything matches a rule without any condition, and onward the target of any rule.
+// unconditionalRule matches a rule without any condition, and captures its target. ruleTarget captures the
+// target of any rule.
 var (
 	unconditionalRule = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
 	ruleTarget        = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
 )
 
-// endsChain reports whether a rule stops every packet that nobody has accepted: it drops or
-// rejects all, or leads all to a chain that does.
+// endsChain reports whether a rule stops every packet that no earlier rule has accepted: it drops or rejects
+// all, or leads all to a chain that does.
 func (b *backend) endsChain(rule string) (bool, error) {
 	m := unconditionalRule.FindStringSubmatch(rule)
 	if m == nil || m[1] == ourChain {
@@ -77,13 +78,13 @@ func (b *backend) endsChain(rule string) (bool, error) {
 	return b.stopsAll(m[1], maxDepth)
 }
 
-// maxDepth bounds how far a rule is followed from chain to chain.
+// maxDepth bounds how many chains a jump is followed through.
 const maxDepth = 8
 
-// stopsAll reports whether a target drops or rejects every packet. A chain does if a rule
-// without condition does, and the rules before it do no more than accept or note packets:
-// those rules lose nothing when our accepts come first. A chain that drops or returns some
-// packets earlier is a policy of somebody, and our accepts stay behind it.
+// stopsAll reports whether a target drops or rejects every packet. A chain does if one of its rules does so
+// without condition, and the rules before only accept or log packets. Such rules lose nothing if our accepts
+// come first. A chain that drops or returns some packets earlier is somebody's policy, and our accepts stay
+// behind it.
 func (b *backend) stopsAll(target string, depth int) (bool, error) {
 	switch target {
 	case "DROP", "REJECT":
@@ -97,7 +98,7 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 	inside, err := b.listRules(target)
 	var failed *iptables.Error
 	if errors.As(err, &failed) && failed.ExitStatus() == 1 {
-		return false, nil // no chain, but an extension such as LOG
+		return false, nil // the target is no chain but an extension such as LOG
 	}
 	if err != nil {
 		return false, err
@@ -120,7 +121,7 @@ func ruleText(chain string, rule []string) string {
 	return "-A " + chain + " " + strings.Join(rule, " ")
 }
 
-// jumpIndexes are the places of our jump in FORWARD, counted from 0.
+// jumpIndexes returns the indexes of our jump in FORWARD, counted from 0.
 func (s iptablesState) jumpIndexes() (at []int) {
 	for i, r := range s.forward {
 		if r == ruleText(forwardChain, jump) {
@@ -130,8 +131,8 @@ func (s iptablesState) jumpIndexes() (at []int) {
 	return at
 }
 
-// jumpIsInPlace reports whether there is one jump, and no rule of others with an effect
-// behind it.
+// jumpIsInPlace reports whether FORWARD has our jump once, directly before the final rule. Then no rule of
+// others that has an effect is behind it.
 func (s iptablesState) jumpIsInPlace() bool {
 	at := s.jumpIndexes()
 	return len(at) == 1 && at[0] == s.finalRule-1
@@ -158,7 +159,7 @@ func (s iptablesState) differences(c Config) (out []string) {
 	return out
 }
 
-// syncRules adds before it deletes.
+// syncRules adds rules before it deletes others, so that packets always find a rule that accepts them.
 func (b *backend) syncRules(c Config) (mended []string, err error) {
 	have, err := b.readState()
 	if err != nil {
@@ -183,7 +184,7 @@ func (b *backend) syncRules(c Config) (mended []string, err error) {
 		if slices.ContainsFunc(want, func(w []string) bool { return ruleText(ourChain, w) == r }) {
 			continue
 		}
-		words, err := shellwords.Parse(r) // iptables -S quotes as a shell does
+		words, err := shellwords.Parse(r) // iptables -S quotes words as a shell does
 		if err == nil {
 			err = b.run.DeleteIfExists(table, ourChain, words[2:]...)
 		}
@@ -197,10 +198,13 @@ func (b *backend) syncRules(c Config) (mended []string, err error) {
 	return mended, b.placeJump(have)
 }
 
-// placeJump puts the jump where it belongs, and deletes the ones that stand elsewhere. It deletes by the rule's words and
-// never by its number: others insert rules meanwhile, and the number would be that of one of theirs. Of equal rules
-// iptables deletes the first. So an old jump before the new place is deleted after the new one is there: packets always meet one. An old jump
-// behind the new place has no effect, and is deleted before: else the new one would be taken for it.
+// placeJump puts the jump into its place, and deletes the jumps that are elsewhere.
+//
+// It deletes by the rule's words and never by its number: others insert rules meanwhile, and then the number
+// would be that of a rule of theirs. Of equal rules, iptables deletes the first. So an old jump before the new
+// place is deleted after the new one was added, and packets always find a jump. An old jump behind the new
+// place has no effect. It is deleted before the new one is added, since the new one would be the first of the
+// two and be deleted instead.
 func (b *backend) placeJump(have iptablesState) (err error) {
 	drop := func(n int) error {
 		for range n {

@@ -11,9 +11,10 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// DroppingChains names the nft chains of others that drop what none of their own rules accepts, each with the commands that
-// accept there what Sync accepts in iptables. No accept in another chain lifts such a drop. A chain that has as many
-// rules with our comment as there are commands is not named.
+// DroppingChains returns a sentence for each nft chain of others on the forward hook that drops what its own
+// rules do not accept. No accept in another chain undoes such a drop. The sentence has the nft commands with
+// which a person accepts there what Sync accepts in iptables. A chain is left out when it has as many rules
+// with our comment as there are commands.
 func (c Config) DroppingChains() (all []string, err error) {
 	if len(c.Links) == 0 {
 		return nil, nil
@@ -24,14 +25,14 @@ func (c Config) DroppingChains() (all []string, err error) {
 	}
 	for _, chain := range chains {
 		if chain.Table == table && chain.Name == forwardChain && chain.Family == unix.NFPROTO_IPV4 || chain.Table == "firewalld" {
-			continue // Sync sees to the one, and the package firewalld to the other
+			continue // Sync handles iptables' chain, and the package firewalld handles firewalld's
 		}
 		rules, err := nfnl.ReadRules(chain.Family, chain.Table, chain.Name)
 		if err != nil {
 			return nil, err
 		}
 		title := map[byte]string{unix.NFPROTO_IPV4: "ip ", unix.NFPROTO_INET: "inet "}[chain.Family] + chain.Table + " " + chain.Name
-		place := "add rule " + title // behind all that the chain's owner decides
+		place := "add rule " + title // at the end, behind all that the chain's owner decides
 		last, fate, err := fateOf(chain, rules, maxDepth)
 		switch {
 		case err != nil:
@@ -49,8 +50,8 @@ func (c Config) DroppingChains() (all []string, err error) {
 	return all, nil
 }
 
-// fateOf finds the first rule that leaves no packet to the rules behind it, and what becomes of the packets: Accept, Drop, or
-// Return where no rule decides.
+// fateOf finds the first rule that leaves no packet to the rules behind it, and returns what becomes of the
+// packets: Accept, Drop, or Return if no rule decides.
 func fateOf(chain nfnl.Chain, rules []nfnl.Rule, depth int) (last nfnl.Rule, fate nfnl.Verdict, err error) {
 	for _, r := range rules {
 		if !r.Always || r.Verdict == nfnl.Continue {

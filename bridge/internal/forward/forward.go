@@ -1,10 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package forward keeps azure-vnet's place in iptables' FORWARD chain: one jump to
-// a chain of ours that accepts what containers need. Docker sets the policy of
-// FORWARD to DROP, and some images end the chain with a REJECT. The jump stands
-// behind every rule of others that has an effect, so that those rules keep their
-// meaning. It writes nothing else, and nothing on a host without iptables rules.
+// Package forward keeps azure-vnet's place in iptables' FORWARD chain: one jump to a chain of ours that accepts
+// what containers need. Docker sets the policy of FORWARD to DROP, and some images end the chain with a REJECT.
+// The jump is behind every rule of others that has an effect, so these rules keep their meaning. The package
+// writes nothing else, and nothing at all on a host without iptables rules.
 package forward
 
 import (
@@ -30,14 +29,14 @@ const (
 	ourComment   = "azure-vnet"
 )
 
-// Config says what is to be forwarded.
+// Config says what the rules accept.
 type Config struct {
-	Links []string // whose containers are ours, as iptables spells them: azure0, or azv+ for each azv…
-	Out   []string // other links that containers' packets may leave by: NICs, VPNs. No bridge: its ports may be somebody's containers
+	Links []string // our links, as iptables writes them: azure0, or azv+ for every link azv…
+	Out   []string // other links that containers' packets may leave by: NICs, VPNs. No bridge, because its ports may be somebody's containers
 }
 
-// accepts are the rules of our chain. To our links everything is accepted, for
-// containers are reached as VMs are. From our links the way out is accepted by name.
+// accepts returns the rules of our chain. To our links everything is accepted, because containers are reached
+// as VMs are. From our links, packets are accepted to each link of Out by name.
 func (c Config) accepts() [][]string {
 	var rules [][]string
 	for _, in := range c.Links {
@@ -51,13 +50,13 @@ func (c Config) accepts() [][]string {
 	return rules
 }
 
-// ErrUnreadable is in the error of Sync and Differences for a FORWARD chain that was written
-// with nft and that iptables can neither read nor change. The error's text has the commands
-// that accept by hand what Sync would. After them there is no error.
+// ErrUnreadable is in the error of Sync and Differences if FORWARD has rules that were written with nft, and
+// iptables can neither read nor change them. The error's text has the nft commands with which a person accepts
+// what Sync would accept. When these rules exist, there is no error.
 var ErrUnreadable = errors.New("FORWARD has rules that iptables cannot read")
 
-// checkUnreadable turns iptables' error about such a chain into ErrUnreadable, and into nil if
-// the chain has as many rules with our comment as we ask for.
+// checkUnreadable turns iptables' error for such a chain into ErrUnreadable. It is nil if FORWARD has as many
+// rules with our comment as there are commands.
 func (c Config) checkUnreadable(err error) error {
 	if err == nil || !strings.Contains(err.Error(), "is incompatible, use 'nft' tool") {
 		return err
@@ -66,7 +65,7 @@ func (c Config) checkUnreadable(err error) error {
 	if err != nil {
 		return err
 	}
-	// They go to the top of the chain, for where its policy ends cannot be told.
+	// The commands insert at the top of the chain: which rule is final cannot be told without iptables.
 	commands := c.nftCommands("insert rule ip " + table + " " + forwardChain)
 	if countOurComments(rules) >= len(commands) {
 		return nil
@@ -74,7 +73,7 @@ func (c Config) checkUnreadable(err error) error {
 	return fmt.Errorf("%w, so containers' packets pass only where others accept them. Accept them yourself: %s", ErrUnreadable, strings.Join(commands, "; "))
 }
 
-// countOurComments counts the rules that a person made by our commands.
+// countOurComments counts the rules that a person has made by our commands.
 func countOurComments(rules []nfnl.Rule) (n int) {
 	for _, r := range rules {
 		if r.Comment == ourComment {
@@ -84,7 +83,8 @@ func countOurComments(rules []nfnl.Rule) (n int) {
 	return n
 }
 
-// nftCommands are the accepts as a person enters them; place says into which chain, and where in it.
+// nftCommands returns the accepts as commands for a person. place is the beginning of each: the chain, and
+// where in it.
 func (c Config) nftCommands(place string) (all []string) {
 	for _, rule := range c.accepts() {
 		command := "nft " + place
@@ -104,13 +104,13 @@ func (c Config) nftCommands(place string) (all []string) {
 // jump is the one rule in FORWARD.
 var jump = []string{"-m", "comment", "--comment", ourComment, "-j", ourChain}
 
-// Sync makes the rules what c asks for, in each of the two kinds of iptables that
-// the host uses, and names what was something else.
+// Sync makes the rules what c asks for, in each of the two kinds of iptables that the host uses. It returns a
+// sentence for each rule that it changed.
 func (c Config) Sync() (mended []string, err error) {
 	return c.forEachBackend(func(b *backend) ([]string, error) { return b.syncRules(c) })
 }
 
-// Differences names what Sync would change.
+// Differences returns a sentence for each rule that Sync would change. It changes nothing.
 func (c Config) Differences() ([]string, error) {
 	return c.forEachBackend(func(b *backend) ([]string, error) {
 		have, err := b.readState()
@@ -121,8 +121,8 @@ func (c Config) Differences() ([]string, error) {
 	})
 }
 
-// PolicyDrops reports whether iptables-nft's FORWARD chain drops what no rule accepts. Where that cannot be read it
-// is false.
+// PolicyDrops reports whether iptables-nft's FORWARD chain drops what no rule accepts. If the chain cannot be
+// read, it is false.
 func PolicyDrops() bool {
 	c, err := nftables.New()
 	if err != nil {
@@ -132,14 +132,14 @@ func PolicyDrops() bool {
 	return err == nil && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop
 }
 
-// RemoveAll removes our jump and our chain. None is success.
+// RemoveAll removes our jump and our chain. If there are none, that is success.
 func RemoveAll() error {
 	_, err := Config{}.forEachBackend(func(b *backend) ([]string, error) { return nil, b.removeAll() })
 	return err
 }
 
-// forEachBackend does the same with both kinds of iptables, as far as they are used. They do
-// not see each other's rules: an ACCEPT of one does not lift a DROP of the other.
+// forEachBackend calls do for both kinds of iptables, as far as the host uses them. The two do not see each
+// other's rules: an ACCEPT in one does not undo a DROP in the other.
 func (c Config) forEachBackend(do func(*backend) ([]string, error)) (all []string, err error) {
 	var errs []error
 	for name, used := range map[string]func() (bool, error){"nft": nftUsed, "legacy": legacyUsed} {
@@ -165,8 +165,8 @@ func (c Config) forEachBackend(do func(*backend) ([]string, error)) (all []strin
 // nftUsed reports whether iptables-nft has a FORWARD chain.
 func nftUsed() (bool, error) { return nfnl.ChainExists(unix.NFPROTO_IPV4, table, forwardChain) }
 
-// legacyUsed reports whether legacy iptables has a filter table in this namespace.
-// To ask the legacy program would make one.
+// legacyUsed reports whether legacy iptables has a filter table in this namespace. It reads a file of the
+// kernel: to run the legacy program would create the table.
 func legacyUsed() (bool, error) {
 	names, err := os.ReadFile("/proc/thread-self/net/ip_tables_names")
 	if errors.Is(err, os.ErrNotExist) {
@@ -175,7 +175,7 @@ func legacyUsed() (bool, error) {
 	return slices.Contains(strings.Fields(string(names)), table), err
 }
 
-// findProgram finds the program of that kind: by its own name, or as iptables.
+// findProgram finds the iptables program of that kind: by its own name, or as iptables.
 func findProgram(kind string) (*iptables.IPTables, error) {
 	for _, name := range []string{"iptables-" + kind, "iptables"} {
 		path, err := exec.LookPath(name)
@@ -186,7 +186,7 @@ func findProgram(kind string) (*iptables.IPTables, error) {
 		if err != nil || name != "iptables" {
 			return run, err
 		}
-		// Some distributions have one program, of either kind.
+		// Some distributions have one program, which is of either kind.
 		said, err := exec.Command(path, "--version").Output()
 		if is := strings.Contains(string(said), "nf_tables"); err == nil && is == (kind == "nft") {
 			return run, nil

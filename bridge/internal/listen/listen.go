@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package listen tells which sockets of the host receive what comes to a port,
-// by sock_diag(7). It binds nothing: a port bound only to find out would be taken
-// from whoever tries meanwhile, and a TCP port in TIME_WAIT would seem taken.
+// Package listen lists the host's sockets that receive IPv4, by sock_diag(7). It does not try to bind a port
+// instead: a port that is bound for a test is taken away from a program that binds it in this moment, and a TCP
+// port in TIME_WAIT would seem to be in use.
 package listen
 
 import (
@@ -19,17 +19,17 @@ import (
 // Socket is a socket of the host that receives IPv4.
 type Socket struct {
 	Proto string         // tcp or udp
-	Addr  netip.AddrPort // IPv4; the unspecified address for every address of the host
-	UID   uint32         // of its owner
+	Addr  netip.AddrPort // IPv4; the unspecified address: every address of the host
+	UID   uint32         // of the socket's owner
 }
 
-// String names the socket and tells how to find its program.
+// String names the socket, and a command that names its program.
 func (s Socket) String() string {
 	return fmt.Sprintf("%s (uid %d; ss -%clnp names the program)", s.Addr, s.UID, s.Proto[0])
 }
 
-// ReadSockets lists the sockets that receive IPv4. A kernel that cannot tell gives an
-// empty list.
+// ReadSockets lists the sockets of TCP that listen and the sockets of UDP that are not connected. If the kernel
+// has no sock_diag, the list is empty.
 func ReadSockets() ([]Socket, error) {
 	var all []Socket
 	for _, q := range []struct {

@@ -14,29 +14,29 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Chain is a chain on the forward hook.
+// Chain is a base chain on the forward hook.
 type Chain struct {
 	Family byte // unix.NFPROTO_IPV4 or unix.NFPROTO_INET
 	Table  string
 	Name   string
-	Drops  bool // its policy
+	Drops  bool // its policy is to drop what no rule decides on
 }
 
-// Rule is what a rule does to the packets that meet its conditions.
+// Rule is what a rule does to a packet that meets its conditions. Conditions themselves are not decoded.
 type Rule struct {
 	Handle  uint64
-	Always  bool // it has no condition
+	Always  bool // the rule has no condition
 	Verdict Verdict
-	Target  string // chain of a jump or a goto
+	Target  string // the chain that a jump or a goto leads to
 	Comment string
 }
 
-// Verdict is what becomes of a packet.
+// Verdict is what a rule decides on a packet.
 type Verdict int
 
 // The verdicts.
 const (
-	Continue Verdict = iota // with the next rule
+	Continue Verdict = iota // the next rule decides
 	Accept
 	Drop // or reject
 	Return
@@ -46,8 +46,8 @@ const (
 
 var verdicts = map[int32]Verdict{nfDrop: Drop, nfAccept: Accept, nftJump: Jump, nftGoto: Goto, nftReturn: Return}
 
-// ReadForwardChains lists the base chains that IPv4 packets pass when they are forwarded. The kernel lists all chains, which
-// costs about a microsecond for each, and no rules.
+// ReadForwardChains lists the base chains that forwarded IPv4 packets pass. The kernel lists all chains for
+// this, at about a microsecond each, but no rules.
 func ReadForwardChains() (all []Chain, err error) {
 	for _, family := range []byte{unix.NFPROTO_IPV4, unix.NFPROTO_INET} {
 		messages, err := listObjects(unix.NFT_MSG_GETCHAIN, family)
@@ -80,7 +80,7 @@ func ReadForwardChains() (all []Chain, err error) {
 	return all, nil
 }
 
-// ReadRules lists the rules of one chain.
+// ReadRules lists the rules of one chain. If the chain does not exist, there are none.
 func ReadRules(family byte, table, chain string) (all []Rule, err error) {
 	messages, err := listObjects(unix.NFT_MSG_GETRULE, family, nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)), nl.NewRtAttr(unix.NFTA_RULE_CHAIN, nl.ZeroTerminated(chain)))
 	if err != nil {
@@ -111,7 +111,8 @@ func parseRule(m []byte) Rule {
 	return r
 }
 
-// addExpression adds what one expression does. Any that it does not know is a condition.
+// addExpression notes what one expression of the rule does. An expression that it does not know counts as a
+// condition.
 func (r *Rule) addExpression(elem []byte) {
 	name, data := "", []byte(nil)
 	for kind, v := range nested(elem) {
@@ -126,7 +127,7 @@ func (r *Rule) addExpression(elem []byte) {
 	case "counter", "log":
 	case "reject":
 		r.Verdict = Drop
-	case "immediate": // of a verdict, or of a value that an expression behind it takes
+	case "immediate": // it loads a verdict, or a value for a later expression
 		for kind, v := range nested(data) {
 			if kind != unix.NFTA_IMMEDIATE_DATA {
 				continue
@@ -153,7 +154,8 @@ func (r *Rule) addVerdict(data []byte) {
 	}
 }
 
-// listObjects lists objects of nf_tables. A kernel without nf_tables, and a chain that is gone, have none.
+// listObjects lists objects of nf_tables. The attributes restrict the list. A kernel without nf_tables, and a
+// chain that does not exist, have none.
 func listObjects(kind int, family byte, which ...nl.NetlinkRequestData) ([][]byte, error) {
 	all, err := dump.Whole(func() ([][]byte, error) {
 		r := newRequest(kind, unix.NLM_F_DUMP, family)

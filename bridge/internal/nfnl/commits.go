@@ -8,12 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Commits tells whether anybody committed a transaction of nf_tables in this namespace. Its zero value is ready for use.
+// Commits tells whether anybody has committed a transaction of nf_tables in this namespace. The zero value is
+// ready for use.
 type Commits struct {
 	socket *nl.SocketHandle
 }
 
-// Count is a number that each commit changes. It is 0 if the kernel does not tell the number.
+// Count returns a number that changes with each commit (the generation id). It is 0 if the kernel does not tell
+// it.
 func (c *Commits) Count() uint32 {
 	if c.socket == nil {
 		s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
@@ -39,7 +41,7 @@ func (c *Commits) Count() uint32 {
 	return 0
 }
 
-// Close gives the socket back.
+// Close closes the socket.
 func (c *Commits) Close() {
 	if c.socket != nil {
 		c.socket.Close()

@@ -1,9 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package nfnl asks nf_tables what the nftables library does not: whether a chain
-// exists, without a list of all chains; which chains are on the forward hook; and what
-// the rules of one chain do, whatever their conditions. A host with kube-proxy has
-// thousands of chains. It changes nothing.
+// Package nfnl asks nf_tables questions that the nftables library cannot ask: whether one chain exists, without
+// a list of all chains; which chains are on the forward hook; and what the rules of one chain do. A host with
+// kube-proxy has thousands of chains, so a list of all chains with their rules would be slow. The package
+// changes nothing.
 package nfnl
 
 import (
@@ -14,15 +14,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The library finds the machine's byte order at its first use, without a lock.
-// Here that use is before any goroutine is.
+// The library determines the machine's byte order at the first use, without a lock. So it is used here once,
+// before any goroutine exists.
 var _ = nl.NativeEndian()
 
-// noneErrors are the kernel's for what is not there, and of a kernel without nf_tables.
+// noneErrors are the kernel's errors for an object that does not exist, and for a kernel without nf_tables.
 var noneErrors = []error{unix.ENOENT, unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.EPROTONOSUPPORT, unix.EINVAL}
 
-// ChainExists reports whether the table of that family, such as unix.NFPROTO_IPV4, has
-// the chain. A kernel without nf_tables has none.
+// ChainExists reports whether a table has a chain. family is that of the table, such as unix.NFPROTO_IPV4. On a
+// kernel without nf_tables it is false.
 func ChainExists(family byte, table, chain string) (bool, error) {
 	r := newRequest(unix.NFT_MSG_GETCHAIN, unix.NLM_F_ACK, family)
 	r.AddData(nl.NewRtAttr(unix.NFTA_CHAIN_TABLE, nl.ZeroTerminated(table)))

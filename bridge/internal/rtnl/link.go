@@ -14,24 +14,23 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// Veth describes a pair of veth links. Both MACs are given, because udev rewrites
-// a MAC that the kernel chose.
+// Veth describes a pair of veth links. Both MACs are given, because udev changes a MAC that the kernel chose.
 type Veth struct {
-	Name   string           // of the end that stays in this namespace
+	Name   string           // of the end that stays in the calling thread's namespace
 	MAC    net.HardwareAddr // of that end
-	Group  uint32           // of that end: a mark that it has from its first moment
-	Master int              // index of the bridge that it becomes a port of; 0: none
+	Group  uint32           // of that end: a mark that the link has from its first moment
+	Master int              // index of the bridge that that end becomes a port of; 0: none
 	Up     bool             // that end is up at once
 
 	PeerName string           // of the other end
 	PeerMAC  net.HardwareAddr // of the other end
-	PeerNS   int              // file descriptor of the other end's namespace; negative: this namespace
+	PeerNS   int              // file descriptor of the other end's namespace; negative: the same namespace
 
 	MTU int // of both ends, in bytes
 }
 
-// Create makes the pair in one message. The other end is down: the kernel refuses
-// to create it up.
+// Create makes the pair in one message. The other end is down afterwards: the kernel refuses to create it up.
+// The error is unix.EEXIST if either name is in use.
 func (v Veth) Create() error {
 	r := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
@@ -61,14 +60,14 @@ func (v Veth) Create() error {
 	return execute(r)
 }
 
-// PortFlag is a setting of a bridge port, such as IFLA_BRPORT_LEARNING.
+// PortFlag is a setting of a bridge port.
 type PortFlag struct {
 	Kind  uint16
-	Name  string // as the command bridge spells it
+	Name  string // as the command bridge writes it, such as learning
 	Value uint16
 }
 
-// encode is the value as the kernel takes it.
+// encode returns the value in the size that the kernel takes.
 func (f PortFlag) encode() []byte {
 	if f.Kind == nl.IFLA_BRPORT_GROUP_FWD_MASK {
 		return binary.NativeEndian.AppendUint16(nil, f.Value)
@@ -80,7 +79,7 @@ func (f PortFlag) encode() []byte {
 // know.
 type PortFlags map[uint16]uint16
 
-// SetPortFlags sets the flags of the port with that link index.
+// SetPortFlags sets flags of the bridge port with that link index.
 func SetPortFlags(index int, flags []PortFlag) error {
 	r := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_BRIDGE)
@@ -94,8 +93,7 @@ func SetPortFlags(index int, flags []PortFlag) error {
 	return execute(r)
 }
 
-// ReadPortFlags reads the flags of every port of every bridge, by link index and
-// then by kind.
+// ReadPortFlags reads the flags of the ports of all bridges, by link index.
 func ReadPortFlags() (map[int]PortFlags, error) {
 	messages, err := dump.Whole(func() ([][]byte, error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
@@ -126,13 +124,14 @@ func parsePortFlags(message []byte) PortFlags {
 	return flags
 }
 
-// BridgeSettings is what of a bridge's settings the netlink library does not tell.
+// BridgeSettings are settings of a bridge that the netlink library does not read.
 type BridgeSettings struct {
-	STP           bool // it speaks the spanning tree protocol, or a program does so for it
+	STP           bool // the kernel, or a program in its place, speaks the spanning tree protocol on the bridge
 	VLANFiltering bool
 }
 
-// ReadBridgeSettings reads the settings of the bridge with that link index.
+// ReadBridgeSettings reads the settings of the bridge with that link index. If there is no such link, the error
+// is one that IsNotExist reports.
 func ReadBridgeSettings(index int) (b BridgeSettings, err error) {
 	message, err := getLink(index)
 	if err != nil {
@@ -154,17 +153,18 @@ func ReadBridgeSettings(index int) (b BridgeSettings, err error) {
 	return b, nil
 }
 
-// StopSTP ends the spanning tree protocol on the bridge with that link index.
+// StopSTP switches off the spanning tree protocol on the bridge with that link index.
 func StopSTP(index int) error {
 	return setBridgeSetting(index, nl.IFLA_BR_STP_STATE, nl.Uint32Attr(0))
 }
 
-// StopVLANFiltering ends the filtering of VLANs on the bridge with that link index.
+// StopVLANFiltering switches off the filtering of VLANs on the bridge with that link index.
 func StopVLANFiltering(index int) error {
 	return setBridgeSetting(index, nl.IFLA_BR_VLAN_FILTERING, []byte{0})
 }
 
-// setBridgeSetting sets one setting: a kernel may refuse a message with one that it does not have.
+// setBridgeSetting sets one setting. Each has a message of its own, because a kernel refuses a whole message
+// with a setting that it does not know.
 func setBridgeSetting(index, kind int, value []byte) error {
 	r := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
@@ -177,8 +177,8 @@ func setBridgeSetting(index, kind int, value []byte) error {
 	return execute(r)
 }
 
-// ReadLinkInNamespace reads the name and the MAC of a link in another namespace, for which this namespace has
-// the number nsID. Linux before 4.15 cannot tell: found is then false.
+// ReadLinkInNamespace reads the name and the MAC of the link with that index in another namespace. nsID is this
+// namespace's number for it. Linux before 4.15 cannot do this: found is then false.
 func ReadLinkInNamespace(nsID, index int) (name string, mac net.HardwareAddr, found bool, err error) {
 	message, err := getLink(index, nl.NewRtAttr(unix.IFLA_TARGET_NETNSID, nl.Uint32Attr(uint32(nsID))))
 	if err != nil {
@@ -190,16 +190,16 @@ func ReadLinkInNamespace(nsID, index int) (name string, mac net.HardwareAddr, fo
 			name = string(bytes.TrimRight(value, "\x00"))
 		case unix.IFLA_ADDRESS:
 			mac = net.HardwareAddr(value)
-		case unix.IFLA_TARGET_NETNSID: // else the kernel passed over the number, and the link is one of this namespace
+		case unix.IFLA_TARGET_NETNSID: // without it the kernel has ignored the number, and answered with a link of this namespace
 			found = true
 		}
 	}
 	return name, mac, found, nil
 }
 
-// HasNetAdmin reports whether this process may change the network of its namespace. The kernel looks for the
-// right (CAP_NET_ADMIN in the user namespace that the network belongs to) before it looks at the message. This one
-// names no link, and so changes nothing.
+// HasNetAdmin reports whether this process may change the network of its namespace: whether it has
+// CAP_NET_ADMIN in the user namespace that the network belongs to. The kernel checks this before it reads the
+// message. The message names no link, so it changes nothing.
 func HasNetAdmin() bool {
 	r := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	r.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
@@ -207,7 +207,7 @@ func HasNetAdmin() bool {
 	return !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES)
 }
 
-// getLink asks for one link.
+// getLink reads one link. The attributes are added to the request.
 func getLink(index int, more ...nl.NetlinkRequestData) ([]byte, error) {
 	r := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)

@@ -17,19 +17,18 @@ import (
 
 // Neighbour is a permanent neighbour entry of IPv4.
 type Neighbour struct {
-	Link     int // index
+	Link     int // index of the link
 	Addr     netip.Addr
 	MAC      net.HardwareAddr
 	Protocol byte // who made the entry; 0: not told
 }
 
-// PutNeighbour makes the entry, in place of any other of that address on that link.
+// PutNeighbour adds the entry. It replaces another entry for the same address on the same link.
 func PutNeighbour(n Neighbour) error {
 	return execute(neighbourRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, n))
 }
 
-// DeleteNeighbour deletes the entry. If there is no such entry, the error is one that NotThere
-// reports.
+// DeleteNeighbour deletes the entry. If there is none, the error is one that IsNotExist reports.
 func DeleteNeighbour(n Neighbour) error {
 	return execute(neighbourRequest(unix.RTM_DELNEIGH, 0, n))
 }
@@ -42,7 +41,7 @@ func neighbourRequest(kind, flags int, n Neighbour) *nl.NetlinkRequest {
 	return r
 }
 
-// ReadNeighbours lists the permanent entries of IPv4.
+// ReadNeighbours lists the permanent entries of IPv4, without those of proxy ARP.
 func ReadNeighbours() ([]Neighbour, error) {
 	messages, err := dumpNeighbours(unix.AF_INET)
 	if err != nil {
@@ -69,32 +68,31 @@ func ReadNeighbours() ([]Neighbour, error) {
 	return all, nil
 }
 
-// ForwardingEntry is a static entry of a bridge's forwarding table: frames to the
-// MAC go to the port.
+// ForwardingEntry is a static entry of a bridge's forwarding table: the bridge sends frames to the MAC out by
+// the port.
 type ForwardingEntry struct {
-	Port   int // link index
-	Bridge int // link index; set by ReadForwarding alone
+	Port   int // the port's link index
+	Bridge int // the bridge's link index; only reading sets it
 	MAC    net.HardwareAddr
 }
 
-// AddForwarding makes the entry. Where the bridge has the MAC already, on
-// whichever port, the error is unix.EEXIST and nothing changes.
+// AddForwarding adds the entry. If the bridge has the MAC already, on any port, the error is unix.EEXIST and
+// nothing changes.
 func AddForwarding(e ForwardingEntry) error {
 	r := newEntryRequest(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
 	return execute(r)
 }
 
-// DeleteForwarding deletes the entry. If there is no such entry, the error is one that NotThere
-// reports.
+// DeleteForwarding deletes the entry. If there is none, the error is one that IsNotExist reports.
 func DeleteForwarding(e ForwardingEntry) error {
 	r := newEntryRequest(unix.RTM_DELNEIGH, unix.NLM_F_ACK, unix.AF_BRIDGE, e.Port, unix.NUD_NOARP, unix.NTF_MASTER)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, e.MAC))
 	return execute(r)
 }
 
-// FindForwarding looks for the MAC in the forwarding table of the bridge with that index. Linux before 5.0 has no
-// such query: found is then false, and AddForwarding reports a duplicate as EEXIST.
+// FindForwarding looks up the MAC in the forwarding table of the bridge with that link index. Linux before 5.0
+// has no such request: found is then false, and AddForwarding reports a duplicate as EEXIST.
 func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found bool, err error) {
 	r := newEntryRequest(unix.RTM_GETNEIGH, 0, unix.AF_BRIDGE, 0, 0, 0)
 	r.AddData(nl.NewRtAttr(unix.NDA_LLADDR, mac))
@@ -112,8 +110,8 @@ func FindForwarding(bridge int, mac net.HardwareAddr) (e ForwardingEntry, found 
 	return ForwardingEntry{Port: linkIndexOf(messages[0]), Bridge: bridge, MAC: mac}, true, nil
 }
 
-// ReadForwarding lists the permanent and static entries of every bridge, without a
-// VLAN, and never those that were learnt.
+// ReadForwarding lists the permanent and the static entries of every bridge, as far as they have no VLAN. It
+// does not list entries that a bridge has learnt.
 func ReadForwarding() ([]ForwardingEntry, error) {
 	messages, err := dumpNeighbours(unix.AF_BRIDGE)
 	if err != nil {
@@ -155,7 +153,7 @@ func dumpNeighbours(family byte) ([][]byte, error) {
 	return messages, err
 }
 
-// Equal reports whether o is the same entry.
+// Equal reports whether both entries have the same link, address, MAC and protocol.
 func (n Neighbour) Equal(o Neighbour) bool {
 	return n.Link == o.Link && n.Addr == o.Addr && n.MAC.String() == o.MAC.String() && n.Protocol == o.Protocol
 }

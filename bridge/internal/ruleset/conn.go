@@ -12,18 +12,16 @@ import (
 	"github.com/google/nftables"
 )
 
-// Conn changes single endpoints in tables that stand. Its zero value is ready for
-// use.
+// Conn changes the elements of single endpoints in tables that exist. The zero value is ready for use.
 //
-// Close waits until all that transactions of this namespace deleted is destroyed,
-// 8 to 17 ms after a deletion (nft_rcv_nl_event in Linux), and keeps other
-// transactions waiting meanwhile. So close it last, without any lock: of 30 calls
-// that delete at once, one then waits for all.
+// Close waits until the kernel has destroyed all that transactions of this namespace deleted, which takes 8 to
+// 17 ms after a deletion (nft_rcv_nl_event in Linux). Meanwhile other transactions wait too. So close it last,
+// and hold no lock: of 30 calls that delete at once, one then waits for all.
 type Conn struct {
 	nft *nftables.Conn
 }
 
-// Close gives the socket back.
+// Close closes the socket. It may wait: see Conn.
 func (c *Conn) Close() {
 	if c.nft != nil {
 		_ = c.nft.CloseLasting()
@@ -31,13 +29,13 @@ func (c *Conn) Close() {
 	}
 }
 
-// Add adds the elements of an endpoint of cfg in one transaction. The tables must
-// stand: see Stands.
+// Add adds the elements of an endpoint in one transaction. The tables must exist: see TablesExist. cfg needs no
+// more than the endpoint's Network.
 func (c *Conn) Add(cfg Config, e Endpoint) error {
 	return c.addSets(e, cfg.elements(e))
 }
 
-// AddPorts adds no more than what leads the endpoint's ports of the host to it.
+// AddPorts adds only those elements that lead ports of the host to the endpoint.
 func (c *Conn) AddPorts(e Endpoint) error { return c.addSets(e, e.portElements()) }
 
 func (c *Conn) addSets(e Endpoint, all []*set) error {
@@ -55,18 +53,18 @@ func (c *Conn) addSets(e Endpoint, all []*set) error {
 	return nil
 }
 
-// Remove takes the elements of an endpoint of cfg out of the tables. None is
-// success.
+// Remove removes the elements of an endpoint. If there are none, that is success.
 func (c *Conn) Remove(cfg Config, e Endpoint) error { return c.removeEndpoint(e, cfg.elements(e)) }
 
-// RemovePorts takes out no more than what leads the endpoint's ports of the host to it. None is success.
+// RemovePorts removes only those elements that lead ports of the host to the endpoint. If there are none, that
+// is success.
 func (c *Conn) RemovePorts(e Endpoint) error { return c.removeEndpoint(e, e.portElements()) }
 
 func (c *Conn) removeEndpoint(e Endpoint, all []*set) error {
 	if c.removeSets(all...) == nil {
 		return nil
 	}
-	for _, s := range all { // one that is missing undoes the transaction: so one by one
+	for _, s := range all { // one missing element undoes the transaction, so each set has its own now
 		if err := c.removeSets(s); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("take %s out of the set %s of the nft table %s: %w", e.Addr, s.name, tableTitle(s.table), err)
 		}
@@ -86,7 +84,7 @@ func (c *Conn) removeSets(all ...*set) error {
 	})
 }
 
-// commit sends what fill buffers as one transaction.
+// commit sends as one transaction what fill puts into the buffer.
 func (c *Conn) commit(fill func(*nftables.Conn) error) (err error) {
 	if c.nft == nil {
 		if c.nft, err = nftables.New(nftables.AsLasting()); err != nil {
@@ -96,13 +94,13 @@ func (c *Conn) commit(fill func(*nftables.Conn) error) (err error) {
 	if err = fill(c.nft); err == nil {
 		err = c.nft.Flush()
 	}
-	if err != nil { // more answers to what failed may be on their way
+	if err != nil { // the socket may still have answers to the failed transaction
 		c.Close()
 	}
 	return err
 }
 
-// Missing names the sets that lack an element of an endpoint of cfg.
+// Missing returns a sentence for each set that lacks an element of the endpoint.
 func (c Config) Missing(e Endpoint) ([]string, error) {
 	have := map[*nftables.Table]*table{}
 	var out []string
@@ -130,7 +128,7 @@ func (s *set) hasElement(k elemKey, value string) bool {
 	return ok && is == value
 }
 
-// ReadPublished reads from the ip table which ports it leads to containers, by the
+// ReadPublished reads from the ip table which ports of the host lead to containers. The keys are the
 // containers' addresses.
 func ReadPublished() (map[netip.Addr][]Port, error) {
 	t, err := readTable(ipTable)

@@ -17,9 +17,9 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// Sync makes the kernel's tables what c asks for and names those that were
-// something else. Each table changes in one transaction, so no packet sees it half
-// made. Where the chains and rules stand, only elements that differ are touched.
+// Sync makes the kernel's tables what c asks for, and returns the names of those that it changed. Each table
+// changes in one transaction, so no packet sees half of a change. If the chains and rules of a table are right,
+// only elements that differ are changed.
 func (c Config) Sync() (changed []string, err error) {
 	wanted := c.tables()
 	for _, t := range wanted {
@@ -46,7 +46,7 @@ func (c Config) Sync() (changed []string, err error) {
 	return changed, nil
 }
 
-// Differences names the tables that are not what c asks for.
+// Differences returns a sentence for each table that is not what c asks for. It changes nothing.
 func (c Config) Differences() ([]string, error) {
 	var out []string
 	wanted := c.tables()
@@ -76,7 +76,7 @@ func (c Config) Differences() ([]string, error) {
 	return out, nil
 }
 
-// DeleteTables deletes the tables. None is success.
+// DeleteTables deletes all three tables. If there are none, that is success.
 func DeleteTables() error {
 	var errs []error
 	for _, t := range slices.Backward(allTables()) {
@@ -102,7 +102,7 @@ func deleteTable(is *nftables.Table) (did bool, err error) {
 	return true, nil
 }
 
-// listTables names the tables of a family. A kernel without that family has none.
+// listTables returns the names of the tables of a family. A kernel that does not know the family has none.
 func listTables(family nftables.TableFamily) ([]string, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -119,16 +119,16 @@ func listTables(family nftables.TableFamily) ([]string, error) {
 	return names, nil
 }
 
-// OptionalTable is a table beside the ip table that some endpoints need.
+// OptionalTable is a table beside the ip table that only some endpoints need.
 type OptionalTable int
 
 const (
-	ForBridges     OptionalTable = iota // family bridge
-	ForTransparent                      // family arp, and a chain of the ip table
+	ForBridges     OptionalTable = iota // the table of family bridge
+	ForTransparent                      // the table of family arp, and a chain of the ip table
 )
 
-// TablesExist reports whether the tables stand with the chain of that network, so that an
-// endpoint of it can be added. The ip table is always asked for.
+// TablesExist reports whether the kernel has the ip table with the chain of that network, and the other tables
+// asked for. Then an endpoint of the network can be added by its elements alone. It does not check the rules.
 func TablesExist(n Network, parts ...OptionalTable) (bool, error) {
 	first := "postrouting"
 	if n.SNAT {
@@ -142,7 +142,7 @@ func TablesExist(n Network, parts ...OptionalTable) (bool, error) {
 		if part == ForBridges {
 			ok, err = nfnl.ChainExists(byte(bridgeTable.Family), Name, "prerouting")
 		} else {
-			ok, err = nfnl.ChainExists(byte(ipTable.Family), Name, "prerouting") // written last, so the arp table is there too
+			ok, err = nfnl.ChainExists(byte(ipTable.Family), Name, "prerouting") // this chain is written after the arp table, so that table exists too
 		}
 	}
 	return ok, err
@@ -154,12 +154,12 @@ func tableTitle(t *nftables.Table) string {
 	}[t.Family] + t.Name
 }
 
-// elemsPerMessage keeps a message's list of elements under the 64 KiB that the
-// length of a netlink attribute can say. An element has at most about 150 bytes.
+// elemsPerMessage keeps the list of elements in a message below 64 KiB, the most that the length of a netlink
+// attribute can say. An element takes at most about 150 bytes.
 const elemsPerMessage = 250
 
-// openConn opens a connection for one transaction of any size. A whole table is one
-// datagram, and each message of it is acknowledged.
+// openConn opens a connection for one transaction of any size. A whole table is sent as one datagram, and the
+// kernel acknowledges each message in it; both need large buffers.
 func openConn() (*nftables.Conn, error) {
 	return nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
 		_ = c.SetWriteBuffer(4 << 20)
@@ -168,7 +168,7 @@ func openConn() (*nftables.Conn, error) {
 	}))
 }
 
-// writeTable makes the kernel's table t and reports whether it was something else.
+// writeTable makes the kernel's table t, and reports whether it changed anything.
 func (t *table) writeTable() (changed bool, err error) {
 	have, err := readTable(t.nft)
 	if err != nil {
@@ -194,19 +194,19 @@ func (t *table) writeTable() (changed bool, err error) {
 		return false, nil
 	}
 	if c.Flush() != nil {
-		// A set of another release may have our name and another type.
+		// Another release may have made a set with the same name and another type.
 		return true, t.replaceTable()
 	}
 	return true, nil
 }
 
-// replaceTable puts t in the place of whatever table there is.
+// replaceTable replaces the kernel's table by t, whether there is one or not.
 func (t *table) replaceTable() error {
 	c, err := openConn()
 	if err != nil {
 		return explainMissingModule(err)
 	}
-	c.AddTable(t.nft) // deleting a table that is not there would fail
+	c.AddTable(t.nft) // to delete a table that does not exist would be an error
 	c.DelTable(t.nft)
 	c.AddTable(t.nft)
 	for _, ch := range t.chains {
@@ -214,7 +214,7 @@ func (t *table) replaceTable() error {
 	}
 	for i, name := range slices.Sorted(maps.Keys(t.sets)) {
 		set := t.sets[name].nftSet()
-		set.ID = uint32(i + 1) // else the library counts in a global variable without a lock
+		set.ID = uint32(i + 1) // without an id, the library counts in a global variable without a lock
 		if err := c.AddSet(set, nil); err != nil {
 			return err
 		}
@@ -232,7 +232,7 @@ func (t *table) replaceTable() error {
 	return explainMissingModule(c.Flush())
 }
 
-// explainMissingModule explains the errors of a kernel that lacks what the tables need.
+// explainMissingModule adds the remedy to the errors of a kernel that lacks a part which the tables need.
 func explainMissingModule(err error) error {
 	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("%w: the kernel lacks nf_tables or one of its parts: load the modules nf_tables, nft_nat, nft_masq, nft_fib_ipv4 and nft_meta_bridge, or install the kernel package that has them", err)
@@ -240,7 +240,7 @@ func explainMissingModule(err error) error {
 	return err
 }
 
-// bufferChange buffers what turns the elements have into those of s.
+// bufferChange puts into c's buffer what turns the elements have into those of s.
 func (s *set) bufferChange(c *nftables.Conn, have map[elemKey]string) error {
 	var add, del []nftables.SetElement
 	for k, v := range s.elems {
@@ -253,7 +253,7 @@ func (s *set) bufferChange(c *nftables.Conn, have map[elemKey]string) error {
 			del = append(del, s.element(k, was))
 		}
 	}
-	if s.interval && len(have) > 0 { // intervals that change may overlap meanwhile
+	if s.interval && len(have) > 0 { // while intervals change one by one, two may overlap; so all are replaced
 		c.FlushSet(s.nftSet())
 		del = nil
 	}
@@ -262,8 +262,8 @@ func (s *set) bufferChange(c *nftables.Conn, have map[elemKey]string) error {
 			return err
 		}
 	}
-	// In order, and an interval's end before the start of the one that follows at
-	// once: else the kernel sees the two overlap.
+	// The elements are sorted. The end of an interval comes before the start of an interval that follows at
+	// once. In the other order, the kernel would see the two overlap.
 	slices.SortFunc(add, func(a, b nftables.SetElement) int {
 		order := slices.Compare(a.Key, b.Key)
 		if order == 0 && a.IntervalEnd {
@@ -283,7 +283,7 @@ func (s *set) nftSet() *nftables.Set {
 	set := &nftables.Set{Table: s.table, Name: s.name, KeyType: s.key, DataType: s.data,
 		IsMap: s.data.Name != "", Interval: s.interval}
 	if s.key.Name == nftables.TypeIFName.Name || s.key.Name == nftables.TypeDevGroup.Name {
-		set.KeyByteOrder = binaryutil.NativeEndian // else nft lists another name or number
+		set.KeyByteOrder = binaryutil.NativeEndian // without it, nft prints another name or number
 	}
 	return set
 }

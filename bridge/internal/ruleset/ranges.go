@@ -9,11 +9,11 @@ import (
 	"slices"
 )
 
-// addrRange is the IPv4 addresses from first to last, both included. The numbers are
-// uint64 so that the one after 255.255.255.255 has one.
+// addrRange is the IPv4 addresses from first to last, both included. The numbers are uint64, so that the
+// address behind 255.255.255.255 has a number too.
 type addrRange struct{ first, last uint64 }
 
-// rangesOf is the prefixes' IPv4 addresses, ascending. No two spans touch.
+// rangesOf returns the addresses of the prefixes in ascending order. It joins ranges that overlap or touch.
 func rangesOf(prefixes ...netip.Prefix) []addrRange {
 	var all []addrRange
 	for _, p := range prefixes {
@@ -36,7 +36,7 @@ func rangesOf(prefixes ...netip.Prefix) []addrRange {
 	return out
 }
 
-// subtractRanges is a without b. Both are ascending and disjoint.
+// subtractRanges returns the addresses of a that are not in b. Both are ascending and do not overlap.
 func subtractRanges(a, b []addrRange) []addrRange {
 	var out []addrRange
 	for _, s := range a {

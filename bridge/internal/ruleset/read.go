@@ -13,7 +13,7 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// readTable reads the table from the kernel. A table that does not exist has no chains.
+// readTable reads a table from the kernel. A table that does not exist has no chains.
 func readTable(is *nftables.Table) (*table, error) {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -64,7 +64,7 @@ func readTable(is *nftables.Table) (*table, error) {
 	return t, nil
 }
 
-// chainsTime bounds how long the list of chains is repeated.
+// chainsTime bounds how long readChains repeats the list of chains.
 const chainsTime = 2 * time.Second
 
 // readChains lists the chains of the table, of which the kernel counts n.
@@ -86,7 +86,7 @@ func readChains(c *nftables.Conn, is *nftables.Table, n int) (own []*nftables.Ch
 	}
 }
 
-// equals reports whether both tables are alike, down to the elements.
+// equals reports whether both tables are the same, down to the elements.
 func (t *table) equals(want *table) bool {
 	if !t.hasRulesOf(want) {
 		return false
@@ -99,7 +99,7 @@ func (t *table) equals(want *table) bool {
 	return true
 }
 
-// hasRulesOf reports whether both tables have the same chains, rules and sets.
+// hasRulesOf reports whether both tables have the same chains, rules and sets, whatever the elements are.
 func (t *table) hasRulesOf(want *table) bool {
 	if len(t.chains) != len(want.chains) || len(t.sets) != len(want.sets) {
 		return false

@@ -1,15 +1,14 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package ruleset is the nftables rules of azure-vnet: plain values in, tables
-// out. It decides which frames a container may send, which packets are forwarded,
-// what leaves with the NIC's own address, and which port of the host leads to
-// which container. It reads and writes nf_tables alone; it knows neither links nor
+// Package ruleset is azure-vnet's nftables rules: plain values in, tables out. The rules decide which frames a
+// container may send, which packets are forwarded, which packets leave with the NIC's address, and which port
+// of the host leads to which container. The package reads and writes nf_tables alone. It knows no links and no
 // files.
 //
-// There are up to three tables, all named azure_vnet: family bridge checks what
-// comes from ports of our bridges, family arp what comes by ARP from transparent
-// links, and family ip does the rest. A container is programmed by its set
-// elements alone, in one transaction, while the chains stay as they are.
+// There are up to three tables, all named azure_vnet. The one of family bridge checks what comes from ports of
+// our bridges. The one of family arp checks what comes by ARP from transparent links. The one of family ip does
+// the rest. A new container needs only new elements of sets, which are added in one transaction; the chains
+// stay as they are.
 package ruleset
 
 import (
@@ -23,32 +22,32 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// Name is the name of each of the tables.
+// Name is the name of all three tables.
 const Name = "azure_vnet"
 
-// The link groups that the rules tell links of azure-vnet by. Whoever makes such a
-// link gives it its group in the message that creates it.
+// The link groups by which the rules recognise links of azure-vnet. A link gets its group in the message that
+// creates it, so no link of ours ever lacks it.
 const (
-	GroupBridge      = 16862 // a bridge of ours, and each of its ports
-	GroupTransparent = 16863 // the host end of a transparent endpoint
+	GroupBridge      = 16862 // our bridges and their ports
+	GroupTransparent = 16863 // host ends of transparent endpoints
 )
 
-// Config is all that the tables derive from.
+// Config has all values that the tables derive from.
 type Config struct {
-	Bridges     bool           // a bridge of ours stands
-	Transparent bool           // transparent endpoints may come
+	Bridges     bool           // the host has a bridge of ours
+	Transparent bool           // transparent endpoints are asked for, even if none exists yet
 	NICs        []string       // names of the VM's NICs
-	Subnets     []netip.Prefix // of these NICs: reached without SNAT by networks whose Direct is nil
-	Networks    []Network      // kinds of networks; each ID once
-	Endpoints   []Endpoint     // that stand
+	Subnets     []netip.Prefix // subnets of these NICs, which networks without a Direct list reach without SNAT
+	Networks    []Network      // each ID once
+	Endpoints   []Endpoint     // every endpoint of the host
 }
 
-// Network is how the endpoints of a network leave the host. Networks that are alike
-// are one.
+// Network says how packets of a network's endpoints leave the host. Networks with the same policy are one
+// Network.
 type Network struct {
 	ID     string         // names the network's chain
-	SNAT   bool           // what is not direct leaves with the address of the link that it leaves by; false: all leaves as it is
-	Direct []netip.Prefix // leaves as it is, by whatever link; nil: RFC 1918, 100.64.0.0/10 and Subnets, by the NICs alone
+	SNAT   bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address
+	Direct []netip.Prefix // destinations reached with the container's address, by whatever link; nil: RFC 1918, 100.64.0.0/10 and Subnets, as far as they are reached by a NIC
 }
 
 // Endpoint is what the rules need to know of a container's interface.
@@ -56,26 +55,26 @@ type Endpoint struct {
 	Link       string           // name of the host end
 	MAC        net.HardwareAddr // of the container's interface
 	Addr       netip.Addr
-	BridgeMAC  net.HardwareAddr // of the bridge that the host end is a port of; nil: transparent
-	NIC        string           // name of the NIC whose address it has; empty: that NIC is gone
-	Network    string           // ID
-	Internal   bool             // reaches the host and other endpoints, and is reached by them, and nothing else
-	NoMetadata bool             // does not reach 169.254.169.254
-	Ports      []Port           // of the host that lead to it
+	BridgeMAC  net.HardwareAddr // MAC of the bridge that the host end is a port of; nil: transparent
+	NIC        string           // name of the NIC that the address belongs to; empty: the NIC is gone
+	Network    string           // ID of its Network
+	Internal   bool             // it exchanges packets with the host and with other endpoints only
+	NoMetadata bool             // it does not reach 169.254.169.254
+	Ports      []Port           // ports of the host that lead to it
 }
 
 // Port is a port of the host that leads to a container.
 type Port struct {
-	UDP      bool       // else TCP
-	HostAddr netip.Addr // zero: each address of the host, except those of other NICs than the endpoint's
+	UDP      bool       // false: TCP
+	HostAddr netip.Addr // address of the host; invalid: every address of the host, without those of other NICs than the endpoint's
 	HostPort uint16
 	Port     uint16 // of the container
 }
 
-// The addresses that mean the same on every Azure VM.
+// Addresses that are the same on every Azure VM.
 var (
-	hostAgent = netip.MustParseAddr("168.63.129.16")   // answers secondary addresses as they are
-	metadata  = netip.MustParseAddr("169.254.169.254") // does not answer secondary addresses
+	hostAgent = netip.MustParseAddr("168.63.129.16")   // the host agent. It answers secondary addresses without SNAT
+	metadata  = netip.MustParseAddr("169.254.169.254") // the metadata service. It answers a NIC's primary address only
 )
 
 // defaultDirect are the private ranges of RFC 1918 and RFC 6598.
@@ -92,11 +91,11 @@ var (
 	ipTable     = &nftables.Table{Name: Name, Family: nftables.TableFamilyIPv4}
 )
 
-// tables are all that there may be, in the order in which they are written: what
-// restricts comes before what opens.
+// allTables returns the tables in the order in which they are written: what restricts containers comes before
+// what opens a way to them.
 func allTables() []*nftables.Table { return []*nftables.Table{bridgeTable, arpTable, ipTable} }
 
-// tables are those that c asks for.
+// tables returns the tables that c asks for, with their chains and elements.
 func (c Config) tables() []*table {
 	var all []*table
 	if c.Bridges {

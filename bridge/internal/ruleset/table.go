@@ -7,7 +7,7 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// table is a table as wanted or as found.
+// table is a table as it should be, or as the kernel has it.
 type table struct {
 	nft    *nftables.Table
 	chains []*chain
@@ -16,9 +16,9 @@ type table struct {
 
 type chain struct {
 	name  string
-	kind  nftables.ChainType      // with hook
-	hook  *nftables.ChainHook     // nil: reached by a goto or a jump
-	prio  *nftables.ChainPriority // with hook
+	kind  nftables.ChainType      // of a base chain
+	hook  *nftables.ChainHook     // nil: no base chain; rules lead to it by goto or jump
+	prio  *nftables.ChainPriority // of a base chain
 	rules [][]expr.Any
 }
 
@@ -26,9 +26,9 @@ type set struct {
 	table    *nftables.Table
 	name     string
 	key      nftables.SetDatatype
-	data     nftables.SetDatatype // zero: a set and no map
+	data     nftables.SetDatatype // type of the values; zero: a set, and no map
 	interval bool
-	elems    map[elemKey]string // value: bytes, or a verdict in nft's words
+	elems    map[elemKey]string // the value is bytes, or a verdict as nft writes it, such as "goto snat_1b2c3d4e"
 }
 
 func (t *table) addBaseChain(name string, kind nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority, rules ...[]expr.Any) {
@@ -52,7 +52,8 @@ func (t *table) addMap(name string, from, to nftables.SetDatatype) *set {
 	return s
 }
 
-// addRanges adds the spans. One that ends with the last address has no end element.
+// addRanges adds the ranges to a set of intervals. A range that ends with the last IPv4 address has no end
+// element.
 func (s *set) addRanges(list []addrRange) {
 	for _, sp := range list {
 		s.elems[elemKey{bytes: numberKey(sp.first)}] = ""
