@@ -31,20 +31,20 @@ var ErrAttached = errors.New("a running container has this interface: end that c
 // Its error is ErrAttached if a container has the interface already, and InUseError if another endpoint has the
 // address, the MAC or a port of the host.
 func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
-	a, err := e.checkedAlias()
+	says, err := e.checkedAlias()
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %q: %w", e.Owner, err)
 	}
-	at := &attacher{host: h, wish: e, alias: a}
-	at.hostEnd, at.containerEnd = linkNames(e.Owner)
-	at.wish.Ports, _ = normalizedPorts(e.Ports) // looked at by normal
-	defer at.closeSockets()
-	out, err := at.attachLocked(ctx)
+	a := &attacher{host: h, wish: e, alias: says}
+	a.hostEnd, a.containerEnd = linkNames(e.Owner)
+	a.wish.Ports, _ = normalizedPorts(e.Ports) // checkedAlias has looked at the error
+	defer a.closeSockets()
+	out, err := a.attachLocked(ctx)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %s: %w", e.Owner, err)
 	}
 	if out.InContainer {
-		at.awaitCarrier()
+		a.awaitCarrier()
 	}
 	return out, nil
 }
@@ -102,20 +102,23 @@ func (e Endpoint) checkedAlias() (alias, error) {
 type attacher struct {
 	host         *Host
 	wish         Endpoint
-	alias        alias
+	alias        alias  // what the host end will say
 	hostEnd      string // name of the host end
-	containerEnd string // name of the container end, while it lies here
+	containerEnd string // name of the container end while it is in the host's namespace
 
-	ns              netns.NsHandle   // the container's; not open if the container end stays here
-	bridgeIndex     int              // index of the bridge; 0: transparent
+	// What decideParts found.
+	ns              netns.NsHandle   // the container's namespace; not open if the container end stays in the host's
+	bridgeIndex     int              // link index of the bridge; 0: transparent
 	secondNIC       bool             // the NIC is not the primary one, so its containers need routing rules
-	mtu             int              // bytes
-	ports           []PublishedPort  // claimed
-	rulesetEndpoint ruleset.Endpoint // the endpoint as the nft tables take it
+	mtu             int              // of both ends, in bytes
+	ports           []PublishedPort  // claimed in host.json for the endpoint
+	rulesetEndpoint ruleset.Endpoint // the endpoint as plain values for the nft tables
 
-	hostEndIndex, containerEndIndex int            // of the ends, once they are made; peerIndex is of ns
-	nsID                            int            // the host's number for ns
-	undo                            []func() error // takes back what was made; called in the opposite order
+	// What makeParts made.
+	hostEndIndex      int            // link index
+	containerEndIndex int            // link index in the container's namespace
+	nsID              int            // the host's number for the container's namespace
+	undo              []func() error // takes back what was made; called in the opposite order
 
 	nft   ruleset.Conn
 	flows conntrack.Conn

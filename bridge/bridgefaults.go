@@ -28,7 +28,7 @@ func (h *Host) bridgeFaults(v *view, mac string) (all []fault) {
 	l := v.links.ByName(name)
 	switch {
 	case l == nil && nic == nil:
-		return nil // said already
+		return nil // nicFaults names the NIC that is gone
 	case l == nil:
 		return []fault{{what: name + " is gone", mend: func() error { return h.createBridge(name, mac, want, nic.Attrs().MTU) }}}
 	case halfMade(l):

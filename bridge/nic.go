@@ -209,12 +209,14 @@ func refuseHost(links rtnl.Links, nic netlink.Link) error {
 	return refuseFormer(links)
 }
 
-// refuseFormer finds a NIC that an earlier build of ours moved, also where its MAC is not known.
+// refuseFormer returns an error if an earlier build of ours has moved any NIC into a bridge. It goes by the bridge, so
+// the NIC need not be known.
 func refuseFormer(links rtnl.Links) error {
 	return refuseBridges(links, func(_, alias string) bool { return strings.HasPrefix(alias, formerAlias) })
 }
 
-// refuseBridges is an error if a bridge that is chosen, and not ours, has a port that is no container's.
+// refuseBridges returns an error if a bridge that is not ours, and that choose selects by its name and alias, has a port
+// that is no container's: the port may be the NIC.
 func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error {
 	for _, l := range links {
 		_, ours := bridgeAliasOf(l)

@@ -27,7 +27,7 @@ func (h *Host) Publish(ctx context.Context, owner string, ports []PublishedPort)
 		return nil, nil // nearly every container ends like this, and needs no lock
 	}
 	p := &publisher{host: h}
-	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back: see ruleset.Conn
+	defer func() { p.nft.Close(); p.flows.Close() }() // after the lock was given back, because closing takes long: see ruleset.Conn
 	unlock, err := h.lockHost(ctx, "publish ports of "+owner)
 	if err != nil {
 		return nil, err

@@ -132,7 +132,7 @@ func (v *view) wantedRoutes() []netlink.Route {
 			continue
 		}
 		index := v.nics[mac].Attrs().Index
-		if !v.state.NICs[mac].Primary { // with its link, the route below goes, and main's would lead out by the primary NIC
+		if !v.state.NICs[mac].Primary { // the route below goes when the NIC is down; then main's would lead out by the primary NIC
 			all = append(all, netlink.Route{Table: nicTables + index, Dst: ipNet(prefixOf(nil)), Priority: unreachableMetric, Protocol: ourProtocol, Type: unix.RTN_UNREACHABLE})
 		}
 		// The kernel accepts no route by a link that is down. When the link is up again, a round adds the

@@ -53,7 +53,7 @@ func (a *attacher) routeBySource(in *netlink.Handle) error {
 	if err != nil {
 		return fmt.Errorf("list the routing rules: %w", err)
 	}
-	for _, r := range rules { // of interfaces that are gone. Other rules of our protocol may be of an azure-vnet in the container
+	for _, r := range rules { // delete those of interfaces that are gone. An azure-vnet in the container may have other rules with our protocol number
 		ours := r.Protocol == ourProtocol && r.Priority == sourceRule && r.Table > sourceTables && r.Src != nil
 		if ours && indexes[prefixOf(r.Src).Addr()] != r.Table-sourceTables {
 			if err := in.RuleDel(&r); err != nil && !rtnl.IsNotExist(err) {

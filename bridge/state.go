@@ -24,7 +24,7 @@ type hostState struct {
 	Zones    map[string]string          `json:"zones,omitempty"`    // zones of firewalld, by link of ours: those that we put the link into, or are about to
 }
 
-// nicState is what was asked of a NIC.
+// nicState is what was asked of a NIC since the boot.
 type nicState struct {
 	Name        string       `json:"name,omitempty"`        // the name that the NIC had last. It is a hint, because a NIC may be renamed
 	Bridge      string       `json:"bridge,omitempty"`      // name of the NIC's bridge; empty: no bridge is asked for

@@ -61,7 +61,7 @@ func upstreamRules(nics []netlink.Link) []string {
 type UpstreamContainer struct {
 	Network      string // name of the network
 	ContainerID  string // as the runtime gives it
-	IfName       string // in the container
+	IfName       string // name of the interface in the container
 	PodNamespace string // empty: not told
 	PodName      string // empty: not told
 	Netns        string // path of the container's network namespace; empty: not told

@@ -16,7 +16,7 @@ import (
 	"azurevnet/bridge/internal/nfnl"
 )
 
-// firewalld on the bus.
+// The names of firewalld on the bus.
 const (
 	busName  = "org.fedoraproject.FirewallD1"
 	busPath  = "/org/fedoraproject/FirewallD1"
@@ -36,7 +36,7 @@ func ReadZones(ctx context.Context, bus string) (*Zones, error) {
 	if err == nil && !z.isTooOld() {
 		return z, nil
 	}
-	stands, failed := nfnl.ChainExists(unix.NFPROTO_INET, "firewalld", "filter_FORWARD") // of firewalld since 0.6
+	stands, failed := nfnl.ChainExists(unix.NFPROTO_INET, "firewalld", "filter_FORWARD") // firewalld has this chain since 0.6
 	switch {
 	case !stands:
 		return nil, failed
@@ -98,7 +98,7 @@ func (z *Zones) MoveLink(ctx context.Context, link, to string) error {
 		if to == "" {
 			return f.call(busZones+".removeInterface", from, link).Err
 		}
-		return f.call(busZones+".addInterface", to, link).Err // an error where it is in another one
+		return f.call(busZones+".addInterface", to, link).Err // firewalld refuses a link that is in another zone
 	})
 	if err != nil {
 		return fmt.Errorf("move %s from %q to %q among firewalld's zones: %w", link, from, to, err)

@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// Zones is one reading of firewalld's zones.
+// Zones is one reading of firewalld's zones. MoveLink keeps it up to date.
 type Zones struct {
 	bus         string            // path of the system bus's socket
 	defaultZone string            // the zone of every link that is in no zone by name

@@ -101,7 +101,7 @@ func (c Config) nftCommands(place string) (all []string) {
 	return all
 }
 
-// jump is the one rule in FORWARD.
+// jump is our one rule in FORWARD.
 var jump = []string{"-m", "comment", "--comment", ourComment, "-j", ourChain}
 
 // Sync makes the rules what c asks for, in each of the two kinds of iptables that the host uses. It returns a

@@ -44,7 +44,7 @@ func ReadSockets() ([]Socket, error) {
 				r.AddRawData(body)
 				return r.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)
 			})
-			if errors.Is(err, unix.ENOENT) { // no sock_diag, or no IPv6
+			if errors.Is(err, unix.ENOENT) { // the kernel has no sock_diag, or no IPv6
 				continue
 			}
 			if err != nil {

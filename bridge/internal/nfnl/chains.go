@@ -38,7 +38,7 @@ type Verdict int
 const (
 	Continue Verdict = iota // the next rule decides
 	Accept
-	Drop // or reject
+	Drop // a reject counts as one
 	Return
 	Jump
 	Goto
