@@ -207,7 +207,7 @@ func TestOneEndpoint(t *testing.T) {
 	})
 }
 
-// Stands is false until the tables have the chain of the network.
+// TablesExist is false until the tables have the chain of the network.
 func TestStands(t *testing.T) {
 	on, other := Network{ID: "0a1b2c3d", SNAT: true}, Network{ID: "ffffffff", SNAT: true}
 	inNamespace(t, func() {
