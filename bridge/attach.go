@@ -249,8 +249,8 @@ func (a *attacher) makeParts() error {
 // addElements adds the endpoint's elements to the nft tables, so that it may send. If the kernel refuses an
 // element, a killed process has left one for this address. Then the tables are written anew.
 func (a *attacher) addElements() error {
-	a.undo = append(a.undo, func() error { return a.nft.Remove(a.rulesetConfig(), a.rulesetEndpoint) })
-	if a.nft.Add(a.rulesetConfig(), a.rulesetEndpoint) == nil {
+	a.undo = append(a.undo, func() error { return a.nft.RemoveEndpoint(a.rulesetConfig(), a.rulesetEndpoint) })
+	if a.nft.AddEndpoint(a.rulesetConfig(), a.rulesetEndpoint) == nil {
 		return nil
 	}
 	v, err := a.host.readEndpoints()

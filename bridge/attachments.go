@@ -29,14 +29,14 @@ func (h *Host) Attachments(ctx context.Context) ([]Attachment, error) {
 		if !ok {
 			continue
 		}
-		at := attachmentOf(l, a)
-		if p := links.ByIndex(l.Attrs().ParentIndex); p != nil && !at.InContainer {
-			at.Peer = p.Attrs().Name
+		attachment := attachmentOf(l, a)
+		if p := links.ByIndex(l.Attrs().ParentIndex); p != nil && !attachment.InContainer {
+			attachment.Peer = p.Attrs().Name
 		}
 		if a.ports > 0 {
-			at.Ports = notIdle(state.Ports[at.Link])
+			attachment.Ports = notIdle(state.Ports[attachment.Link])
 		}
-		out = append(out, at)
+		out = append(out, attachment)
 	}
 	return out, nil
 }
@@ -61,11 +61,11 @@ func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, 
 	if !ok || !a.isOf(owner) {
 		return Attachment{}, false, nil
 	}
-	at := attachmentOf(l, a)
-	if !at.InContainer {
-		at.Peer = peer
+	attachment := attachmentOf(l, a)
+	if !attachment.InContainer {
+		attachment.Peer = peer
 	}
-	return at, true, nil
+	return attachment, true, nil
 }
 
 // AddrsInContainers returns the addresses whose container end is in another namespace, so a container has them.
@@ -78,13 +78,13 @@ func (h *Host) AddrsInContainers(ctx context.Context) (map[netip.Addr]bool, erro
 	if err := refuseFormer(links); err != nil {
 		return nil, err
 	}
-	away := map[netip.Addr]bool{}
+	inContainers := map[netip.Addr]bool{}
 	for _, l := range links {
 		if a, ok := endpointAliasOf(l); ok && l.Attrs().NetNsID >= 0 {
-			away[a.addr.Addr()] = true
+			inContainers[a.addr.Addr()] = true
 		}
 	}
-	return away, nil
+	return inContainers, nil
 }
 
 // DeleteFlows deletes the tracked flows of addresses. A link that ends with its container's namespace leaves

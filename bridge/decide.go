@@ -90,7 +90,7 @@ func (a *attacher) decideFromAll(ctx context.Context, v *view, tablesExist bool)
 	if err := a.decideFromView(v); err != nil || tablesExist {
 		return err
 	}
-	a.undo = append(a.undo, func() error { return a.nft.Remove(a.rulesetConfig(), a.rulesetEndpoint) })
+	a.undo = append(a.undo, func() error { return a.nft.RemoveEndpoint(a.rulesetConfig(), a.rulesetEndpoint) })
 	return a.syncTables(v)
 }
 

@@ -128,7 +128,7 @@ func (d *detacher) removeElements(state *hostState) error {
 	n.ID = d.alias.policy
 	v.endpoints = []endpoint{{d.alias, d.link.Attrs()}}
 	ports := state.mayHaveElements(d.link.Attrs().Name, v.publishedPorts()[d.link.Attrs().Name])
-	return d.nft.Remove(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
+	return d.nft.RemoveEndpoint(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
 }
 
 // removeRoutes removes the host's way to the container, and the routing rules that a transparent endpoint of a

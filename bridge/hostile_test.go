@@ -31,8 +31,8 @@ func (c *container) do(f func() error) {
 	}
 }
 
-// wire is a packet socket on the container's eth0.
-func (c *container) wire() (fd int) {
+// openPacketSocket is a packet socket on the container's eth0.
+func (c *container) openPacketSocket() (fd int) {
 	c.t.Helper()
 	c.do(func() (err error) {
 		if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0x0300); err != nil { // ETH_P_ALL
@@ -205,7 +205,7 @@ func TestAContainerHurtsNobody(t *testing.T) {
 			talk("before, with call-iptables " + call)
 			neighbours := func() string { return h.sh("ip -4 neigh show | grep -v 12:34:56 | sed 's/ used.*//' | sort") }
 			before := neighbours()
-			out, ears, back := evil.wire(), []int{good.wire(), third.wire()}, evil.wire()
+			out, ears, back := evil.openPacketSocket(), []int{good.openPacketSocket(), third.openPacketSocket()}, evil.openPacketSocket()
 			for name, frame := range frames {
 				for len(frame) < 14 {
 					frame = append(frame, 0)

@@ -70,9 +70,9 @@ func normalizedPorts(ports []PublishedPort) ([]PublishedPort, error) {
 	return out, nil
 }
 
-// conflicts reports whether p wants a port of the host that o has. An idle claim yields to a port that is to
+// conflictsWith reports whether p wants a port of the host that o has. An idle claim yields to a port that is to
 // lead to a container: the default route of the idle port's container is on another network.
-func (p PublishedPort) conflicts(o PublishedPort) bool {
+func (p PublishedPort) conflictsWith(o PublishedPort) bool {
 	return (!o.Idle || p.Idle) && p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostAddr == o.HostAddr || !p.HostAddr.IsValid() || !o.HostAddr.IsValid())
 }
 
@@ -103,7 +103,7 @@ func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]P
 			continue
 		}
 		got, err := choosePort(wish, owner, i, func(p PublishedPort) error {
-			if i := slices.IndexFunc(mine, p.conflicts); i >= 0 {
+			if i := slices.IndexFunc(mine, p.conflictsWith); i >= 0 {
 				return fmt.Errorf("it is asked for twice, for %d and %d", mine[i].Port, p.Port)
 			}
 			if err := v.refusePublished(p, taken); err != nil {
@@ -128,8 +128,8 @@ func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []Pub
 }
 
 // isMetBy reports whether a port that the endpoint has already fulfils the wish p.
-func (p PublishedPort) isMetBy(held PublishedPort) bool {
-	return p.Proto == held.Proto && p.HostAddr == held.HostAddr && p.Port == held.Port && (p.HostPort == 0 || p.HostPort <= held.HostPort && held.HostPort <= p.HostPortEnd)
+func (p PublishedPort) isMetBy(existing PublishedPort) bool {
+	return p.Proto == existing.Proto && p.HostAddr == existing.HostAddr && p.Port == existing.Port && (p.HostPort == 0 || p.HostPort <= existing.HostPort && existing.HostPort <= p.HostPortEnd)
 }
 
 // choosePort returns the first port of the wished range that refuse has nothing against. If any port will do,
@@ -163,7 +163,7 @@ func refusedPort(p PublishedPort, why error) error {
 // refusePublished returns an InUseError if another endpoint has the port.
 func (v *view) refusePublished(p PublishedPort, taken map[string][]PublishedPort) error {
 	for link, ports := range taken {
-		if !slices.ContainsFunc(ports, p.conflicts) {
+		if !slices.ContainsFunc(ports, p.conflictsWith) {
 			continue
 		}
 		for _, e := range v.endpoints {
@@ -197,11 +197,11 @@ func (v *view) checkHostAddr(p PublishedPort, nic string) error {
 	}
 	dev := v.linkWithAddress(p.HostAddr)
 	if dev == "" {
-		var held []netip.Addr
+		var ownAddrs []netip.Addr
 		for _, a := range v.addrs {
-			held = append(held, prefixOf(a.IPNet).Addr())
+			ownAddrs = append(ownAddrs, prefixOf(a.IPNet).Addr())
 		}
-		return fmt.Errorf("publish port %d: %s is not an address of this host, which has %v", p.Port, p.HostAddr, held)
+		return fmt.Errorf("publish port %d: %s is not an address of this host, which has %v", p.Port, p.HostAddr, ownAddrs)
 	}
 	for mac := range v.state.NICs {
 		if mac != nic && v.nicName(mac) == dev {

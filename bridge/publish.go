@@ -139,7 +139,7 @@ func (s *hostState) mayHaveElements(link string, ports []PublishedPort) (out []P
 	for _, p := range ports {
 		elsewhere := false
 		for other, theirs := range s.Ports {
-			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o PublishedPort) bool { return !o.Idle && p.conflicts(o) })
+			elsewhere = elsewhere || other != link && slices.ContainsFunc(theirs, func(o PublishedPort) bool { return !o.Idle && p.conflictsWith(o) })
 		}
 		if !p.Idle || !elsewhere {
 			p.Idle = false

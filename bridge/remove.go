@@ -54,12 +54,12 @@ func (v *view) attachedEndpoints(want func(endpoint) bool) (out []string) {
 }
 
 // RemoveAll removes all that is ours, also what a crash has left half made, and returns the names of the
-// bridges that it removed. It refuses while endpoints are attached. It calls forget, which deletes the caller's
+// bridges that it removed. It refuses while endpoints are attached. It calls deleteState, which deletes the caller's
 // state, when everything is gone and while it still holds the lock. After that another call may begin anew, and
 // the state would be that call's.
 //
 // ip_forward and the NICs' forwarding stay on: an engine or a kubelet that was started since may rely on them.
-func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []string, err error) {
+func (h *Host) RemoveAll(ctx context.Context, deleteState func() error) (removed []string, err error) {
 	unlock, err := h.lockHost(ctx, "remove all")
 	if err != nil {
 		return nil, err
@@ -70,7 +70,7 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 		return nil, err
 	}
 	if err := refuseFormer(v.links); err != nil {
-		return nil, err // forget would delete the leases of the earlier build's containers
+		return nil, err // deleteState would delete the leases of the earlier build's containers
 	}
 	if on := v.attachedEndpoints(func(endpoint) bool { return true }); len(on) > 0 {
 		return nil, fmt.Errorf("containers are attached: %s: end them first", strings.Join(on, ", "))
@@ -99,7 +99,7 @@ func (h *Host) RemoveAll(ctx context.Context, forget func() error) (removed []st
 	if err := h.beforeStep("forget"); err != nil {
 		return removed, err
 	}
-	return removed, errors.Join(forget(), left)
+	return removed, errors.Join(deleteState(), left)
 }
 
 // removeUnasked removes what nobody asks for any more. The caller holds the lock.

@@ -226,7 +226,7 @@ func TestAFloodHarmsNobody(t *testing.T) {
 		var udp net.PacketConn
 		evil.do(func() (err error) { udp, err = net.ListenPacket("udp4", ":0"); return err })
 		defer udp.Close()
-		out, mine, zero := evil.wire(), MACFor(evil.addr), make(net.HardwareAddr, 6)
+		out, mine, zero := evil.openPacketSocket(), MACFor(evil.addr), make(net.HardwareAddr, 6)
 		for n := range 3000 {
 			absent := netip.AddrFrom4([4]byte{10, 240, byte(200 + n>>8), byte(n)})
 			_, _ = udp.WriteTo([]byte("anybody?"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(absent, 9)))

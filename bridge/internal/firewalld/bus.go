@@ -49,11 +49,11 @@ func ReadZones(ctx context.Context, bus string) (*Zones, error) {
 func readZones(ctx context.Context, bus string) (*Zones, error) {
 	z := &Zones{bus: bus, zoneOfLink: map[string]string{}, zones: map[string]zone{}}
 	err := visitBus(ctx, bus, func(f *daemon) error {
-		if err := f.call(busName + ".getDefaultZone").Store(&z.defaultZone); err != nil {
+		if err := f.callMethod(busName + ".getDefaultZone").Store(&z.defaultZone); err != nil {
 			return err
 		}
 		var active map[string]map[string][]string
-		if err := f.call(busZones + ".getActiveZones").Store(&active); err != nil {
+		if err := f.callMethod(busZones + ".getActiveZones").Store(&active); err != nil {
 			return err
 		}
 		if _, is := active[z.defaultZone]; !is {
@@ -76,7 +76,7 @@ func readZones(ctx context.Context, bus string) (*Zones, error) {
 // readZone reads what the settings of a zone mean for containers.
 func (f *daemon) readZone(name string) (is zone, err error) {
 	var settings map[string]dbus.Variant
-	err = f.call(busZones+".getZoneSettings2", name).Store(&settings)
+	err = f.callMethod(busZones+".getZoneSettings2", name).Store(&settings)
 	if errorName(err) == "org.freedesktop.DBus.Error.UnknownMethod" {
 		return zone{old: true, accepts: name == "trusted"}, nil
 	}
@@ -96,9 +96,9 @@ func (z *Zones) MoveLink(ctx context.Context, link, to string) error {
 	}
 	err := visitBus(ctx, z.bus, func(f *daemon) error {
 		if to == "" {
-			return f.call(busZones+".removeInterface", from, link).Err
+			return f.callMethod(busZones+".removeInterface", from, link).Err
 		}
-		return f.call(busZones+".addInterface", to, link).Err // firewalld refuses a link that is in another zone
+		return f.callMethod(busZones+".addInterface", to, link).Err // firewalld refuses a link that is in another zone
 	})
 	if err != nil {
 		return fmt.Errorf("move %s from %q to %q among firewalld's zones: %w", link, from, to, err)
@@ -142,7 +142,7 @@ func hearSignals(ctx context.Context, bus string, changed func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	late := time.AfterFunc(busTimeout, cancel)
-	f, err := connect(ctx, bus)
+	f, err := connectBus(ctx, bus)
 	if err != nil {
 		return err
 	}
@@ -162,7 +162,7 @@ func hearSignals(ctx context.Context, bus string, changed func()) error {
 		if s.Name == "org.freedesktop.DBus.NameOwnerChanged" {
 			// firewalld takes its name before it has made its rules. It answers calls when it has.
 			bounded, cancel := context.WithTimeout(ctx, startTimeout)
-			_ = (&daemon{bounded, f.conn}).call(busName + ".getDefaultZone").Err
+			_ = (&daemon{bounded, f.conn}).callMethod(busName + ".getDefaultZone").Err
 			cancel()
 		}
 		changed()
@@ -176,14 +176,14 @@ type daemon struct {
 	conn *dbus.Conn
 }
 
-// connect opens a connection to the bus, which ends when ctx ends.
-func connect(ctx context.Context, bus string) (*daemon, error) {
+// connectBus opens a connection to the bus, which ends when ctx ends.
+func connectBus(ctx context.Context, bus string) (*daemon, error) {
 	conn, err := dbus.Connect("unix:path="+dbus.EscapeBusAddressValue(bus), dbus.WithContext(ctx))
 	return &daemon{ctx, conn}, err
 }
 
-// call calls a method of firewalld. It does not start firewalld.
-func (f *daemon) call(method string, args ...any) *dbus.Call {
+// callMethod calls a method of firewalld. It does not start firewalld.
+func (f *daemon) callMethod(method string, args ...any) *dbus.Call {
 	return f.conn.Object(busName, busPath).CallWithContext(f.ctx, method, dbus.FlagNoAutoStart, args...)
 }
 
@@ -191,7 +191,7 @@ func (f *daemon) call(method string, args ...any) *dbus.Call {
 func visitBus(ctx context.Context, bus string, do func(*daemon) error) error {
 	bounded, cancel := context.WithTimeout(ctx, busTimeout)
 	defer cancel()
-	f, err := connect(bounded, bus)
+	f, err := connectBus(bounded, bus)
 	if err == nil {
 		err = do(f)
 		f.conn.Close()

@@ -113,15 +113,15 @@ func (z *Zones) zoneFor(link string, nics []string) (want, told string) {
 	cut := fmt.Sprintf(", so firewalld drops what the containers of %s send or receive. ", link)
 	switch is := z.zones[name]; {
 	case is.accepts || name == "trusted":
-		return "", fmt.Sprintf("%s is in the firewalld zone %s, which accepts everything, and %s is in none%sIn that zone every port of the host would be open to them. If they may have that: %s", nic, name, link, cut, commands(name, "--add-interface="+link))
+		return "", fmt.Sprintf("%s is in the firewalld zone %s, which accepts everything, and %s is in none%sIn that zone every port of the host would be open to them. If they may have that: %s", nic, name, link, cut, firewallCommands(name, "--add-interface="+link))
 	case !named:
-		return "", fmt.Sprintf("%s is in the firewalld zone %s by default only%sPut it there by name: %s", nic, name, cut, commands(name, "--add-interface="+nic))
+		return "", fmt.Sprintf("%s is in the firewalld zone %s by default only%sPut it there by name: %s", nic, name, cut, firewallCommands(name, "--add-interface="+nic))
 	case is.old:
 		return "", fmt.Sprintf("this firewalld forwards nothing within a zone%sUpdate it to 0.9 or later", cut)
 	case !is.forwards:
-		return "", fmt.Sprintf("the firewalld zone %s of %s forwards nothing within itself%sLet it: %s", name, nic, cut, commands(name, "--add-forward"))
+		return "", fmt.Sprintf("the firewalld zone %s of %s forwards nothing within itself%sLet it: %s", name, nic, cut, firewallCommands(name, "--add-forward"))
 	case is.masquerades:
-		told = fmt.Sprintf("the firewalld zone %s of %s masquerades, so the VNet sees containers with the host's address, and they see their clients with it. To end that: %s", name, nic, commands(name, "--remove-masquerade"))
+		told = fmt.Sprintf("the firewalld zone %s of %s masquerades, so the VNet sees containers with the host's address, and they see their clients with it. To end that: %s", name, nic, firewallCommands(name, "--remove-masquerade"))
 	}
 	return name, told
 }
@@ -149,8 +149,8 @@ func (z *Zones) namedZone(link string) string {
 	return ""
 }
 
-// commands returns the commands for an administrator: one for now, and one for good.
-func commands(zone, option string) string {
+// firewallCommands returns the commands for an administrator: one for now, and one for good.
+func firewallCommands(zone, option string) string {
 	var all []string
 	for _, permanent := range []string{"", "--permanent "} {
 		all = append(all, strings.Join([]string{"firewall-cmd", permanent + "--zone=" + zone, option}, " "))

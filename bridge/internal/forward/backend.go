@@ -15,8 +15,8 @@ import (
 
 // backend is one kind of iptables: nft or legacy.
 type backend struct {
-	name string
-	run  *iptables.IPTables
+	name     string
+	iptables *iptables.IPTables
 }
 
 // iptablesState is what we need to know of the filter table.
@@ -31,7 +31,7 @@ func (b *backend) readState() (s iptablesState, err error) {
 	if s.forward, err = b.listRules(forwardChain); err != nil {
 		return s, err
 	}
-	if s.hasOurChain, err = b.run.ChainExists(table, ourChain); err != nil {
+	if s.hasOurChain, err = b.iptables.ChainExists(table, ourChain); err != nil {
 		return s, fmt.Errorf("look for the chain %s: %w", ourChain, err)
 	}
 	if s.hasOurChain {
@@ -54,7 +54,7 @@ func (b *backend) readState() (s iptablesState, err error) {
 
 // listRules lists the rules of a chain. It leaves out the lines that make the chain and set its policy.
 func (b *backend) listRules(chain string) ([]string, error) {
-	all, err := b.run.List(table, chain)
+	all, err := b.iptables.List(table, chain)
 	if err != nil {
 		return nil, fmt.Errorf("read the chain %s: %w", chain, err)
 	}
@@ -122,20 +122,20 @@ func ruleText(chain string, rule []string) string {
 }
 
 // jumpIndexes returns the indexes of our jump in FORWARD, counted from 0.
-func (s iptablesState) jumpIndexes() (at []int) {
+func (s iptablesState) jumpIndexes() (indexes []int) {
 	for i, r := range s.forward {
 		if r == ruleText(forwardChain, jump) {
-			at = append(at, i)
+			indexes = append(indexes, i)
 		}
 	}
-	return at
+	return indexes
 }
 
 // jumpIsInPlace reports whether FORWARD has our jump once, directly before the final rule. Then no rule of
 // others that has an effect is behind it.
 func (s iptablesState) jumpIsInPlace() bool {
-	at := s.jumpIndexes()
-	return len(at) == 1 && at[0] == s.finalRule-1
+	indexes := s.jumpIndexes()
+	return len(indexes) == 1 && indexes[0] == s.finalRule-1
 }
 
 func (s iptablesState) differences(c Config) (out []string) {
@@ -170,13 +170,13 @@ func (b *backend) syncRules(c Config) (mended []string, err error) {
 		return nil, nil
 	}
 	if !have.hasOurChain {
-		if err := b.run.NewChain(table, ourChain); err != nil {
+		if err := b.iptables.NewChain(table, ourChain); err != nil {
 			return nil, fmt.Errorf("make the chain %s: %w", ourChain, err)
 		}
 	}
 	want := c.accepts()
 	for _, r := range want {
-		if err := b.run.AppendUnique(table, ourChain, r...); err != nil {
+		if err := b.iptables.AppendUnique(table, ourChain, r...); err != nil {
 			return nil, fmt.Errorf("add %q: %w", ruleText(ourChain, r), err)
 		}
 	}
@@ -186,7 +186,7 @@ func (b *backend) syncRules(c Config) (mended []string, err error) {
 		}
 		words, err := shellwords.Parse(r) // iptables -S quotes words as a shell does
 		if err == nil {
-			err = b.run.DeleteIfExists(table, ourChain, words[2:]...)
+			err = b.iptables.DeleteIfExists(table, ourChain, words[2:]...)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("delete %q: %w", r, err)
@@ -208,7 +208,7 @@ func (b *backend) syncRules(c Config) (mended []string, err error) {
 func (b *backend) placeJump(have iptablesState) (err error) {
 	drop := func(n int) error {
 		for range n {
-			if err := b.run.DeleteIfExists(table, forwardChain, jump...); err != nil {
+			if err := b.iptables.DeleteIfExists(table, forwardChain, jump...); err != nil {
 				return fmt.Errorf("delete the jump to %s that is out of place: %w", ourChain, err)
 			}
 		}
@@ -224,29 +224,29 @@ func (b *backend) placeJump(have iptablesState) (err error) {
 		}
 		old = have.jumpIndexes()
 	}
-	if err := b.run.Insert(table, forwardChain, have.finalRule+1, jump...); err != nil {
+	if err := b.iptables.Insert(table, forwardChain, have.finalRule+1, jump...); err != nil {
 		return fmt.Errorf("add the jump to %s: %w", ourChain, err)
 	}
 	return drop(len(old))
 }
 
 func (b *backend) removeAll() error {
-	if ok, err := b.run.ChainExists(table, ourChain); err != nil || !ok {
+	if ok, err := b.iptables.ChainExists(table, ourChain); err != nil || !ok {
 		return err
 	}
 	for {
-		there, err := b.run.Exists(table, forwardChain, jump...)
+		there, err := b.iptables.Exists(table, forwardChain, jump...)
 		if err == nil && !there {
 			break
 		}
 		if err == nil {
-			err = b.run.Delete(table, forwardChain, jump...)
+			err = b.iptables.Delete(table, forwardChain, jump...)
 		}
 		if err != nil {
 			return fmt.Errorf("delete the jump to %s: %w", ourChain, err)
 		}
 	}
-	if err := b.run.ClearAndDeleteChain(table, ourChain); err != nil {
+	if err := b.iptables.ClearAndDeleteChain(table, ourChain); err != nil {
 		return fmt.Errorf("delete the chain %s: %w", ourChain, err)
 	}
 	return nil

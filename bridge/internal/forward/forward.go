@@ -147,7 +147,7 @@ func (c Config) forEachBackend(do func(*backend) ([]string, error)) (all []strin
 		if err == nil && is {
 			b := &backend{name: name}
 			var did []string
-			if b.run, err = findProgram(name); err == nil {
+			if b.iptables, err = findProgram(name); err == nil {
 				did, err = do(b)
 			}
 			for _, d := range did {

@@ -29,9 +29,9 @@ func (c *Conn) Close() {
 	}
 }
 
-// Add adds the elements of an endpoint in one transaction. The tables must exist: see TablesExist. cfg needs no
+// AddEndpoint adds the elements of an endpoint in one transaction. The tables must exist: see TablesExist. cfg needs no
 // more than the endpoint's Network.
-func (c *Conn) Add(cfg Config, e Endpoint) error {
+func (c *Conn) AddEndpoint(cfg Config, e Endpoint) error {
 	return c.addSets(e, cfg.elements(e))
 }
 
@@ -39,7 +39,7 @@ func (c *Conn) Add(cfg Config, e Endpoint) error {
 func (c *Conn) AddPorts(e Endpoint) error { return c.addSets(e, e.portElements()) }
 
 func (c *Conn) addSets(e Endpoint, all []*set) error {
-	err := c.commit(func(nft *nftables.Conn) error {
+	err := c.commitTransaction(func(nft *nftables.Conn) error {
 		for _, s := range all {
 			if err := s.bufferChange(nft, nil); err != nil {
 				return err
@@ -53,14 +53,16 @@ func (c *Conn) addSets(e Endpoint, all []*set) error {
 	return nil
 }
 
-// Remove removes the elements of an endpoint. If there are none, that is success.
-func (c *Conn) Remove(cfg Config, e Endpoint) error { return c.removeEndpoint(e, cfg.elements(e)) }
+// RemoveEndpoint removes the elements of an endpoint. If there are none, that is success.
+func (c *Conn) RemoveEndpoint(cfg Config, e Endpoint) error {
+	return c.removeElements(e, cfg.elements(e))
+}
 
 // RemovePorts removes only those elements that lead ports of the host to the endpoint. If there are none, that
 // is success.
-func (c *Conn) RemovePorts(e Endpoint) error { return c.removeEndpoint(e, e.portElements()) }
+func (c *Conn) RemovePorts(e Endpoint) error { return c.removeElements(e, e.portElements()) }
 
-func (c *Conn) removeEndpoint(e Endpoint, all []*set) error {
+func (c *Conn) removeElements(e Endpoint, all []*set) error {
 	if c.removeSets(all...) == nil {
 		return nil
 	}
@@ -73,7 +75,7 @@ func (c *Conn) removeEndpoint(e Endpoint, all []*set) error {
 }
 
 func (c *Conn) removeSets(all ...*set) error {
-	return c.commit(func(nft *nftables.Conn) error {
+	return c.commitTransaction(func(nft *nftables.Conn) error {
 		for _, s := range all {
 			none := &set{table: s.table, name: s.name, data: s.data}
 			if err := none.bufferChange(nft, s.elems); err != nil {
@@ -84,8 +86,8 @@ func (c *Conn) removeSets(all ...*set) error {
 	})
 }
 
-// commit sends as one transaction what fill puts into the buffer.
-func (c *Conn) commit(fill func(*nftables.Conn) error) (err error) {
+// commitTransaction sends as one transaction what fill puts into the buffer.
+func (c *Conn) commitTransaction(fill func(*nftables.Conn) error) (err error) {
 	if c.nft == nil {
 		if c.nft, err = nftables.New(nftables.AsLasting()); err != nil {
 			return err

@@ -57,7 +57,7 @@ func (c Config) Differences() ([]string, error) {
 			return out, err
 		case len(have.chains) == 0:
 			out = append(out, fmt.Sprintf("the nft table %s is gone", tableTitle(want.nft)))
-		case !have.equals(want):
+		case !have.sameAs(want):
 			out = append(out, fmt.Sprintf("the nft table %s is not as it should be", tableTitle(want.nft)))
 		}
 	}

@@ -86,8 +86,8 @@ func readChains(c *nftables.Conn, is *nftables.Table, n int) (own []*nftables.Ch
 	}
 }
 
-// equals reports whether both tables are the same, down to the elements.
-func (t *table) equals(want *table) bool {
+// sameAs reports whether both tables are the same, down to the elements.
+func (t *table) sameAs(want *table) bool {
 	if !t.hasRulesOf(want) {
 		return false
 	}

@@ -171,13 +171,13 @@ func TestOneEndpoint(t *testing.T) {
 		var conn Conn
 		defer conn.Close()
 		for _, e := range all.Endpoints[2:] {
-			if err := conn.Remove(all, e); err != nil {
+			if err := conn.RemoveEndpoint(all, e); err != nil {
 				t.Errorf("remove what is not there: %v", err)
 			}
 			if missing, err := all.Missing(e); err != nil || len(missing) == 0 {
 				t.Errorf("missing before: %q, %v", missing, err)
 			}
-			if err := conn.Add(all, e); err != nil {
+			if err := conn.AddEndpoint(all, e); err != nil {
 				t.Error(err)
 			}
 			if missing, err := all.Missing(e); err != nil || len(missing) > 0 {
@@ -197,7 +197,7 @@ func TestOneEndpoint(t *testing.T) {
 			}
 		}
 		for _, e := range all.Endpoints[2:] {
-			if err := conn.Remove(all, e); err != nil {
+			if err := conn.RemoveEndpoint(all, e); err != nil {
 				t.Error(err)
 			}
 		}

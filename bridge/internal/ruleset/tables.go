@@ -252,23 +252,23 @@ func (e Endpoint) portElements() []*set {
 		return nil
 	}
 	ip := ipKey(e.Addr)
-	at, by, everywhere := map[elemKey]string{}, map[elemKey]string{}, map[elemKey]string{}
+	atAddr, byNIC, anyAddr := map[elemKey]string{}, map[elemKey]string{}, map[elemKey]string{}
 	for _, p := range e.Ports {
 		from, to := protoKey(p.UDP)+portKey(p.HostPort), ip+portKey(p.Port)
 		if p.HostAddr.IsValid() {
-			at[elemKey{bytes: ipKey(p.HostAddr) + from}] = to
+			atAddr[elemKey{bytes: ipKey(p.HostAddr) + from}] = to
 			continue
 		}
-		everywhere[elemKey{bytes: from}] = to
+		anyAddr[elemKey{bytes: from}] = to
 		if e.NIC != "" {
-			by[elemKey{bytes: nameKey(e.NIC) + from}] = to
+			byNIC[elemKey{bytes: nameKey(e.NIC) + from}] = to
 		}
 	}
 	all := []*set{
 		{table: ipTable, name: "self", elems: map[elemKey]string{{bytes: ip + ip}: ""}},
-		{table: ipTable, name: "published_at", data: targetType, elems: at},
-		{table: ipTable, name: "published_by", data: targetType, elems: by},
-		{table: ipTable, name: "published", data: targetType, elems: everywhere},
+		{table: ipTable, name: "published_at", data: targetType, elems: atAddr},
+		{table: ipTable, name: "published_by", data: targetType, elems: byNIC},
+		{table: ipTable, name: "published", data: targetType, elems: anyAddr},
 	}
 	return slices.DeleteFunc(all, func(s *set) bool { return len(s.elems) == 0 })
 }
