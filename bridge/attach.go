@@ -39,7 +39,7 @@ func (h *Host) Attach(ctx context.Context, e Endpoint) (Attachment, error) {
 	a.hostEnd, a.containerEnd = linkNames(e.Owner)
 	a.wish.Ports, _ = normalizedPorts(e.Ports) // checkedAlias has looked at the error
 	defer a.closeSockets()
-	out, err := a.attachLocked(ctx)
+	out, err := a.lockAndAttach(ctx)
 	if err != nil {
 		return Attachment{}, fmt.Errorf("attach %s: %w", e.Owner, err)
 	}
@@ -134,8 +134,8 @@ func (a *attacher) closeSockets() {
 	}
 }
 
-// attachLocked opens the container's namespace, takes the lock, and does the attach.
-func (a *attacher) attachLocked(ctx context.Context) (Attachment, error) {
+// lockAndAttach opens the container's namespace, takes the lock, and does the attach.
+func (a *attacher) lockAndAttach(ctx context.Context) (Attachment, error) {
 	a.ns = netns.None()
 	if a.wish.Netns != "" {
 		var err error

@@ -41,7 +41,7 @@ func (a *attacher) decideParts(ctx context.Context) error {
 // readLittle reads as little as nearly every attach needs. The view has the NIC and its bridge only.
 // tablesExist reports whether the nft tables have the endpoint's policy. enough reports whether nothing else
 // has to be read: the tables exist, no route leads to the address, and no port of the host is asked for.
-func (a *attacher) readLittle() (v *view, tables, enough bool, err error) {
+func (a *attacher) readLittle() (v *view, tablesExist, enough bool, err error) {
 	state, err := a.host.readState()
 	if err != nil {
 		return nil, false, false, err
@@ -54,7 +54,7 @@ func (a *attacher) readLittle() (v *view, tables, enough bool, err error) {
 	if _, known := state.Policies[a.alias.policy]; !known {
 		return v, false, false, nil
 	}
-	if tables, err = ruleset.TablesExist(a.wish.Policy.rulesetNetwork(), part); !tables || err != nil {
+	if tablesExist, err = ruleset.TablesExist(a.wish.Policy.rulesetNetwork(), part); !tablesExist || err != nil {
 		return v, false, false, err
 	}
 	nic := nicByName(state, a.alias.nic)

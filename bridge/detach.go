@@ -45,8 +45,9 @@ func (d *detacher) closeSockets() {
 	d.flows.Close()
 }
 
+// detachOwner removes the parts under the lock, and then the link without it.
 func (d *detacher) detachOwner(ctx context.Context, owner string) error {
-	err := d.removePartsLocked(ctx, owner)
+	err := d.lockAndRemoveParts(ctx, owner)
 	if err != nil || d.link == nil {
 		return err
 	}
@@ -56,9 +57,9 @@ func (d *detacher) detachOwner(ctx context.Context, owner string) error {
 	return deleteLink(d.link)
 }
 
-// removePartsLocked takes the lock, finds the owner's link and removes its parts. d.link is nil afterwards if
+// lockAndRemoveParts takes the lock, finds the owner's link and removes its parts. Afterwards d.link is nil if
 // there is no link to delete.
-func (d *detacher) removePartsLocked(ctx context.Context, owner string) error {
+func (d *detacher) lockAndRemoveParts(ctx context.Context, owner string) error {
 	unlock, err := d.host.lockHost(ctx, "detach "+owner)
 	if err != nil {
 		return err

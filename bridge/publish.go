@@ -100,6 +100,7 @@ func (p *publisher) writeAlias() error {
 	return netlink.LinkSetAlias(&netlink.Device{LinkAttrs: *p.endpoint.link}, p.endpoint.alias.String())
 }
 
+// hostEndOf returns the name of the owner's host end.
 func hostEndOf(owner string) string {
 	name, _ := linkNames(owner)
 	return name
