@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -338,30 +337,6 @@ func TestAutoFallsBackAndWarnsOfDisagreement(t *testing.T) {
 	fresh.sources = p.sources
 	_, err = fresh.NICs(t.Context())
 	wants(t, err, ErrSource, "wireserver: it answered 401", "imds: it answered 403")
-}
-
-func TestAFileIsASource(t *testing.T) {
-	path, err := filepath.Abs(filepath.Join("testdata", "interfaces.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for file, want := range map[string]string{path: "", path + ".not": "no such file", t.TempDir(): "not a file", fifo: "not a file", "/dev/zero": "not a file"} {
-		p, err := New(Config{Dir: t.TempDir(), Source: file})
-		if err != nil {
-			t.Fatal(err)
-		}
-		p.host = func() (host, error) { return host{}, nil }
-		nics, err := p.NICs(t.Context())
-		if want != "" {
-			wants(t, err, ErrSource, file, want)
-		} else if err != nil || text(nics) != "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5" {
-			t.Errorf("NICs are %s, %v", text(nics), err)
-		}
-	}
 }
 
 func TestSubnet(t *testing.T) {
