@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"strings"
 
@@ -15,6 +14,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 	"azurevnet/pool"
 )
 
@@ -23,7 +23,7 @@ var version = "devel"
 
 func main() {
 	cni.Main(cni.Plugin{
-		Name: cni.IPAMType, Version: version,
+		Name: cni.IPAMType, Version: version, Code: lender.Code,
 		Add: add, Del: del, Check: check, GC: gc, Status: status,
 	})
 }
@@ -34,22 +34,22 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err := c.CheckOwner(); err != nil {
 		return nil, err
 	}
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return nil, err
 	}
-	held, err := l.Held(ctx, func(owner string) bool { return owner == c.Owner() })
+	held, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
 	if err != nil {
 		return nil, err
 	}
 	if len(held) > 0 {
-		return nil, types.NewError(cni.CodeAttached, fmt.Sprintf("interface %s of container %s holds %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, held[0].Addr), "")
+		return nil, cni.Errorf(cni.CodeAttached, "interface %s of container %s holds %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, held[0].Addr)
 	}
 	lease, err := l.Lend(ctx, true)
 	if err != nil {
 		return nil, err
 	}
-	return cni.Result(lease), nil
+	return lender.Result(lease), nil
 }
 
 // del releases what the container holds. None is success.
@@ -69,11 +69,11 @@ func gc(ctx context.Context, c *cni.Call) error {
 // releaseAll releases leases without a link only: one with a link is in use by
 // azure-vnet, which takes the link away first.
 func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
-	held, err := l.Held(ctx, of)
+	held, err := l.LeasesOf(ctx, of)
 	if err != nil {
 		return err
 	}
@@ -99,16 +99,16 @@ func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) er
 
 // check tells whether the container holds the addresses that its result says.
 func check(ctx context.Context, c *cni.Call) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
-	held, err := l.Held(ctx, func(owner string) bool { return owner == c.Owner() })
+	held, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
 	if err != nil {
 		return err
 	}
 	if len(held) == 0 {
-		return types.NewError(types.ErrUnknownContainer, fmt.Sprintf("interface %s of container %s holds no address", c.IfName, c.ContainerID), "")
+		return cni.Errorf(types.ErrUnknownContainer, "interface %s of container %s holds no address", c.IfName, c.ContainerID)
 	}
 	prev, err := c.PrevResult()
 	if err != nil {
@@ -127,17 +127,17 @@ func checkHeld(held []pool.Lease, prev *current.Result) error {
 	}
 	for _, lease := range held {
 		if !told[lease.Addr] {
-			return types.NewError(cni.CodeChanged, fmt.Sprintf("the container holds %s, and prevResult does not say so", lease.Addr), "")
+			return cni.Errorf(cni.CodeChanged, "the container holds %s, and prevResult does not say so", lease.Addr)
 		}
 	}
 	return nil
 }
 
 func status(ctx context.Context, c *cni.Call) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
-	_, err = l.Ready(ctx)
+	_, err = l.CheckCanLend(ctx)
 	return err
 }

@@ -14,6 +14,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 )
 
 // add leases an address, makes the interface and confirms the lease. In this order a
@@ -23,7 +24,7 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err := c.CheckOwner(); err != nil {
 		return nil, err
 	}
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return nil, err
 	}
@@ -56,18 +57,18 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 
 // clearLeftover refuses an interface that the container has already, and leaves it as
 // it is. It takes away what a killed ADD left.
-func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
+func clearLeftover(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	at, found, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
 	}
 	if found && at.InContainer {
-		return types.NewError(cni.CodeAttached, fmt.Sprintf("interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, at.Addr.Addr()), "")
+		return cni.Errorf(cni.CodeAttached, "interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, at.Addr.Addr())
 	}
 	if c.Conf.IPAM.Type != cni.IPAMType {
 		return nil
 	}
-	left, err := l.Held(ctx, func(owner string) bool { return owner == c.Owner() })
+	left, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
 	if err != nil || len(left) == 0 {
 		return err
 	}
@@ -77,7 +78,7 @@ func clearLeftover(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 // connect makes the container's interface and says what came of it. attached says that this call made the interface,
 // so that after an error it is this call's to take away.
 func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (result *current.Result, attached bool, err error) {
-	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: c.Conf.Mode, Name: c.Conf.Bridge, Subnet: g.addr.Masked(), NICs: g.nics})
+	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: bridge.Mode(c.Conf.Mode), Name: c.Conf.Bridge, Subnet: g.addr.Masked(), NICs: g.nics})
 	if err != nil {
 		return nil, false, misnamed(ctx, c, host, g.nic, err)
 	}
@@ -85,11 +86,11 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (res
 		c.Warn("mended: " + what)
 	}
 	if c.Conf.MTU > br.MTU {
-		return nil, false, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish; write at most that, or leave mtu out", c.Conf.MTU, br.NIC, br.MTU), "")
+		return nil, false, cni.Errorf(types.ErrInvalidNetworkConfig, "mtu is %d, and the NIC %s has an MTU of %d bytes: larger packets would vanish; write at most that, or leave mtu out", c.Conf.MTU, br.NIC, br.MTU)
 	}
 	at, err := host.Attach(ctx, bridge.Endpoint{
 		Owner: c.Owner(), Pod: c.Pod, NIC: g.nic, Bridge: br.Name, Addr: g.addr, Gateway: g.gateway, MAC: c.Conf.MAC, MTU: c.Conf.MTU,
-		Policy: c.Conf.Policy, Netns: c.Netns, IfName: c.IfName, Ports: c.Conf.Ports,
+		Policy: policyOf(c.Conf), Netns: c.Netns, IfName: c.IfName, Ports: portsOf(c.Conf),
 	})
 	if err != nil {
 		return nil, false, err

@@ -101,7 +101,7 @@ func chain(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni
 		return nil, nil, nil, fmt.Errorf("%.80q is not a container's id, which has no slash and no space: docker inspect -f '{{.Id}}' NAME shows it", args[1])
 	}
 	rt := &libcni.RuntimeConf{ContainerID: args[1], NetNS: args[2], IfName: "eth0", Args: [][2]string{{"IgnoreUnknown", "1"}, cni.AttachArg}}
-	return libcni.NewCNIConfigWithCacheDir([]string{filepath.Dir(self)}, stateDir, nil), list, rt, nil
+	return libcni.NewCNIConfigWithCacheDir([]string{filepath.Dir(self)}, cni.StateDir, nil), list, rt, nil
 }
 
 // conflistMost is far above what a list of plugins needs, in bytes.
@@ -166,7 +166,7 @@ func attachedEarlier(text []byte) bool {
 // claim copies the file and then removes it. After a crash in between it is there twice, and
 // the next call repeats this.
 func claim(name string, text []byte) error {
-	dir := filepath.Join(stateDir, resultsIn)
+	dir := filepath.Join(cni.StateDir, resultsIn)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -183,6 +183,6 @@ func claim(name string, text []byte) error {
 // attach attached.
 func claimed(owner string) bool {
 	name := strings.ReplaceAll(strings.TrimPrefix(owner, "cni/"), "/", "-")
-	_, err := os.Stat(filepath.Join(stateDir, resultsIn, name))
+	_, err := os.Stat(filepath.Join(cni.StateDir, resultsIn, name))
 	return err == nil
 }

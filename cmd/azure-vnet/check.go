@@ -19,12 +19,13 @@ import (
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
 	"azurevnet/internal/dump"
+	"azurevnet/internal/lender"
 )
 
 // check changes nothing and believes nothing: it looks at the host's side of the
 // interface, into the container, and at the lease.
 func check(ctx context.Context, c *cni.Call) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
@@ -33,7 +34,7 @@ func check(ctx context.Context, c *cni.Call) error {
 		return err
 	}
 	if !found {
-		return types.NewError(types.ErrUnknownContainer, fmt.Sprintf("container %s has no interface %s of network %s", c.ContainerID, c.IfName, c.Conf.Network), "")
+		return cni.Errorf(types.ErrUnknownContainer, "container %s has no interface %s of network %s", c.ContainerID, c.IfName, c.Conf.Network)
 	}
 	prev, err := c.PrevResult()
 	if err != nil {

@@ -17,13 +17,14 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 	"azurevnet/pool"
 )
 
 // del takes the link away, then the lease. It asks for no namespace and no
 // result of before: the owner tells what is the container's, and nothing else is.
 func del(ctx context.Context, c *cni.Call) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
@@ -54,7 +55,7 @@ func del(ctx context.Context, c *cni.Call) error {
 
 // sweep takes away what a link left that went with its container's namespace, and that no lease of ours tells of: the
 // other IPAM gives the address to another container as soon as it is told of the end.
-func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
+func sweep(ctx context.Context, c *cni.Call, l *lender.Lender) {
 	if _, err := l.Host.Reconcile(ctx); err != nil {
 		c.Warn("look the host over: " + err.Error())
 	}
@@ -73,7 +74,7 @@ func sweep(ctx context.Context, c *cni.Call, l *cni.Lender) {
 
 // endUpstreams takes away what Azure's own azure-vnet attached the container to, if it
 // did: the container is older than this plugin's installation.
-func endUpstreams(ctx context.Context, c *cni.Call, l *cni.Lender) error {
+func endUpstreams(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	namespace, name, _ := strings.Cut(c.Pod, "/")
 	link, err := l.Host.RemoveUpstreamLink(ctx, bridge.UpstreamContainer{
 		Network: c.Conf.Network, ContainerID: c.ContainerID, IfName: c.IfName, PodNamespace: namespace, PodName: name, Netns: c.Netns,
@@ -88,8 +89,8 @@ func endUpstreams(ctx context.Context, c *cni.Call, l *cni.Lender) error {
 // the others, and keeps its lease. A link that went with the container's namespace, or
 // was never made, cannot tell what else was made for it: then the whole host is looked
 // over, once for all of them.
-func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owners ...string) error {
-	held, err := l.Held(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
+func takeAway(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...string) error {
+	held, err := l.LeasesOf(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
 	if err != nil {
 		return err
 	}
@@ -124,7 +125,7 @@ func takeAway(ctx context.Context, c *cni.Call, l *cni.Lender, owners ...string)
 		}
 	}
 	if gone := slices.Concat(linked, linkless); len(gone) > 0 {
-		errs = append(errs, l.Free(ctx, gone...))
+		errs = append(errs, l.EndLeases(ctx, gone...))
 	}
 	return errors.Join(errs...)
 }
@@ -136,14 +137,14 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
 	if err := claimEarlier(); err != nil {
 		c.Warn("look for what an earlier build attached: " + err.Error())
 	}
-	all, err := listOwners(ctx, l, stale, c.Attached)
+	all, err := listOwners(ctx, l, stale, c.IsAttached)
 	if err != nil {
 		return err
 	}
@@ -165,7 +166,7 @@ func gc(ctx context.Context, c *cni.Call) error {
 		c.Note("of", all.name(mine))
 	}
 	if !own(c) {
-		if err := c.Keep(all.kept); err != nil {
+		if err := c.AddValid(all.kept); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
 		errs = append(errs, delegated(ctx, c, invoke.DelegateGC))
@@ -182,8 +183,8 @@ type owners struct {
 
 // listOwners lists them. An owner that did not fit its link stands there as a hash, and in
 // the lease as it is.
-func listOwners(ctx context.Context, l *cni.Lender, stale, attached func(string) bool) (owners, error) {
-	leases, err := l.Held(ctx, func(string) bool { return true })
+func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(string) bool) (owners, error) {
+	leases, err := l.LeasesOf(ctx, func(string) bool { return true })
 	if err != nil {
 		return owners{}, err
 	}
@@ -228,7 +229,7 @@ func (all owners) name(some []string) string {
 // before all other reasons, and then a NIC that is in somebody's bridge, for nothing else helps
 // there. So does a bridge of others that has the name of the NIC's.
 func status(ctx context.Context, c *cni.Call) error {
-	l, err := c.Lender()
+	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
@@ -245,10 +246,10 @@ func status(ctx context.Context, c *cni.Call) error {
 	}
 	if nic != "" {
 		if bad := l.Host.CheckPresent(ctx, nic); bad != nil {
-			return types.NewError(types.ErrPluginNotAvailable, bad.Error(), "")
+			return cni.Errorf(types.ErrPluginNotAvailable, "%v", bad)
 		}
 	}
-	if nic != "" && c.Conf.Mode != bridge.ModeTransparent {
+	if nic != "" && c.Conf.Mode != cni.ModeTransparent {
 		_, bad := l.Host.BridgeName(ctx, bridge.Spec{MAC: nic, Name: c.Conf.Bridge, Primary: primary})
 		if errors.Is(bad, bridge.ErrNameTaken) {
 			return bad
@@ -263,9 +264,9 @@ func status(ctx context.Context, c *cni.Call) error {
 // addressable is an error if no container can be given an address. nic is the MAC of
 // the NIC that an ADD would take, empty if it is not known, and primary whether it is
 // the VM's primary one.
-func addressable(ctx context.Context, c *cni.Call, l *cni.Lender) (nic string, primary bool, err error) {
+func addressable(ctx context.Context, c *cni.Call, l *lender.Lender) (nic string, primary bool, err error) {
 	if own(c) {
-		nic, err = l.Ready(ctx)
+		nic, err = l.CheckCanLend(ctx)
 		nics, _ := l.Known(ctx) // none: then err says why
 		primary = slices.ContainsFunc(nics, func(n pool.NIC) bool { return n.MAC == nic && n.Primary })
 		return nic, primary, err

@@ -26,7 +26,7 @@ func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, pr
 	}
 	_, named, err := host.NIC(ctx, c.Conf.Master)
 	if err != nil {
-		return "", false, types.NewError(types.ErrInvalidNetworkConfig, "master: "+err.Error(), "")
+		return "", false, cni.Errorf(types.ErrInvalidNetworkConfig, "master: %v", err)
 	}
 	return named, named == mac, nil
 }
@@ -45,11 +45,11 @@ func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, e
 	for _, b := range all {
 		named := b.Name == c.Conf.Bridge
 		if ours = ours || named; named != (b.NICMAC == nic) {
-			return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
+			return cni.Errorf(types.ErrInvalidNetworkConfig, "%v", err)
 		}
 	}
 	if _, bad := netlink.LinkByName(c.Conf.Bridge); bad == nil && !ours {
-		return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "")
+		return cni.Errorf(types.ErrInvalidNetworkConfig, "%v", err)
 	}
 	return err
 }

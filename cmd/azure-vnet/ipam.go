@@ -16,6 +16,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 	"azurevnet/pool"
 )
 
@@ -36,7 +37,7 @@ type given struct {
 // own tells whether the address is lent in this process.
 func own(c *cni.Call) bool { return c.Conf.IPAM.Type == cni.IPAMType }
 
-func obtain(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+func obtain(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
 	if own(c) {
 		return lend(ctx, c, l)
 	}
@@ -44,12 +45,12 @@ func obtain(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
 }
 
 // lend lends an address in this process.
-func lend(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+func lend(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
 	lease, err := l.Lend(ctx, false)
 	if err != nil {
 		return nil, err
 	}
-	r := cni.Result(lease)
+	r := lender.Result(lease)
 	g := &given{
 		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
 		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
@@ -78,7 +79,7 @@ func (g *given) tell(nics []pool.NIC) {
 
 // delegate has another IPAM plugin give an address. It reads our configuration
 // as it came, with all that the runtime added.
-func delegate(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
+func delegate(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
 	nic, primary, err := master(ctx, c, l.Host)
 	if err != nil {
 		return nil, err
@@ -100,7 +101,7 @@ func delegate(ctx context.Context, c *cni.Call, l *cni.Lender) (*given, error) {
 	if err := g.read(raw); err != nil {
 		undo, cancel := cni.Undo(ctx)
 		defer cancel()
-		err = types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("IPAM plugin %s: %v", c.Conf.IPAM.Type, err), "")
+		err = cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v", c.Conf.IPAM.Type, err)
 		return nil, errors.Join(err, g.release(undo))
 	}
 	c.Note("address", g.addr.Addr().String())
@@ -150,7 +151,7 @@ func delegated(ctx context.Context, c *cni.Call, call func(context.Context, stri
 // installed refuses a configuration whose IPAM plugin is not there.
 func installed(c *cni.Call) error {
 	if _, err := invoke.FindInPath(c.Conf.IPAM.Type, filepath.SplitList(os.Getenv("CNI_PATH"))); err != nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err), "")
+		return cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err)
 	}
 	return nil
 }

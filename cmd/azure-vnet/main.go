@@ -9,6 +9,7 @@ import (
 	"os"
 
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 )
 
 // version is set when linking.
@@ -19,7 +20,7 @@ func main() {
 		os.Exit(serveWord(os.Args[1:]))
 	}
 	cni.Main(cni.Plugin{
-		Name: "azure-vnet", Version: version, Main: true,
+		Name: "azure-vnet", Version: version, Main: true, CheckNames: checkNames, Code: lender.Code,
 		Add: add, Del: del, Check: check, GC: gc, Status: status,
 	})
 }

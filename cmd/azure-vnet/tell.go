@@ -15,6 +15,7 @@ import (
 	"text/tabwriter"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/cni"
 	"azurevnet/pool"
 )
 
@@ -27,7 +28,7 @@ func tell(ctx context.Context, out io.Writer) error {
 	for _, what := range broken {
 		fmt.Fprintln(out, "broken:", what)
 	}
-	p, bad := pool.New(pool.Config{Dir: stateDir})
+	p, bad := pool.New(pool.Config{Dir: cni.StateDir})
 	if bad != nil {
 		return errors.Join(err, bad)
 	}

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 
+	"azurevnet/internal/cni"
+
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
@@ -80,7 +82,7 @@ func serveVerbs(words []string) int {
 var wordsOfTests = map[string]func() ([]byte, error){
 	"syslog":       readSyslog,
 	"log":          func() ([]byte, error) { return os.ReadFile("/var/log/azure-vnet.log") },
-	"lose-leases":  func() ([]byte, error) { return nil, os.Remove(filepath.Join(stateDir, "leases.json")) },
+	"lose-leases":  func() ([]byte, error) { return nil, os.Remove(filepath.Join(cni.StateDir, "leases.json")) },
 	"break-routes": func() ([]byte, error) { return exec.Command("ip", "route", "flush", "table", "16863").CombinedOutput() },
 }
 

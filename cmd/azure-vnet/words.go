@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/cni"
 	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
@@ -30,9 +31,6 @@ const usage = `azure-vnet is a CNI plugin: a runtime starts it without an argume
   azure-vnet hold        wait until SIGTERM, to keep a container's network namespace
   azure-vnet version
 `
-
-// stateDir is where the processes of the host meet.
-const stateDir = "/run/azure-vnet"
 
 // wordTime bounds a word. It is above the deadlines of what it calls.
 const wordTime = 90 * time.Second
@@ -87,7 +85,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 		fmt.Fprintln(out, "mended:", what)
 	}
 	err = errors.Join(err, claimEarlier())
-	p, bad := pool.New(pool.Config{Dir: stateDir})
+	p, bad := pool.New(pool.Config{Dir: cni.StateDir})
 	if bad != nil {
 		return errors.Join(err, bad)
 	}
@@ -120,12 +118,12 @@ func hear(ctx context.Context, p *pool.Pool) error {
 // uninstall removes every trace of azure-vnet: see upkeep.Uninstall. A network of
 // Docker's that holds an auxiliary address keeps everything too, because the address would be lent again.
 func uninstall(ctx context.Context, out io.Writer) error {
-	p, err := pool.New(pool.Config{Dir: stateDir})
+	p, err := pool.New(pool.Config{Dir: cni.StateDir})
 	if err != nil {
 		return err
 	}
 	removed, err := upkeep.Uninstall(ctx, bridge.New(bridge.Config{}), p, upkeep.Removal{
-		Run:   filepath.Dir(stateDir),
+		Run:   filepath.Dir(cni.StateDir),
 		Keeps: func(pool.Lease) bool { return true },
 		Files: func() error { return nil },
 	})

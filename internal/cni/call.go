@@ -1,12 +1,11 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package cni is the Container Network Interface as both of our plugins speak
-// it: a call with its configuration, its owner and its addresses, one document
-// for an answer, and one line in the log. It is not a plugin: what a verb does
-// is in package main of each.
+// Package cni is the Container Network Interface as both plugins of azure-vnet speak it. It reads one call with its
+// configuration, and writes one JSON document as the answer and one line in the log. It knows no pool and no bridge:
+// what a verb does is in package main of each plugin.
 //
-// A call is read by package skel of the CNI project and answered here, once: a
-// panic, a bad environment and a bad configuration are error documents too.
+// Package skel of the CNI project reads the call. The answer is written here, once, at the end of the call. So a panic,
+// a bad environment and a bad configuration end in an error document too.
 package cni
 
 import (
@@ -25,14 +24,16 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
-	"golang.org/x/sys/unix"
 )
 
-// Plugin is what a plugin does for each verb. VERSION needs none.
+// Plugin is a plugin's name and what it does for each verb. The verb VERSION is answered here.
 type Plugin struct {
 	Name    string // of the binary
 	Version string // of the release
-	Main    bool   // a main plugin, whose configuration has more than the part for IPAM
+	Main    bool   // it is a main plugin: the whole configuration is read, and not only the part for IPAM
+
+	CheckNames func(Conf) error // is an error if no link can have the names in the configuration; nil: they are not checked
+	Code       func(error) uint // returns the CNI error code of an error, 0 if it knows none; nil: it knows none
 
 	Add    func(context.Context, *Call) (*current.Result, error)
 	Del    func(context.Context, *Call) error
@@ -43,35 +44,44 @@ type Plugin struct {
 
 // Call is one call of a plugin.
 type Call struct {
-	Verb        string
+	Verb        string // CNI_COMMAND: ADD, DEL, CHECK, GC, STATUS or VERSION
 	ContainerID string
 	Netns       string // path of the container's network namespace; may be empty with DEL
-	IfName      string // in that namespace
-	Pod         string // namespace/name, where the runtime tells
-	Stdin       []byte // the configuration as it came: what a delegated plugin is given
+	IfName      string // name of the interface in that namespace
+	Pod         string // namespace/name of the pod; empty: the runtime named none
+	Stdin       []byte // the configuration as it came; a delegated plugin is given the same bytes
 	Conf        Conf
 
-	attach bool  // it is the word attach or detach that calls, and no runtime: see AttachArg
-	notes  []any // for the log: keys and values
+	plugin Plugin
+	attach bool  // the word attach or detach calls, and no runtime: see AttachArg
+	notes  []any // for the log: keys and values in turn
 }
 
-// deadline bounds a call. CRI-O kills a plugin after 60 s. Undoing a failed ADD comes on
-// top of the deadline: undoTime, 10 s, for the link and the lease.
-const deadline = 30 * time.Second
+// Times of a call. A failed ADD may take both: CRI-O kills a plugin after 60 s.
+const (
+	deadline = 30 * time.Second // bounds a call
+	undoTime = 10 * time.Second // bounds the undoing of a failed ADD, which comes after the deadline
+)
+
+// Undo returns a context for the undoing of a failed call. It outlives ctx, whose deadline may have passed.
+func Undo(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+}
 
 // Main serves the call that this process was started for, and ends the process.
 func Main(p Plugin) {
-	runtime.GOMAXPROCS(1) // nothing here runs side by side: an eighth of the CPU is saved
+	runtime.GOMAXPROCS(1) // nothing in a call runs in parallel: this saves an eighth of its CPU time
 	os.Exit(p.serve(os.Stdout))
 }
 
-// serve writes at most one document, at its very end, and returns the exit code.
+// serve answers the call that the environment describes. It writes at most one document, at its very end, and returns
+// the exit code.
 func (p Plugin) serve(out io.Writer) int {
 	start := time.Now()
 	// skel reads the same values. But if skel refuses the call, it hands none of them on, and the log needs them.
-	said, _ := parseArgs(os.Getenv("CNI_ARGS")) // as far as it can be read
+	said, _ := parseArgs(os.Getenv("CNI_ARGS")) // a part that cannot be read is refused later, by readWishes
 	call := &Call{
-		Verb: os.Getenv("CNI_COMMAND"), ContainerID: os.Getenv("CNI_CONTAINERID"), Netns: os.Getenv("CNI_NETNS"), IfName: os.Getenv("CNI_IFNAME"), Pod: podOf(said),
+		plugin: p, Verb: os.Getenv("CNI_COMMAND"), ContainerID: os.Getenv("CNI_CONTAINERID"), Netns: os.Getenv("CNI_NETNS"), IfName: os.Getenv("CNI_IFNAME"), Pod: podOf(said),
 	}
 	answer, err := p.answer(call)
 	code := 0
@@ -83,11 +93,12 @@ func (p Plugin) serve(out io.Writer) int {
 			err, code = bad, 1
 		}
 	}
-	call.log(p, start, err)
+	call.log(start, err)
 	return code
 }
 
-// answer lets skel read the call, and keeps the result until skel is content.
+// answer has skel read and check the call, and then has the plugin serve it. It returns the document with the result of
+// ADD. The other verbs have no result, and skel itself answers VERSION.
 func (p Plugin) answer(call *Call) (document []byte, err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -97,12 +108,12 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	}()
 	if call.Verb == "" {
 		fmt.Fprintf(os.Stderr, "%s %s is a CNI plugin: a container runtime calls it.\n", p.Name, p.Version)
-	} else if err := call.listen(); err != nil {
+	} else if err := call.readStdinFirst(); err != nil {
 		return nil, err
 	}
-	// skel compares the container's namespace with ours when the work is done,
-	// and fails a DEL for ever whose namespace is gone in an odd way. The bridge
-	// compares before it does anything.
+	// After the work, skel compares the container's namespace with the host's. It would fail a DEL again and again if the
+	// path of its namespace is left and the namespace is not. The override has skel compare nothing. Package bridge
+	// compares both, before it does anything.
 	if err := os.Setenv("CNI_NETNS_OVERRIDE", "1"); err != nil {
 		return nil, err
 	}
@@ -110,12 +121,12 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	defer cancel()
 	with := func(do func(context.Context, *Call) error) func(*skel.CmdArgs) error {
 		return func(args *skel.CmdArgs) error {
-			err := call.read(args, p.Main)
+			err := call.takeArgs(args)
 			if err == nil {
-				err = call.serve(ctx, p.Name, do)
+				err = call.serve(ctx, do)
 			}
 			if err != nil {
-				return call.toError(err) // skel would give it a code of its own
+				return call.toError(err) // skel would give an error of any other type the code of an internal error
 			}
 			return nil
 		}
@@ -136,16 +147,16 @@ func (p Plugin) answer(call *Call) (document []byte, err error) {
 	return document, nil
 }
 
-// serve does what the verb says. ADD and DEL of one interface come one after the other. STATUS
-// tries whether it may write in the directory that ADD and DEL write in.
-func (c *Call) serve(ctx context.Context, plugin string, do func(context.Context, *Call) error) error {
+// serve calls do, which does what the verb says. ADDs and DELs of one interface wait for each other. STATUS first tries
+// to write into the directory that ADD and DEL write to.
+func (c *Call) serve(ctx context.Context, do func(context.Context, *Call) error) error {
 	if c.Verb == "STATUS" {
-		if err := tryState(plugin); err != nil {
+		if err := c.tryState(); err != nil {
 			return err
 		}
 	}
 	if c.Verb == "ADD" || c.Verb == "DEL" {
-		unlock, err := c.lockOwner(ctx, plugin)
+		unlock, err := c.lockOwner(ctx)
 		if err != nil {
 			return err
 		}
@@ -156,11 +167,11 @@ func (c *Call) serve(ctx context.Context, plugin string, do func(context.Context
 
 // Bounds of the configuration on stdin.
 const (
-	stdinMost = 1 << 20          // bytes. A list of a few hundred attachments, which GC has, is some 30 KB
-	stdinTime = 10 * time.Second // a runtime that does not end what it writes
+	stdinMost = 1 << 20          // bytes. GC's list of a few hundred attachments has some 30 KB
+	stdinTime = 10 * time.Second // a runtime may fail to close its end of stdin
 )
 
-// readStdin reads the configuration.
+// readStdin reads the configuration, within both bounds.
 func readStdin() ([]byte, error) {
 	type read struct {
 		conf []byte
@@ -175,20 +186,19 @@ func readStdin() ([]byte, error) {
 	case r := <-done:
 		switch {
 		case r.err != nil:
-			return nil, wrong(types.ErrIOFailure, "read the network configuration: %v", r.err)
+			return nil, Errorf(types.ErrIOFailure, "read the network configuration: %v", r.err)
 		case len(r.conf) > stdinMost:
-			return nil, wrong(types.ErrInvalidNetworkConfig, "the network configuration on stdin is longer than %d bytes", stdinMost)
+			return nil, Errorf(types.ErrInvalidNetworkConfig, "the network configuration on stdin is longer than %d bytes", stdinMost)
 		}
 		return r.conf, nil
 	case <-time.After(stdinTime):
-		return nil, wrong(types.ErrIOFailure, "the network configuration on stdin does not end within %v: the runtime must close its end", stdinTime)
+		return nil, Errorf(types.ErrIOFailure, "the network configuration on stdin does not end within %v: the runtime must close its end", stdinTime)
 	}
 }
 
-// listen reads the configuration before skel does, which may refuse the call
-// without a word of it: an error answers in its version too. VERSION has none,
-// and no verb is a person at a terminal.
-func (c *Call) listen() error {
+// readStdinFirst reads the configuration before skel does. skel may refuse a call before it reads the configuration, and
+// the error document needs the CNI version that the configuration names. The verb VERSION has no configuration.
+func (c *Call) readStdinFirst() error {
 	if c.Verb == "VERSION" {
 		return nil
 	}
@@ -197,36 +207,47 @@ func (c *Call) listen() error {
 		return err
 	}
 	c.Stdin, c.Conf = conf, readName(conf)
-	fd, err := unix.MemfdCreate("stdin", unix.MFD_CLOEXEC) // a pipe would want a reader, and skel may be none
+	read, write, err := os.Pipe()
 	if err != nil {
 		return fmt.Errorf("hand the network configuration on: %w", err)
 	}
-	copied := os.NewFile(uintptr(fd), "stdin")
-	if _, err = copied.Write(conf); err == nil {
-		_, err = copied.Seek(0, io.SeekStart)
-	}
-	if err != nil {
-		return fmt.Errorf("hand the network configuration on: %w", err)
-	}
-	os.Stdin = copied
+	go func() { // if skel refuses the call, nobody reads, and this ends with the process
+		_, _ = write.Write(conf)
+		_ = write.Close()
+	}()
+	os.Stdin = read
 	return nil
 }
 
-// read takes what skel has read, and reads the configuration.
-func (c *Call) read(args *skel.CmdArgs, main bool) (err error) {
+// takeArgs takes what skel has read, and reads the configuration. DEL reads no more than the names: a configuration that
+// became wrong since ADD must not keep a pod from ending.
+func (c *Call) takeArgs(args *skel.CmdArgs) (err error) {
 	c.ContainerID, c.Netns, c.IfName, c.Stdin = args.ContainerID, args.Netns, args.IfName, args.StdinData
 	c.attach = slices.Contains(strings.Split(args.Args, ";"), AttachArg[0]+"="+AttachArg[1])
 	if c.Verb == "DEL" {
-		// A name is enough to take away what there is: a configuration that
-		// became wrong since must not keep a pod from ending.
 		c.Conf = readName(c.Stdin)
 		return nil
 	}
-	c.Conf, err = readConf(c.Stdin, args.Args, main)
+	c.Conf, err = readConf(c.Stdin, args.Args, c.plugin)
 	return err
 }
 
-// document is the result as the configuration's version has it.
+// PrevResult returns the result of ADD that the runtime hands back. CHECK needs it.
+func (c *Call) PrevResult() (*current.Result, error) {
+	if len(c.Conf.prev) == 0 || string(c.Conf.prev) == "null" {
+		return nil, Errorf(types.ErrInvalidNetworkConfig, "%s of container %s: prevResult is missing", c.Verb, c.ContainerID)
+	}
+	r, err := version.NewResult(c.Conf.CNIVersion, c.Conf.prev)
+	if err == nil {
+		var prev *current.Result
+		if prev, err = current.NewResultFromResult(r); err == nil {
+			return prev, nil
+		}
+	}
+	return nil, Errorf(types.ErrDecodingFailure, "prevResult: %v", err)
+}
+
+// document returns the result in the CNI version of the configuration.
 func (c *Call) document(r *current.Result) ([]byte, error) {
 	converted, err := r.GetAsVersion(c.Conf.CNIVersion)
 	if err != nil {
@@ -235,7 +256,7 @@ func (c *Call) document(r *current.Result) ([]byte, error) {
 	return json.Marshal(converted)
 }
 
-// errorDocument is an error as the specification has it.
+// errorDocument returns the document of an error, in the CNI version of the configuration.
 func (c *Call) errorDocument(err error) []byte {
 	e := c.toError(err)
 	text, _ := json.Marshal(struct { // strings and a number never fail
@@ -245,7 +266,7 @@ func (c *Call) errorDocument(err error) []byte {
 	return text
 }
 
-// version is the configuration's, or ours where that says nothing of use.
+// version returns the configuration's CNI version, or the newest one if the configuration names none that is known.
 func (c *Call) version() string {
 	v := c.Conf.CNIVersion
 	for _, known := range version.All.SupportedVersions() {
@@ -256,5 +277,5 @@ func (c *Call) version() string {
 	return version.Current()
 }
 
-// Note has the call's line in the log say key=value.
+// Note adds key=value to the call's line in the log.
 func (c *Call) Note(key string, value any) { c.notes = append(c.notes, key, value) }

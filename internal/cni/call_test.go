@@ -10,38 +10,33 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
-
-	"azurevnet/bridge"
-	"azurevnet/pool"
 )
 
 func TestErrorsHaveCodesAndSayNothingThatMisleads(t *testing.T) {
+	errFull := errors.New("no address")
+	plugin := Plugin{Code: func(err error) uint {
+		if errors.Is(err, errFull) {
+			return types.ErrTryAgainLater
+		}
+		return 0
+	}}
 	for _, tt := range []struct {
 		verb string
 		err  error
 		want types.Error
 	}{
-		{"ADD", fmt.Errorf("lease for x: %w: 3 ipconfigs", pool.ErrExhausted), types.Error{Code: 11, Msg: "lease for x: no free address: 3 ipconfigs"}},
-		{"ADD", fmt.Errorf("lease: %w", pool.ErrSource), types.Error{Code: 11, Msg: "lease: no word of this VM's addresses"}},
-		{"ADD", fmt.Errorf("lease: %w", pool.ErrNotOurs), types.Error{Code: 7, Msg: "lease: not ours to lend"}},
-		{"ADD", fmt.Errorf("lease: %w", pool.ErrInUse), types.Error{Code: CodeInUse, Msg: "lease: address in use"}},
-		{"ADD", fmt.Errorf("attach: %w", bridge.ErrAttached), types.Error{Code: CodeAttached, Msg: "attach: " + bridge.ErrAttached.Error()}},
-		{"ADD", fmt.Errorf("prepare the NIC: %w: eth0 is in azure0", bridge.ErrTaken), types.Error{Code: 50, Msg: "prepare the NIC: the NIC is a port of a bridge: eth0 is in azure0"}},
-		{"ADD", errors.Join(wrong(types.ErrInvalidNetworkConfig, "first"), errors.New("then")), types.Error{Code: 7, Msg: "first; then"}},
+		{"ADD", fmt.Errorf("lease: %w: 3 ipconfigs", errFull), types.Error{Code: 11, Msg: "lease: no address: 3 ipconfigs"}},
+		{"ADD", errors.Join(Errorf(types.ErrInvalidNetworkConfig, "first"), errors.New("then")), types.Error{Code: 7, Msg: "first; then"}},
 		{"ADD", &fs.PathError{Op: "open", Path: "/x", Err: fs.ErrNotExist}, types.Error{Code: 5, Msg: "open /x: file does not exist"}},
-		{"ADD", fmt.Errorf("attach: %w", &bridge.InUseError{}), types.Error{Code: CodeInUse, Msg: "attach:"}},
 		{"ADD", errors.New("Link not found"), types.Error{Code: 999, Msg: "Link not found"}},
 		{"DEL", errors.New("Link Not Found"), types.Error{Code: 999, Msg: "Link missing"}}, // kubelet takes it for done
 	} {
-		c := &Call{Verb: tt.verb}
+		c := &Call{Verb: tt.verb, plugin: plugin}
 		if got := *c.toError(tt.err); got != tt.want {
 			t.Errorf("%s %v: %+v, want %+v", tt.verb, tt.err, got, tt.want)
 		}
@@ -121,34 +116,5 @@ func TestAnErrorSaysItsVersion(t *testing.T) {
 				t.Errorf("exit %d with %s; code %d is wanted, in version %s", code, out.Bytes(), tt.code, tt.want)
 			}
 		})
-	}
-}
-
-func TestTheLogIsBoundedAndWhole(t *testing.T) {
-	log := boundedLog{filepath.Join(t.TempDir(), "azure-vnet.log"), logFile.most}
-	path, line := log.path, []byte(strings.Repeat("x", 1023)+"\n")
-	most := int(log.most) + 64*len(line) // 8 writers, each a few lines late
-	var all sync.WaitGroup
-	for range 8 {
-		all.Go(func() {
-			for range int(log.most) / len(line) {
-				log.add(string(line), time.Now(), false)
-			}
-		})
-	}
-	all.Wait()
-	for _, name := range []string{path, path + ".1"} {
-		text, err := os.ReadFile(name)
-		if err != nil && name == path {
-			continue // just moved aside
-		}
-		if err != nil || len(text) > most || len(text)%len(line) != 0 {
-			t.Errorf("%s has %d bytes: %v", name, len(text), err)
-		}
-		for l := range bytes.Lines(text) {
-			if !bytes.Equal(l, line) {
-				t.Fatalf("a torn line: %q", l)
-			}
-		}
 	}
 }

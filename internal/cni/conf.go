@@ -9,67 +9,81 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
-
-	"azurevnet/bridge"
 )
 
-// IPAMType is the name of our own IPAM plugin.
+// IPAMType is the ipam.type, and the name of the binary, of azure-vnet's own IPAM plugin.
 const IPAMType = "azure-vnet-ipam"
 
-// azureStackFile is where the nodes of an Azure Stack have their addresses.
+// azureStackFile lists the addresses of a node of Azure Stack.
 const azureStackFile = "/etc/kubernetes/interfaces.json"
 
-// oldest is the version of a configuration that names none.
-const oldest = "0.1.0"
+// oldestVersion is the CNI version of a configuration that names none.
+const oldestVersion = "0.1.0"
 
-// Conf is a network's configuration with what the runtime adds to it. Unknown
-// keys are passed over: runtimes add their own.
+// The modes of a network, as the configuration spells them.
+const (
+	ModeBridge      = "bridge"      // the default: the host end of a container is a port of the NIC's bridge
+	ModeTransparent = "transparent" // the host end stands alone
+)
+
+// Conf is a network's configuration, with what the runtime adds for one container. Runtimes add keys of their own, so
+// unknown keys are ignored.
 type Conf struct {
-	CNIVersion string
-	Network    string // name
+	CNIVersion string // 0.1.0 if the configuration names none
+	Network    string // the network's name
 
-	// Of the main plugin.
-	Master string      // the NIC, by name or MAC; empty: the VM's primary
-	Mode   bridge.Mode // empty: bridge.ModeBridge
-	Bridge string      // its name; empty: see bridge.Spec, or the mode is transparent
-	MTU    int         // bytes, of the container's interface; 0: the NIC's
-	Policy bridge.Policy
-	MAC    net.HardwareAddr // of the container's interface; nil: derived from its address
-	Ports  []bridge.PublishedPort
-	DNS    types.DNS
+	// Keys of the main plugin.
+	Master     string           // the NIC, by name or MAC; empty: the VM's primary NIC
+	Mode       string           // ModeBridge or ModeTransparent; empty: ModeBridge
+	Bridge     string           // name of the NIC's bridge; empty: the bridge has its default name, or the mode is transparent
+	MTU        int              // bytes, of the container's interface; 0: the NIC's
+	SNAT       bool             // what leaves for the internet gets the host's address
+	Direct     []netip.Prefix   // reached without SNAT; nil: the key is missing
+	NoMetadata bool             // containers do not reach 169.254.169.254
+	MAC        net.HardwareAddr // of the container's interface; nil: derived from its address
+	Ports      []PortMapping    // published ports
+	DNS        types.DNS
 
-	IPAM      IPAM
-	Reclaim   bool       // addresses that the host holds are taken from it when no other is left
-	Addr      netip.Addr // asked for; zero: any
-	AddrBy    string     // the key that asks for Addr, as an error names it
-	prev      json.RawMessage
-	valid     []types.GCAttachment
-	validSaid bool
+	IPAM    IPAM
+	Reclaim bool       // if no other address is left, those that the host's NIC holds are taken off it
+	Addr    netip.Addr // the address that is asked for; zero: any
+	AddrBy  string     // the key that asks for Addr, as an error names it
+
+	prev       json.RawMessage      // prevResult
+	valid      []types.GCAttachment // the attachments that GC keeps
+	listsValid bool                 // the configuration has such a list, which may be empty
 }
 
-// IPAM is where the address comes from.
+// PortMapping is a port of the host that leads to a port of the container.
+type PortMapping struct {
+	Proto         string     // tcp or udp
+	HostAddr      netip.Addr // IPv4 address of the host; zero: any
+	HostPort      uint16
+	ContainerPort uint16
+}
+
+// IPAM says where the address comes from. If Type is not IPAMType, the other fields are empty.
 type IPAM struct {
 	Type     string
 	Subnet   netip.Prefix  // zero: the NIC's first
-	Source   string        // as pool.Config has it
+	Source   string        // as in pool.Config
 	QueryURL string        // empty: the source's own
-	Interval time.Duration // 0: the pool's
+	Interval time.Duration // between questions to the source; 0: the pool's default
 }
 
-// file is the configuration as it is written.
+// file is the configuration as it is written, without the keys that only a main plugin has.
 type file struct {
 	CNIVersion string
 	Name       string
 	Reclaim    onOff
 	LogLevel   string
 	LogTarget  string
-	IPAM       fileIPAM        `json:"-"` // read when it is ours
+	IPAM       fileIPAM        `json:"-"` // RawIPAM, if its type is IPAMType
 	RawIPAM    json.RawMessage `json:"ipam"`
 
 	Args struct {
@@ -81,12 +95,12 @@ type file struct {
 	Attached      json.RawMessage `json:"cni.dev/attachments"`
 }
 
-// fileMain is the main plugin's part. Another's may have these keys with values
-// of its own.
+// fileMain has the keys of azure-vnet. They are read only for azure-vnet: the configuration of another main plugin may
+// have the same keys with values of another kind.
 type fileMain struct {
-	Mode     bridge.Mode `json:"mode"`
-	Bridge   string      `json:"bridge"`
-	Master   string      `json:"master"`
+	Mode     string `json:"mode"`
+	Bridge   string `json:"bridge"`
+	Master   string `json:"master"`
 	MTU      number
 	SNAT     *onOff
 	Direct   list
@@ -112,42 +126,43 @@ type fileIPAM struct {
 	QueryInterval number
 }
 
-// readName reads no more than DEL and an error need.
+// readName reads the CNI version, the network's name and ipam.type. DEL and an error document need no more. A key that
+// cannot be read is left empty.
 func readName(stdin []byte) Conf {
 	var f struct {
 		CNIVersion string
 		Name       string
 		IPAM       json.RawMessage
 	}
-	if json.Unmarshal(stdin, &f) == nil { // else skel says what is wrong
-		f.CNIVersion = cmp.Or(f.CNIVersion, oldest)
+	if json.Unmarshal(stdin, &f) == nil { // otherwise skel says what is wrong
+		f.CNIVersion = cmp.Or(f.CNIVersion, oldestVersion)
 	}
 	return Conf{CNIVersion: f.CNIVersion, Network: f.Name, IPAM: IPAM{Type: ipamType(f.IPAM)}}
 }
 
-// ipamType is "" where there is none.
+// ipamType returns ipam.type. It is "" if the configuration has none.
 func ipamType(raw json.RawMessage) string {
 	var ipam struct{ Type string }
 	_ = json.Unmarshal(raw, &ipam)
 	return ipam.Type
 }
 
-// readConf reads all of it. args is CNI_ARGS.
-func readConf(stdin []byte, args string, main bool) (Conf, error) {
+// readConf reads the whole configuration of a call of plugin p. args is CNI_ARGS.
+func readConf(stdin []byte, args string, p Plugin) (Conf, error) {
 	var f file
 	if err := json.Unmarshal(stdin, &f); err != nil {
-		return readName(stdin), wrong(types.ErrInvalidNetworkConfig, "the network configuration: %v", wordKind(err))
+		return readName(stdin), Errorf(types.ErrInvalidNetworkConfig, "the network configuration: %v", wordKind(err))
 	}
-	c := Conf{CNIVersion: cmp.Or(f.CNIVersion, oldest), Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
+	c := Conf{CNIVersion: cmp.Or(f.CNIVersion, oldestVersion), Network: f.Name, Reclaim: bool(f.Reclaim), prev: f.PrevResult}
 	f.IPAM.Type = ipamType(f.RawIPAM)
-	err := f.logs()
-	if err == nil && f.IPAM.Type == IPAMType { // another's is passed on unread
+	err := f.checkLogKeys()
+	if err == nil && f.IPAM.Type == IPAMType { // another IPAM plugin reads its own keys
 		if err = json.Unmarshal(f.RawIPAM, &f.IPAM); err != nil {
 			err = fmt.Errorf("ipam: %w", wordKind(err))
 		}
 	}
-	if err == nil && main {
-		err = c.readMain(stdin, f.IPAM.Type)
+	if err == nil && p.Main {
+		err = c.readMain(stdin, f.IPAM.Type, p.CheckNames)
 	}
 	if err == nil {
 		c.IPAM, err = f.IPAM.read()
@@ -156,12 +171,13 @@ func readConf(stdin []byte, args string, main bool) (Conf, error) {
 		err = c.readAttachments(&f)
 	}
 	if err != nil {
-		return c, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", f.Name, err)
+		return c, Errorf(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", f.Name, err)
 	}
 	return c, c.readWishes(args, &f)
 }
 
-// wordKind names the key whose value is of the wrong kind, as the configuration spells it.
+// wordKind words an error about a value of the wrong kind, such as a string in the place of a number. It names the key
+// as the configuration spells it. It returns any other error as it is.
 func wordKind(err error) error {
 	var bad *json.UnmarshalTypeError
 	if errors.As(err, &bad) && bad.Field != "" {
@@ -170,13 +186,13 @@ func wordKind(err error) error {
 	return err
 }
 
-// readMain reads the main plugin's part.
-func (c *Conf) readMain(stdin []byte, ipam string) error {
+// readMain reads the keys of the main plugin. ipam is ipam.type.
+func (c *Conf) readMain(stdin []byte, ipam string, checkNames func(Conf) error) error {
 	var f fileMain
 	if err := json.Unmarshal(stdin, &f); err != nil {
 		return wordKind(err)
 	}
-	if f.Mode != "" && !slices.Contains(bridge.Modes, f.Mode) {
+	if f.Mode != "" && f.Mode != ModeBridge && f.Mode != ModeTransparent {
 		return fmt.Errorf(`mode %.40q is not served: write "mode": "bridge" or leave it out, or "transparent" where a policy engine matches each container's own interface`, f.Mode)
 	}
 	if ipam == "" {
@@ -188,27 +204,22 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 	if f.MTU != 0 && (f.MTU < 68 || f.MTU > 65535) {
 		return fmt.Errorf("mtu is a number of bytes from 68 to 65535, and not %d", f.MTU)
 	}
-	if f.Bridge != "" {
-		if err := bridge.CheckBridgeName(f.Bridge); err != nil {
-			return fmt.Errorf("bridge %.40q: %w", f.Bridge, err)
-		}
-	}
-	if _, bad := net.ParseMAC(f.Master); f.Master != "" && bad != nil {
-		if err := bridge.CheckLinkName(f.Master); err != nil {
-			return fmt.Errorf("master %.40q is neither a MAC nor a name: %w", f.Master, err)
-		}
-	}
 	c.Master, c.Mode, c.Bridge, c.MTU = f.Master, f.Mode, f.Bridge, int(f.MTU)
-	if c.Mode == bridge.ModeTransparent {
-		c.Bridge = "" // the shipped configuration names one, and the mode alone is changed in it
+	if checkNames != nil {
+		if err := checkNames(*c); err != nil {
+			return err
+		}
 	}
-	c.Policy = bridge.Policy{SNAT: f.SNAT == nil || bool(*f.SNAT), NoMetadata: f.Metadata != nil && !bool(*f.Metadata)}
+	if c.Mode == ModeTransparent {
+		c.Bridge = "" // the shipped configuration names a bridge, and people change only its mode
+	}
+	c.SNAT, c.NoMetadata = f.SNAT == nil || bool(*f.SNAT), f.Metadata != nil && !bool(*f.Metadata)
 	for _, text := range f.Direct {
-		p, err := netip.ParsePrefix(text)
-		if err != nil || !p.Addr().Is4() {
+		prefix, ok := parsePrefix(text)
+		if !ok {
 			return fmt.Errorf("direct has %.40q, which is not an IPv4 CIDR such as 10.0.0.0/8", text)
 		}
-		c.Policy.Direct = append(c.Policy.Direct, p.Masked())
+		c.Direct = append(c.Direct, prefix)
 	}
 	c.DNS = f.DNS
 	if dns := f.RuntimeConfig.DNS; len(dns.Servers) > 0 {
@@ -221,7 +232,7 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 		c.DNS.Options = dns.Options
 	}
 	for _, m := range f.RuntimeConfig.PortMappings {
-		p, served, err := m.port()
+		p, served, err := m.read()
 		if err != nil {
 			return fmt.Errorf("runtimeConfig.portMappings: port %d of the container: %w", m.ContainerPort, err)
 		}
@@ -232,18 +243,24 @@ func (c *Conf) readMain(stdin []byte, ipam string) error {
 	return nil
 }
 
-// read reads the part for IPAM, as far as it is ours.
+// parsePrefix reads an IPv4 prefix, and clears its host bits.
+func parsePrefix(text string) (prefix netip.Prefix, ok bool) {
+	p, err := netip.ParsePrefix(text)
+	return p.Masked(), err == nil && p.Addr().Is4()
+}
+
+// read reads the keys of azure-vnet's own IPAM plugin. Of another plugin it reads only the type.
 func (f fileIPAM) read() (IPAM, error) {
 	c := IPAM{Type: f.Type, QueryURL: f.QueryURL}
 	if f.Type != IPAMType {
 		return c, nil
 	}
 	if f.Subnet != "" {
-		p, err := netip.ParsePrefix(f.Subnet)
-		if err != nil || !p.Addr().Is4() {
+		prefix, ok := parsePrefix(f.Subnet)
+		if !ok {
 			return c, fmt.Errorf("ipam.subnet %.40q is not an IPv4 CIDR such as 10.240.0.0/16", f.Subnet)
 		}
-		c.Subnet = p.Masked()
+		c.Subnet = prefix
 	}
 	switch env := f.Environment; {
 	case env == "" || strings.EqualFold(env, "azure"):
@@ -262,8 +279,8 @@ func (f fileIPAM) read() (IPAM, error) {
 	return c, nil
 }
 
-// readAttachments reads the lists that come with GC. A runtime without
-// containers sends null; one that sends neither key has not said what is valid.
+// readAttachments reads the lists that come with GC. A runtime without containers sends null, which is an empty list. A
+// configuration with neither key has no list: see Stale.
 func (c *Conf) readAttachments(f *file) error {
 	for _, raw := range []json.RawMessage{f.Valid, f.Attached} {
 		if raw == nil {
@@ -273,12 +290,12 @@ func (c *Conf) readAttachments(f *file) error {
 		if err := json.Unmarshal(raw, &part); err != nil {
 			return fmt.Errorf("cni.dev/valid-attachments: %w", err)
 		}
-		c.valid, c.validSaid = append(c.valid, part...), true
+		c.valid, c.listsValid = append(c.valid, part...), true
 	}
 	return nil
 }
 
-// number is written as a number or, as in confs of 2018, as a string.
+// number is an integer in the configuration. Configurations of 2018 wrote numbers as strings, so both are read.
 type number int
 
 func (n *number) UnmarshalJSON(b []byte) error {
@@ -294,7 +311,7 @@ func (n *number) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// onOff is written as true and false, or as "on" and "off".
+// onOff is a switch in the configuration: true or "on", false or "off".
 type onOff bool
 
 func (o *onOff) UnmarshalJSON(b []byte) error {
@@ -309,15 +326,14 @@ func (o *onOff) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-// list is written as a list of strings or, as Docker's options are, as one
-// string with commas.
+// list is a list of strings in the configuration. It may also be one string with commas, as Docker's options are.
 type list []string
 
 func (l *list) UnmarshalJSON(b []byte) error {
 	var one string
 	if json.Unmarshal(b, &one) == nil {
 		*l = nil
-		for _, w := range words(one) {
+		for _, w := range splitList(one) {
 			*l = append(*l, strings.TrimSpace(w))
 		}
 		return nil

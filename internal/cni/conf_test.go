@@ -6,22 +6,21 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
-	"azurevnet/bridge"
 )
 
 const least = `{"name":"azure","ipam":{"type":"azure-vnet-ipam"}`
 
+var mainPlugin = Plugin{Main: true}
+
 // asLeast is what the least configuration means, with a change.
 func asLeast(change func(*Conf)) Conf {
-	c := Conf{CNIVersion: "0.1.0", Network: "azure", Policy: bridge.Policy{SNAT: true}, IPAM: IPAM{Type: IPAMType, Source: "auto"}}
+	c := Conf{CNIVersion: "0.1.0", Network: "azure", SNAT: true, IPAM: IPAM{Type: IPAMType, Source: "auto"}}
 	change(&c)
 	return c
 }
@@ -35,13 +34,13 @@ func TestConfigurations(t *testing.T) {
 		{"keys that a runtime adds", least + `,"capabilities":{"x":true},"disableIpvs":false,"ipsToRouteViaHost":["1.2.3.4"],"prevResult":null}`, "", asLeast(func(*Conf) {})},
 		{"all of the main plugin's", least + `,"mode":"bridge","bridge":"azure1","master":"eth1","mtu":"1400","snat":"off","metadata":"off","direct":"10.0.0.0/8, 192.168.1.7/24","reclaim":"on"}`, "",
 			asLeast(func(c *Conf) {
-				c.Mode, c.Bridge, c.Master, c.MTU, c.Reclaim = bridge.ModeBridge, "azure1", "eth1", 1400, true
-				c.Policy = bridge.Policy{NoMetadata: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.1.0/24")}}
+				c.Mode, c.Bridge, c.Master, c.MTU, c.Reclaim = ModeBridge, "azure1", "eth1", 1400, true
+				c.SNAT, c.NoMetadata, c.Direct = false, true, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.1.0/24")}
 			})},
-		{"transparent, in the configuration that is shipped", least + `,"mode":"transparent","bridge":"azure0"}`, "", asLeast(func(c *Conf) { c.Mode = bridge.ModeTransparent })},
+		{"transparent, in the configuration that is shipped", least + `,"mode":"transparent","bridge":"azure0"}`, "", asLeast(func(c *Conf) { c.Mode = ModeTransparent })},
 		{"JSON's own words for them", least + `,"mtu":1400,"snat":true,"metadata":true,"direct":["10.0.0.0/8"],"reclaim":false}`, "",
 			asLeast(func(c *Conf) {
-				c.MTU, c.Policy.Direct = 1400, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
+				c.MTU, c.Direct = 1400, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
 			})},
 		{"IPAM", `{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":"10.240.0.0/16","ipAddress":"10.240.0.9","addressSpace":"local","environment":"mas","queryInterval":"30"}}`, "",
 			asLeast(func(c *Conf) {
@@ -62,11 +61,11 @@ func TestConfigurations(t *testing.T) {
 			asLeast(func(c *Conf) {
 				c.Addr, c.AddrBy, c.MAC = netip.MustParseAddr("10.240.0.5"), "runtimeConfig.ips", net.HardwareAddr{2, 0, 0, 0, 0, 5}
 				c.DNS = types.DNS{Nameservers: []string{"10.0.0.10"}, Domain: "d", Search: []string{"svc"}, Options: []string{"ndots:5"}}
-				c.Ports = []bridge.PublishedPort{{Proto: "tcp", HostPort: 8080, Port: 80}, {Proto: "udp", HostAddr: netip.MustParseAddr("10.0.0.4"), HostPort: 53, Port: 53}}
+				c.Ports = []PortMapping{{Proto: "tcp", HostPort: 8080, ContainerPort: 80}, {Proto: "udp", HostAddr: netip.MustParseAddr("10.0.0.4"), HostPort: 53, ContainerPort: 53}}
 			})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := readConf([]byte(tt.conf), tt.args, true)
+			got, err := readConf([]byte(tt.conf), tt.args, mainPlugin)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -98,13 +97,8 @@ func TestConfigurationsThatAreRefused(t *testing.T) {
 		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":"x"}}`, "10.240.0.0/16"},
 		{`{"name":"azure","ipam":{"type":"azure-vnet-ipam","subnet":7}}`, "ipam: subnet is a number"},
 		{least + `,"bridge":7}`, "bridge is a number"},
-		{least + `,"bridge":"a/b"}`, `bridge "a/b": an interface name is 1 to 15 letters, digits, dots, dashes or underscores`},
-		{least + `,"bridge":"azure0@eth0"}`, "1 to 15 letters, digits, dots, dashes or underscores"},
-		{least + `,"bridge":"a234567890123456"}`, "1 to 15 letters, digits, dots, dashes or underscores"},
-		{least + `,"bridge":"azv0"}`, "names that begin with azv or azc are those of containers' links"},
-		{least + `,"master":"eth 0"}`, `master "eth 0" is neither a MAC nor a name`},
 	} {
-		_, err := readConf([]byte(tt.conf), "", true)
+		_, err := readConf([]byte(tt.conf), "", mainPlugin)
 		var e *types.Error
 		if !errors.As(err, &e) || e.Code != types.ErrInvalidNetworkConfig || !strings.Contains(e.Msg, tt.says) {
 			t.Errorf("%s: %v; code 7 is wanted with %q", tt.conf, err, tt.says)
@@ -141,7 +135,7 @@ func TestARefusedWishNamesWhereItIsMade(t *testing.T) {
 		{least + `}`, "MAC=01:00:00:00:00:01", 4, `CNI_ARGS: MAC: the MAC asked for, "01:00:00:00:00:01", is not that of one interface, such as 02:00:00:00:00:05`},
 		{least + `}`, "nothing", 4, `CNI_ARGS: "nothing" is not KEY=VALUE`},
 	} {
-		_, err := readConf([]byte(tt.conf), tt.args, true)
+		_, err := readConf([]byte(tt.conf), tt.args, mainPlugin)
 		var e *types.Error
 		if !errors.As(err, &e) {
 			t.Errorf("%s %s: %v", tt.conf, tt.args, err)
@@ -150,7 +144,7 @@ func TestARefusedWishNamesWhereItIsMade(t *testing.T) {
 		}
 	}
 	// A bandwidth is a chained plugin's, and whatever it is, it is not ours to refuse.
-	if _, err := readConf([]byte(run(`"bandwidth":{"ingressRate":"much"}`)), "", true); err != nil {
+	if _, err := readConf([]byte(run(`"bandwidth":{"ingressRate":"much"}`)), "", mainPlugin); err != nil {
 		t.Error(err)
 	}
 }
@@ -169,7 +163,7 @@ func TestWhatGCKeeps(t *testing.T) {
 		{"no list", ``, nil, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			conf, err := readConf([]byte(least+tt.lists+"}"), "", true)
+			conf, err := readConf([]byte(least+tt.lists+"}"), "", mainPlugin)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -191,8 +185,7 @@ func TestWhatGCKeeps(t *testing.T) {
 	}
 }
 
-// FuzzConf reads any configuration. What is accepted has values that the bridge
-// and the pool can do something with.
+// FuzzConf reads any configuration. If one is accepted, the pool and the bridge can work with its values.
 func FuzzConf(f *testing.F) {
 	f.Add([]byte(least+`,"direct":["10.0.0.0/8"],"mtu":"1500"}`), "IP=10.0.0.9")
 	f.Add([]byte(least+`,"mode":"transparent","metadata":"off"}`), "")
@@ -200,12 +193,12 @@ func FuzzConf(f *testing.F) {
 	f.Add([]byte(`{"args":{"cni":null},"runtimeConfig":{"ips":null}}`), "a=b=c")
 	f.Fuzz(func(t *testing.T, conf []byte, args string) {
 		readName(conf)
-		c, err := readConf(conf, args, true)
+		c, err := readConf(conf, args, mainPlugin)
 		if err != nil {
 			return
 		}
-		if c.Bridge != "" && bridge.CheckBridgeName(c.Bridge) != nil || c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() ||
-			c.Mode != "" && !slices.Contains(bridge.Modes, c.Mode) {
+		if c.IPAM.Type == "" || strings.ContainsAny(c.IPAM.Type, `/\`) || c.MTU < 0 || c.MTU > 65535 || c.IPAM.Interval < 0 || c.Addr.IsValid() && !c.Addr.Is4() ||
+			c.Mode != "" && c.Mode != ModeBridge && c.Mode != ModeTransparent {
 			t.Errorf("accepted: %+v", c)
 		}
 	})

@@ -14,43 +14,40 @@ import (
 	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
-
-	"azurevnet/bridge"
 )
 
-// wishes are what one container asks for in the configuration: by capability
-// (runtimeConfig) or by args.cni.
+// wishes is what a configuration may ask for one container, by the capability runtimeConfig or by args.cni.
 type wishes struct {
-	IPs json.RawMessage `json:"ips"` // list
+	IPs json.RawMessage `json:"ips"` // a list: see the type
 	MAC string          `json:"mac"`
 }
 
-// wish is an address or a MAC that is asked for in one of several places.
+// wish is an address or a MAC that one of several keys asks for.
 type wish struct {
-	by   string // the place, as an error names it
-	text []string
+	by   string   // the key, as an error names it
+	text []string // what is asked for; an interface can have one
 }
 
-// inArgs begins the places that are in CNI_ARGS. All others are in the configuration.
+// inArgs begins the name of a key that is in CNI_ARGS. All other keys are in the configuration.
 const inArgs = "CNI_ARGS: "
 
-// refuse is an error about w. Its code says whether CNI_ARGS or the configuration is wrong.
+// refuse returns an error about a wish. Its code says whether CNI_ARGS or the configuration is wrong.
 func (c *Conf) refuse(w wish, format string, args ...any) error {
 	text := w.by + ": " + fmt.Sprintf(format, args...)
 	if strings.HasPrefix(w.by, inArgs) {
-		return wrong(types.ErrInvalidEnvironmentVariables, "%s", text)
+		return Errorf(types.ErrInvalidEnvironmentVariables, "%s", text)
 	}
-	return wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %s", c.Network, text)
+	return Errorf(types.ErrInvalidNetworkConfig, "the configuration of network %s: %s", c.Network, text)
 }
 
-// readWishes reads what is asked for one container: by capability, by the
-// configuration's args, by CNI_ARGS, by ipam.ipAddress, in this order.
+// readWishes reads the address and the MAC that are asked for one container. The first of these keys counts: the
+// capability runtimeConfig, args.cni, CNI_ARGS, and for an address ipam.ipAddress.
 func (c *Conf) readWishes(args string, f *file) error {
 	said, err := parseArgs(args)
 	if err != nil {
-		return wrong(types.ErrInvalidEnvironmentVariables, inArgs+"%v", err)
+		return Errorf(types.ErrInvalidEnvironmentVariables, inArgs+"%v", err)
 	}
-	addrs := []wish{{by: "runtimeConfig.ips"}, {by: "args.cni.ips"}, {inArgs + "IP", words(said["IP"])}, {"ipam.ipAddress", words(f.IPAM.IPAddress)}}
+	addrs := []wish{{by: "runtimeConfig.ips"}, {by: "args.cni.ips"}, {inArgs + "IP", splitList(said["IP"])}, {"ipam.ipAddress", splitList(f.IPAM.IPAddress)}}
 	for i, raw := range []json.RawMessage{f.RuntimeConfig.IPs, f.Args.CNI.IPs} {
 		if raw == nil {
 			continue
@@ -83,7 +80,7 @@ func (c *Conf) readWishes(args string, f *file) error {
 	return nil
 }
 
-// readAddr reads the one address of a wish, with or without a prefix.
+// readAddr reads the one address of a wish. Some runtimes write a prefix length after it, which is ignored.
 func (c *Conf) readAddr(w wish) (netip.Addr, error) {
 	if len(w.text) > 1 {
 		return netip.Addr{}, c.refuse(w, "%d addresses are asked for (%.100v), and an interface has one", len(w.text), w.text)
@@ -96,7 +93,7 @@ func (c *Conf) readAddr(w wish) (netip.Addr, error) {
 	return addr, nil
 }
 
-// parseArgs reads CNI_ARGS. If a part of it is wrong, parseArgs returns the other parts with an error.
+// parseArgs reads CNI_ARGS, which is KEY=VALUE;KEY=VALUE. If a part is wrong, it returns the other parts and an error.
 func parseArgs(args string) (said map[string]string, err error) {
 	said = map[string]string{}
 	for pair := range strings.SplitSeq(args, ";") {
@@ -109,8 +106,8 @@ func parseArgs(args string) (said map[string]string, err error) {
 	return said, err
 }
 
-// podOf is namespace/name of the pod that CNI_ARGS names. It is empty if CNI_ARGS names none, or has a
-// name that no pod can have: such a name might break a line of the log.
+// podOf returns namespace/name of the pod that CNI_ARGS names. It is "" if CNI_ARGS names no pod, or has a name that no
+// pod can have: such a name might break a line of the log.
 func podOf(said map[string]string) string {
 	const most = 63 + 1 + 253 // bytes: the longest names that Kubernetes allows
 	pod := said["K8S_POD_NAMESPACE"] + "/" + said["K8S_POD_NAME"]
@@ -121,7 +118,8 @@ func podOf(said map[string]string) string {
 	return pod
 }
 
-func words(s string) []string {
+// splitList splits a string at its commas, and drops empty parts.
+func splitList(s string) []string {
 	return slices.DeleteFunc(strings.Split(s, ","), func(w string) bool { return strings.TrimSpace(w) == "" })
 }
 
@@ -133,10 +131,10 @@ type mapping struct {
 	Protocol      string `json:"protocol"` // empty: tcp
 }
 
-// port reads the mapping. served is false for an IPv6 address of the host: containers have no IPv6, and
-// runtimes of two families send such a mapping all the same.
-func (m mapping) port() (p bridge.PublishedPort, served bool, err error) {
-	p = bridge.PublishedPort{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, Port: m.ContainerPort}
+// read reads the mapping. served is false if it is for an IPv6 address of the host: runtimes of two families send such
+// mappings for every container, and containers have no IPv6 here.
+func (m mapping) read() (p PortMapping, served bool, err error) {
+	p = PortMapping{Proto: cmp.Or(strings.ToLower(m.Protocol), "tcp"), HostPort: m.HostPort, ContainerPort: m.ContainerPort}
 	switch {
 	case m.HostPort == 0 || m.ContainerPort == 0:
 		return p, false, errors.New("hostPort and containerPort are from 1 to 65535")

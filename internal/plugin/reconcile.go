@@ -14,6 +14,7 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
+	"azurevnet/internal/failure"
 	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
@@ -224,7 +225,7 @@ type row struct {
 
 // repeats reports whether text is the row's failure again. Ports, ages and counts in it may differ.
 func (w row) repeats(text string) bool {
-	return upkeep.Reason(w.text) == upkeep.Reason(text)
+	return failure.Reason(w.text) == failure.Reason(text)
 }
 
 // tell logs an error when it comes, changes and goes, and not at every round. When the error goes or

@@ -2,8 +2,7 @@
 
 // Package upkeep keeps the addresses and the links of a host in agreement, whoever asks for it:
 // the managed plugin and a timer every 30 s, a CNI call that finds no free address, an uninstall.
-// It also tells whether two failures are alike, for those who log them. It knows neither Docker nor
-// CNI, and logs nothing.
+// It knows neither Docker nor CNI, and logs nothing.
 package upkeep
 
 import (
@@ -13,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -75,12 +73,6 @@ func Reclaim(ctx context.Context, host *bridge.Host, nics []pool.NIC, taken func
 	}
 	return nil
 }
-
-// varying matches the words that differ between two failures of one reason. Ports, ids, ages and counts have digits.
-var varying = regexp.MustCompile(`[^\s"]*[0-9][^\s"]*`)
-
-// Reason is a failure's text without ports, ids, ages and counts. Two failures with one Reason are alike.
-func Reason(failure string) string { return varying.ReplaceAllString(failure, "#") }
 
 // PluginLock is the lock that the managed plugin holds while it runs. run is the host's /run.
 func PluginLock(run string) string { return filepath.Join(run, "azure-vnet", "plugin.lock") }

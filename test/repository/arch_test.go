@@ -30,7 +30,7 @@ const module = "azurevnet"
 // product. A package that is not listed may not exist.
 var arrows = map[string][]string{
 	"azurevnet":                 {"internal/plugin"},
-	"azurevnet/internal/plugin": {"bridge", "driver", "internal/statefile", "internal/upkeep", "ipamdriver", "pool"},
+	"azurevnet/internal/plugin": {"bridge", "driver", "internal/failure", "internal/statefile", "internal/upkeep", "ipamdriver", "pool"},
 	"azurevnet/internal/upkeep": {"bridge", "internal/statefile", "pool"},
 	"azurevnet/driver":          {"bridge", "pool", "internal/statefile"},
 	"azurevnet/ipamdriver":      {"pool"},
@@ -45,9 +45,11 @@ var arrows = map[string][]string{
 	"azurevnet/bridge/internal/rtnl":      {"internal/dump"},
 	"azurevnet/bridge/internal/ruleset":   {"bridge/internal/nfnl"},
 	"azurevnet/pool":                      {"internal/dump", "internal/statefile"},
-	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/upkeep", "pool"},
-	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "pool"},
-	"azurevnet/internal/cni":              {"bridge", "internal/statefile", "internal/upkeep", "pool"},
+	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/lender", "internal/upkeep", "pool"},
+	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "internal/lender", "pool"},
+	"azurevnet/internal/cni":              {"internal/failure", "internal/statefile"},
+	"azurevnet/internal/lender":           {"bridge", "internal/cni", "internal/upkeep", "pool"},
+	"azurevnet/internal/failure":          {},
 	"azurevnet/internal/dump":             {},
 	"azurevnet/internal/statefile":        {},
 	"azurevnet/internal/vnetsim":          {},

@@ -3,6 +3,7 @@
 package cni
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -37,8 +38,8 @@ func inNewLog(t *testing.T) (read func() []string) {
 
 // ended is a call of network azure for a pod that ended with err.
 func ended(verb, pod, id string, err error) {
-	c := &Call{Verb: verb, ContainerID: id, IfName: "eth0", Pod: pod, Conf: Conf{Network: "azure"}}
-	c.log(Plugin{Name: "azure-vnet"}, time.Now(), err)
+	c := &Call{plugin: Plugin{Name: "azure-vnet"}, Verb: verb, ContainerID: id, IfName: "eth0", Pod: pod, Conf: Conf{Network: "azure"}}
+	c.log(time.Now(), err)
 }
 
 // full is how an ADD fails, with what differs from try to try.
@@ -90,7 +91,7 @@ func TestWhatIsNoRepeatHasALineOfItsOwn(t *testing.T) {
 			ended("ADD", "shop/web", "c3", full("c3", 0))
 		}, 3},
 		{"the same after a while", func() {
-			logFile.add("time=x level=ERROR msg=azure-vnet verb=ADD network=azure container=c2 ifname=eth0 pod=shop/web code=999 error=\""+full("c2", 0).Error()+"\"\n",
+			logFile.appendLine("time=x level=ERROR msg=azure-vnet verb=ADD network=azure container=c2 ifname=eth0 pod=shop/web code=999 error=\""+full("c2", 0).Error()+"\"\n",
 				time.Now().Add(rowGap+time.Second), true)
 		}, 2},
 		{"two containers of no pod", func() {
@@ -136,5 +137,34 @@ func TestFailuresThatComeAtOnceAreCounted(t *testing.T) {
 	}
 	if counted != 400 || plain != 400 {
 		t.Errorf("%d failures are counted, and %d calls have a line", counted, plain)
+	}
+}
+
+func TestTheLogIsBoundedAndWhole(t *testing.T) {
+	log := boundedLog{filepath.Join(t.TempDir(), "azure-vnet.log"), logFile.most}
+	path, line := log.path, []byte(strings.Repeat("x", 1023)+"\n")
+	most := int(log.most) + 64*len(line) // 8 writers, each a few lines late
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range int(log.most) / len(line) {
+				log.appendLine(string(line), time.Now(), false)
+			}
+		})
+	}
+	all.Wait()
+	for _, name := range []string{path, path + ".1"} {
+		text, err := os.ReadFile(name)
+		if err != nil && name == path {
+			continue // just moved aside
+		}
+		if err != nil || len(text) > most || len(text)%len(line) != 0 {
+			t.Errorf("%s has %d bytes: %v", name, len(text), err)
+		}
+		for l := range bytes.Lines(text) {
+			if !bytes.Equal(l, line) {
+				t.Fatalf("a torn line: %q", l)
+			}
+		}
 	}
 }

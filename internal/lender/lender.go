@@ -1,6 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-package cni
+// Package lender lends addresses to the calls of both CNI plugins. It opens the pool that a call's configuration
+// describes, and makes room in it when no address is free. It does not attach containers: that is package main of
+// cmd/azure-vnet.
+package lender
 
 import (
 	"context"
@@ -15,63 +18,55 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/bridge"
+	"azurevnet/internal/cni"
 	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
-// stateDir is where the processes of the host meet: see pool.Config.
-const stateDir = "/run/azure-vnet"
-
-// undoTime bounds the way back from a failed call, whose own time may be up.
-const undoTime = 10 * time.Second
-
-// Undo is a context for the way back.
-func Undo(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), undoTime)
-}
-
-// Lender is the pool as a call lends from it, with the host's links, which prove
-// leases and show leaks.
+// Lender is the pool that one call lends from, with the host whose links prove the leases.
 type Lender struct {
 	*pool.Pool
 	Host *bridge.Host
-	call *Call
+	call *cni.Call
 }
 
-// Lender opens the pool that the call's configuration describes. It does no I/O.
-func (c *Call) Lender() (*Lender, error) {
+// Open opens the pool that the call's configuration describes. It does no I/O. Its error has the code of a wrong
+// configuration.
+func Open(c *cni.Call) (*Lender, error) {
 	host := bridge.New(bridge.Config{})
 	p, err := pool.New(pool.Config{
-		Dir: stateDir, Source: c.Conf.IPAM.Source, QueryURL: c.Conf.IPAM.QueryURL, QueryInterval: c.Conf.IPAM.Interval,
+		Dir: cni.StateDir, Source: c.Conf.IPAM.Source, QueryURL: c.Conf.IPAM.QueryURL, QueryInterval: c.Conf.IPAM.Interval,
 		Reclaim: c.Conf.Reclaim, Links: upkeep.ProvenLeases(host),
 	})
 	if err != nil {
-		return nil, wrong(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", c.Conf.Network, err)
+		return nil, cni.Errorf(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", c.Conf.Network, err)
 	}
 	return &Lender{p, host, c}, nil
 }
 
-// Held lists the leases of owners that want chooses.
-func (l *Lender) Held(ctx context.Context, want func(owner string) bool) ([]pool.Lease, error) {
+// LeasesOf lists the leases whose owner is wanted, by address. It asks no source.
+func (l *Lender) LeasesOf(ctx context.Context, wanted func(owner string) bool) ([]pool.Lease, error) {
 	all, err := l.Leases(ctx)
-	return slices.DeleteFunc(all, func(held pool.Lease) bool { return !want(held.Owner) }), err
+	return slices.DeleteFunc(all, func(lease pool.Lease) bool { return !wanted(lease.Owner) }), err
 }
 
-// master is the MAC of the NIC that the configuration names; empty: any.
+// master returns the MAC of the NIC that the configuration names with "master". It is "" if the configuration names
+// none: then any NIC will do.
 func (l *Lender) master(ctx context.Context) (mac string, err error) {
 	if l.call.Conf.Master == "" {
 		return "", nil
 	}
 	if _, mac, err = l.Host.NIC(ctx, l.call.Conf.Master); err != nil {
-		return "", wrong(types.ErrInvalidNetworkConfig, "master: %v", err)
+		return "", cni.Errorf(types.ErrInvalidNetworkConfig, "master: %v", err)
 	}
 	return mac, nil
 }
 
-// Lend lends the call's owner an address of the NIC that is named, or of the
-// first that has the subnet. Where none is free, what leaked and what the host
-// should not hold is freed first: on a host without our daemon, who needs an
-// address is who heals.
+// Lend leases an address to the call's owner. The address is one of the NIC that the configuration names, or else of
+// the first NIC that has the subnet. linkless says that no link of the host will prove the lease.
+//
+// If no address is free, Lend first frees the addresses that leaked, and those that the host holds and should not. A
+// CNI host may have no plugin that does so in the background.
 func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	c := l.call
 	mac, err := l.master(ctx)
@@ -79,14 +74,14 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 		return pool.Lease{}, err
 	}
 	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Pod: c.Pod, Linkless: linkless}
-	lease, err := l.Pool.Lease(ctx, r)
+	lease, err := l.Lease(ctx, r)
 	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {
-		freed, bad := l.free(ctx)
+		freed, bad := l.freeAddresses(ctx)
 		if bad != nil {
 			return lease, errors.Join(err, bad)
 		}
 		if freed {
-			lease, err = l.Pool.Lease(ctx, r)
+			lease, err = l.Lease(ctx, r)
 		}
 	}
 	if c.Conf.AddrBy != "" && (errors.Is(err, pool.ErrInUse) || errors.Is(err, pool.ErrNotOurs)) {
@@ -102,12 +97,12 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	return lease, nil
 }
 
-// free ends leaked leases and, where that is wished, takes secondary addresses
-// off the host. It tells whether there were any.
-func (l *Lender) free(ctx context.Context) (freed bool, err error) {
+// freeAddresses ends leaked leases. If the configuration says reclaim, it also takes secondary addresses off the host's
+// NICs. freed reports whether an address became free.
+func (l *Lender) freeAddresses(ctx context.Context) (freed bool, err error) {
 	leaked, err := upkeep.Release(ctx, l.Host, l.Pool)
-	for _, lost := range leaked {
-		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lost.Addr, lost.Holder()))
+	for _, lease := range leaked {
+		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lease.Addr, lease.Holder()))
 	}
 	freed = len(leaked) > 0
 	if freed || l.someAreLed(ctx) {
@@ -140,14 +135,15 @@ const roundTime = 5 * time.Second
 // someAreLed reports whether a route of the host leads to an address that nobody leases. Such an address is not lent. A
 // crash may have left the route, or a DEL whose Reconcile failed.
 func (l *Lender) someAreLed(ctx context.Context) bool {
-	nics, _ := l.Counts(ctx) // unreadable: the lease said so
+	nics, _ := l.Counts(ctx) // if the counts cannot be read, the lease has failed for the same reason
 	return slices.ContainsFunc(nics, func(nic pool.NICStatus) bool {
 		return slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Led > 0 })
 	})
 }
 
-// Free releases all that the owners hold. None is success.
-func (l *Lender) Free(ctx context.Context, owners ...string) error {
+// EndLeases releases all addresses that the owners hold, and notes them in the call's log line. It is a success if they
+// hold none.
+func (l *Lender) EndLeases(ctx context.Context, owners ...string) error {
 	addrs, err := l.ReleaseOwners(ctx, owners...)
 	if len(addrs) > 0 {
 		l.call.Note("released", fmt.Sprint(addrs))
@@ -155,15 +151,12 @@ func (l *Lender) Free(ctx context.Context, owners ...string) error {
 	return err
 }
 
-// Result is a lease as an IPAM plugin tells it.
-func Result(l pool.Lease) *current.Result {
-	gateway := net.IP(l.Prefix.Addr().Next().AsSlice())
+// Result returns a lease as the result of an IPAM plugin: the address, its gateway and a default route.
+func Result(lease pool.Lease) *current.Result {
+	gateway := net.IP(lease.Prefix.Addr().Next().AsSlice()) // Azure's gateway is the first address of the subnet
+	address := net.IPNet{IP: lease.Addr.AsSlice(), Mask: net.CIDRMask(lease.Prefix.Bits(), lease.Addr.BitLen())}
 	return &current.Result{
-		IPs:    []*current.IPConfig{{Address: ipNet(netip.PrefixFrom(l.Addr, l.Prefix.Bits())), Gateway: gateway}},
+		IPs:    []*current.IPConfig{{Address: address, Gateway: gateway}},
 		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: gateway}},
 	}
-}
-
-func ipNet(p netip.Prefix) net.IPNet {
-	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
