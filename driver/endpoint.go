@@ -162,7 +162,7 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 		return err
 	}
 	if err := d.cfg.Host.Detach(ctx, OwnerPrefix+r.EndpointID); err != nil {
-		return err
+		return d.inDockersWords(ctx, r.EndpointID, err)
 	}
 	d.ports.Lock()
 	defer d.ports.Unlock()
@@ -232,7 +232,7 @@ func routesByGateway(subnet netip.Prefix, gateway netip.Addr) []*network.StaticR
 // Leave ends what is published, where the engine forgot to revoke it. The engine has brought the link back, and
 // DeleteEndpoint removes it.
 func (d *Driver) Leave(ctx context.Context, r *network.LeaveRequest) error {
-	return d.publish(ctx, r.EndpointID, nil)
+	return d.inDockersWords(ctx, r.EndpointID, d.publish(ctx, r.EndpointID, nil))
 }
 
 // EndpointInfo tells which ports of the host lead to the endpoint. An engine asks,
@@ -269,7 +269,7 @@ func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.Pro
 // RevokeExternalConnectivity takes the container's ports back, for its default route leads to another network now,
 // which publishes them. They stay claimed.
 func (d *Driver) RevokeExternalConnectivity(ctx context.Context, r *network.RevokeExternalConnectivityRequest) error {
-	return d.publish(ctx, r.EndpointID, nil)
+	return d.inDockersWords(ctx, r.EndpointID, d.publish(ctx, r.EndpointID, nil))
 }
 
 func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.PublishedPort) error {

@@ -86,13 +86,19 @@ func (d *Driver) networkName(ctx context.Context, id string) string {
 	return fmt.Sprintf("%.12s", id)
 }
 
-// inDockersWords replaces the owners in err by names. err is the error of an attach. Its text may name the endpoint, and
-// the other endpoint that has the address, the MAC or the port.
+// inDockersWords replaces the owners in the text of err, which mean nothing to a Docker user. err is the error of a call
+// for the endpoint. Its text may name this endpoint, and another endpoint that has the address, the MAC or the port.
 func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error) error {
+	if err == nil {
+		return nil
+	}
+	text := strings.ReplaceAll(err.Error(), OwnerPrefix+endpoint, "the endpoint")
 	var held *bridge.InUseError
-	if !errors.As(err, &held) || held.Owner == "" {
+	if errors.As(err, &held) && held.Owner != "" {
+		text = strings.ReplaceAll(text, held.Owner, d.holder(ctx, held.Owner))
+	}
+	if text == err.Error() {
 		return err
 	}
-	text := strings.ReplaceAll(err.Error(), held.Owner, d.holder(ctx, held.Owner))
-	return errors.New(strings.ReplaceAll(text, " "+OwnerPrefix+endpoint, " the endpoint"))
+	return errors.New(text)
 }

@@ -5,6 +5,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -63,7 +64,15 @@ func TestHoldersInDockersWords(t *testing.T) {
 	}
 }
 
-// An error that names no holder is not changed.
+// The id of a pool or of an endpoint tells a Docker user nothing.
+func TestErrorsDoNotNameTheEndpointByItsOwner(t *testing.T) {
+	err := fmt.Errorf("attach %se1: %w", OwnerPrefix, bridge.ErrAttached)
+	if got := New(Config{}).inDockersWords(t.Context(), "e1", err); got.Error() != "attach the endpoint: "+bridge.ErrAttached.Error() {
+		t.Error(got)
+	}
+}
+
+// An error that names no owner is not changed.
 func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
 	for _, err := range []error{bridge.ErrAttached, &bridge.InUseError{}, nil} {
 		if got := New(Config{}).inDockersWords(t.Context(), "e", err); got != err {

@@ -211,6 +211,21 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
+// An engine puts "IpamDriver.RequestAddress: " before the error, and a pool id tells its user nothing.
+func TestErrorsDoNotNameThePool(t *testing.T) {
+	w := newWorld(t)
+	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
+	for range 3 {
+		if _, err := w.address(t.Context(), id, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := w.address(t.Context(), id, "")
+	if !errors.Is(err, pool.ErrExhausted) || !strings.HasPrefix(err.Error(), "no free address: NIC ") || strings.Contains(err.Error(), id.serial) {
+		t.Errorf("a full NIC is refused with: %v", err)
+	}
+}
+
 func TestAnAddressRangeBoundsTheChoice(t *testing.T) {
 	w := newWorld(t)
 	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16", SubPool: "10.240.1.0/24"})

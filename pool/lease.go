@@ -24,11 +24,7 @@ func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 	if r.Prefix.IsValid() && r.Prefix != r.Prefix.Masked() || r.Range.IsValid() && r.Range != r.Range.Masked() {
 		return Lease{}, fmt.Errorf("lease for %s: %s and %s must be without host bits", r.Owner, r.Prefix, r.Range)
 	}
-	l, err := p.lend(ctx, r)
-	if err != nil {
-		return Lease{}, fmt.Errorf("lease for %s: %w", r.Owner, err)
-	}
-	return l, nil
+	return p.lend(ctx, r)
 }
 
 // lend tries under the lock; what must be learnt first is learnt outside of it,
@@ -127,7 +123,7 @@ func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("confirm %s for %s: %w", l.Addr, l.Owner, err)
+		return fmt.Errorf("confirm %s: %w", l.Addr, err)
 	}
 	return nil
 }
@@ -145,7 +141,7 @@ func (p *Pool) Keep(ctx context.Context, l Lease) error {
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("keep %s for %s: %w", l.Addr, l.Owner, err)
+		return fmt.Errorf("keep %s: %w", l.Addr, err)
 	}
 	return nil
 }
@@ -182,7 +178,7 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 		return nil
 	})
 	if err != nil {
-		return false, fmt.Errorf("release %s of %s: %w", addr, owner, err)
+		return false, fmt.Errorf("release %s: %w", addr, err)
 	}
 	return released, nil
 }
@@ -200,7 +196,7 @@ func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 		return nil
 	})
 	if err != nil {
-		return false, fmt.Errorf("return %s of %s: %w", l.Addr, l.Owner, err)
+		return false, fmt.Errorf("return %s: %w", l.Addr, err)
 	}
 	return returned, nil
 }

@@ -114,7 +114,7 @@ func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 	} {
 		test.r.Owner = "me"
 		_, err := p.Lease(t.Context(), test.r)
-		t.Run(test.name, func(t *testing.T) { wants(t, err, test.want, append(test.says, "lease for me")...) })
+		t.Run(test.name, func(t *testing.T) { wants(t, err, test.want, test.says...) })
 		if test.r.Addr.IsValid() {
 			err := p.Lendable(t.Context(), mac1, prefix("10.0.0.0/24"), test.r.Addr)
 			t.Run(test.name+", by Lendable", func(t *testing.T) { wants(t, err, test.want, test.says...) })

@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"strings"
 
@@ -83,7 +84,7 @@ func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) er
 			continue
 		}
 		if _, err := l.Release(ctx, lease.Owner, lease.Addr); err != nil {
-			return err
+			return fmt.Errorf("%s: %w", lease.Holder(), err)
 		}
 		text := lease.Addr.String()
 		if lease.Owner != c.Owner() { // of GC, whose line names no container

@@ -74,14 +74,14 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 		return pool.Lease{}, err
 	}
 	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Pod: c.Pod, Linkless: linkless}
-	lease, err := l.Lease(ctx, r)
+	lease, err := l.lease(ctx, r)
 	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {
 		freed, bad := l.freeAddresses(ctx)
 		if bad != nil {
 			return lease, errors.Join(err, bad)
 		}
 		if freed {
-			lease, err = l.Lease(ctx, r)
+			lease, err = l.lease(ctx, r)
 		}
 	}
 	if c.Conf.AddrBy != "" && (errors.Is(err, pool.ErrInUse) || errors.Is(err, pool.ErrNotOurs)) {
@@ -93,6 +93,15 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	c.Note("address", lease.Addr.String())
 	if lease.Early {
 		c.Warn("the address was released a moment ago and is lent again, for no other is left: give the NIC more ipconfigs")
+	}
+	return lease, nil
+}
+
+// lease leases an address. Its error names the owner, and so the container.
+func (l *Lender) lease(ctx context.Context, r pool.Request) (pool.Lease, error) {
+	lease, err := l.Lease(ctx, r)
+	if err != nil {
+		return pool.Lease{}, fmt.Errorf("lease for %s: %w", r.Owner, err)
 	}
 	return lease, nil
 }
