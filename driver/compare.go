@@ -17,13 +17,13 @@ import (
 // it is forgotten: longer than any CreateNetwork, after which the engine lists it.
 const missingAge = time.Minute
 
-// Compare takes the ids of all networks that the engine has, and forgets those
+// ForgetUnlisted takes the ids of all networks that the engine has, and forgets those
 // that it has left out for a minute, in two lists at least: their DeleteNetwork
 // was lost. It returns their ids, ascending. What a list left out is remembered
 // in memory alone, so a restart only makes it wait longer.
-func (d *Driver) Compare(ctx context.Context, listed map[string]bool) ([]string, error) {
+func (d *Driver) ForgetUnlisted(ctx context.Context, listed map[string]bool) ([]string, error) {
 	gone := map[string]Network{}
-	err := d.change(ctx, "compare networks", func(all map[string]Network) error {
+	err := d.changeNetworks(ctx, "compare networks", func(all map[string]Network) error {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		now := time.Now()
@@ -61,9 +61,9 @@ func (d *Driver) Compare(ctx context.Context, listed map[string]bool) ([]string,
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
-// created ends what Compare holds against a network: swarm creates one again
+// unmarkMissing ends what Compare holds against a network: swarm creates one again
 // by the same id.
-func (d *Driver) created(id string) {
+func (d *Driver) unmarkMissing(id string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.missing, id)

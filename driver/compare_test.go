@@ -34,7 +34,7 @@ func withNetworks(t *testing.T, networks map[string]Network) *Driver {
 		t.Fatal(err)
 	}
 	d := New(Config{Dir: dir, Pool: addresses})
-	if err := d.change(t.Context(), "test", func(all map[string]Network) error { maps.Copy(all, networks); return nil }); err != nil {
+	if err := d.changeNetworks(t.Context(), "test", func(all map[string]Network) error { maps.Copy(all, networks); return nil }); err != nil {
 		t.Fatal(err)
 	}
 	return d
@@ -59,7 +59,7 @@ func compare(t *testing.T, d *Driver, listed ...string) (known []string) {
 	for _, id := range listed {
 		ids[id] = true
 	}
-	if _, err := d.Compare(t.Context(), ids); err != nil {
+	if _, err := d.ForgetUnlisted(t.Context(), ids); err != nil {
 		t.Fatal(err)
 	}
 	file, err := ReadNetworks(d.cfg.Dir)
@@ -101,7 +101,7 @@ func TestANetworkThatTheEngineLostIsForgotten(t *testing.T) {
 				for i, s := range steps {
 					time.Sleep(s.after)
 					if s.create != "" {
-						d.created(s.create)
+						d.unmarkMissing(s.create)
 					}
 					if diff := cmp.Diff(s.known, compare(t, d, s.listed...)); diff != "" {
 						t.Errorf("after list %d:\n%s", i+1, diff)
@@ -117,7 +117,7 @@ func TestAForgottenNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 		addr := netip.MustParseAddr("10.240.0.5")
 		d := withNetworks(t, map[string]Network{"a": {Aux: []Aux{{Addr: addr, Owner: "docker/x"}}}})
 		held := func() bool {
-			_, held, err := d.cfg.Pool.Held(t.Context(), addr)
+			_, held, err := d.cfg.Pool.FindLease(t.Context(), addr)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -144,20 +144,20 @@ func TestARemovedNetworkGivesBackItsAuxiliaryAddresses(t *testing.T) {
 	n := Network{MAC: "00:0d:3a:04:75:98", Prefix: netip.MustParsePrefix("10.240.0.0/16"), Aux: []Aux{aux, {Addr: netip.MustParseAddr("10.240.0.9")}}}
 	d := withNetworks(t, map[string]Network{"a": n})
 	held := func() bool {
-		_, held, err := d.cfg.Pool.Held(t.Context(), aux.Addr)
+		_, held, err := d.cfg.Pool.FindLease(t.Context(), aux.Addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return held
 	}
-	if err := d.Reserve(t.Context()); err != nil || !held() {
+	if err := d.HoldAllAux(t.Context()); err != nil || !held() {
 		t.Fatalf("held: %v, %v", held(), err)
 	}
 	if err := d.DeleteNetwork(t.Context(), &network.DeleteNetworkRequest{NetworkID: "a"}); err != nil || held() {
 		t.Errorf("after the network held: %v, %v", held(), err)
 	}
 	// A round that read networks.json before.
-	if err := d.hold(t.Context(), "a", n, aux, false); err != nil || held() {
+	if err := d.holdAux(t.Context(), "a", n, aux, false); err != nil || held() {
 		t.Errorf("after a late round held: %v, %v", held(), err)
 	}
 }
@@ -169,7 +169,7 @@ func TestAListThatCannotBeWrittenDownIsTakenAgain(t *testing.T) {
 		time.Sleep(time.Minute)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := d.Compare(ctx, nil); err == nil {
+		if _, err := d.ForgetUnlisted(ctx, nil); err == nil {
 			t.Error("no error")
 		}
 		if known := compare(t, d); known != nil {
@@ -181,7 +181,7 @@ func TestAListThatCannotBeWrittenDownIsTakenAgain(t *testing.T) {
 // Releases before wrote down no name but the one that was asked for.
 func TestNetworksThatNameTheirBridgeAreRestoredFirst(t *testing.T) {
 	f := Networks{Networks: map[string]Network{"a": {}, "b": {Bridge: "foo"}, "c": {}, "d": {Bridge: "bar"}}}
-	if diff := cmp.Diff([]string{"b", "d", "a", "c"}, f.order()); diff != "" {
+	if diff := cmp.Diff([]string{"b", "d", "a", "c"}, f.restoreOrder()); diff != "" {
 		t.Error(diff)
 	}
 }

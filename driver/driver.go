@@ -38,11 +38,11 @@ type Config struct {
 	AddressSpace string // the IpamDriver's: a pool of any other is not ours
 
 	// Used is told that a network was made of the subnet, on that MAC's NIC; may be nil.
-	Used func(subnet netip.Prefix, mac string)
+	NetworkMade func(subnet netip.Prefix, mac string)
 
 	// Agrees returns an error if the pool that a network of the subnet is to have
 	// is known to be of another NIC than that MAC's; may be nil.
-	Agrees func(subnet netip.Prefix, mac string) error
+	CheckNIC func(subnet netip.Prefix, mac string) error
 
 	Engine Engine // asked for names in errors; may be nil
 
@@ -53,7 +53,7 @@ type Config struct {
 // and repeatable.
 type Driver struct {
 	cfg   Config
-	ports heldPorts
+	ports boundPorts
 
 	mu      sync.Mutex           // taken within networks.json's lock; guards missing
 	missing map[string]time.Time // by id: since when the engine's lists lack a network; see Compare
@@ -64,14 +64,14 @@ func New(cfg Config) *Driver {
 	if cfg.OnHost == "" {
 		cfg.OnHost = cfg.Dir
 	}
-	if cfg.Used == nil {
-		cfg.Used = func(netip.Prefix, string) {}
+	if cfg.NetworkMade == nil {
+		cfg.NetworkMade = func(netip.Prefix, string) {}
 	}
 	if cfg.Warn == nil {
 		cfg.Warn = func(string) {}
 	}
-	if cfg.Agrees == nil {
-		cfg.Agrees = func(netip.Prefix, string) error { return nil }
+	if cfg.CheckNIC == nil {
+		cfg.CheckNIC = func(netip.Prefix, string) error { return nil }
 	}
 	return &Driver{cfg: cfg}
 }
@@ -96,20 +96,20 @@ func checkIDs(ids ...string) error {
 // CreateNetwork checks the network, writes it to disk and ensures its bridge. A
 // repeat with the same content is success.
 func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequest) error {
-	n, err := d.plan(ctx, r)
+	n, err := d.planNetwork(ctx, r)
 	if err != nil {
 		return err
 	}
 	added := false
-	err = d.change(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
-		d.created(r.NetworkID)
-		n = n.named(all)
-		if old, ok := all[r.NetworkID]; ok && !old.named(all).equal(n) {
+	err = d.changeNetworks(ctx, "create network "+r.NetworkID, func(all map[string]Network) error {
+		d.unmarkMissing(r.NetworkID)
+		n = n.withSharedBridge(all)
+		if old, ok := all[r.NetworkID]; ok && !old.withSharedBridge(all).equal(n) {
 			return fmt.Errorf("network %s exists with other options: remove it first, docker network rm", r.NetworkID)
 		} else if ok {
 			return nil
 		}
-		if err := n.agrees(all); err != nil {
+		if err := n.checkSharedBridge(all); err != nil {
 			return err
 		}
 		all[r.NetworkID], added = n, true
@@ -118,7 +118,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	if err != nil {
 		return err
 	}
-	br, err := d.cfg.Host.Ensure(ctx, n.spec())
+	br, err := d.cfg.Host.Ensure(ctx, n.bridgeSpec())
 	if err == nil && n.MTU > br.MTU {
 		err = fmt.Errorf("-o mtu=%d: the NIC %s has an MTU of %d bytes, and larger packets would vanish: ask for at most that, or leave -o mtu out", n.MTU, br.NIC, br.MTU)
 	}
@@ -127,20 +127,20 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	}
 	if err != nil {
 		if added {
-			err = errors.Join(err, d.forget(context.WithoutCancel(ctx), r.NetworkID))
+			err = errors.Join(err, d.forgetNetwork(context.WithoutCancel(ctx), r.NetworkID))
 		}
 		return err
 	}
 	if added {
-		d.cfg.Used(n.Prefix, n.MAC)
+		d.cfg.NetworkMade(n.Prefix, n.MAC)
 	}
 	return nil
 }
 
-// named is n with the bridge name that another network of its NIC asked for, if n asks
+// withSharedBridge is n with the bridge name that another network of its NIC asked for, if n asks
 // for none itself. After a boot either network may be restored first, and both must
 // make the same bridge. A transparent network has no bridge.
-func (n Network) named(all map[string]Network) Network {
+func (n Network) withSharedBridge(all map[string]Network) Network {
 	for _, other := range all {
 		if !n.Transparent() && n.Bridge == "" && other.MAC == n.MAC {
 			n.Bridge = other.Bridge
@@ -149,8 +149,8 @@ func (n Network) named(all map[string]Network) Network {
 	return n
 }
 
-// agrees refuses a network that wants another name of a bridge that it shares.
-func (n Network) agrees(all map[string]Network) error {
+// checkSharedBridge refuses a network that wants another name of a bridge that it shares.
+func (n Network) checkSharedBridge(all map[string]Network) error {
 	for id, other := range all {
 		if !n.Transparent() && other.MAC == n.MAC && other.Bridge != "" && other.Bridge != n.Bridge {
 			return fmt.Errorf("networks of one NIC share its bridge: network %.12s has %s, this one asks for %s; ask for %[2]s, or leave -o bridge out", id, other.Bridge, n.Bridge)
@@ -159,9 +159,9 @@ func (n Network) agrees(all map[string]Network) error {
 	return nil
 }
 
-// plan checks a request and says what it asks for. It keeps auxiliary addresses,
+// planNetwork checks a request and says what it asks for. It keeps auxiliary addresses,
 // which is repeatable, and changes nothing else.
-func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Network, error) {
+func (d *Driver) planNetwork(ctx context.Context, r *network.CreateNetworkRequest) (Network, error) {
 	if err := checkIDs(r.NetworkID); err != nil {
 		return Network{}, err
 	}
@@ -186,11 +186,11 @@ func (d *Driver) plan(ctx context.Context, r *network.CreateNetworkRequest) (Net
 	if err != nil {
 		return Network{}, fmt.Errorf("its subnet %.80q is not a CIDR such as 10.240.0.0/16", data.Pool)
 	}
-	nic, err := d.nic(ctx, o.master, prefix)
+	nic, err := d.findNIC(ctx, o.master, prefix)
 	if err != nil {
 		return Network{}, err
 	}
-	if err := d.cfg.Agrees(prefix, nic.MAC); err != nil {
+	if err := d.cfg.CheckNIC(prefix, nic.MAC); err != nil {
 		return Network{}, err
 	}
 	known, err := d.cfg.Pool.Status(ctx)
@@ -231,8 +231,8 @@ func nicWith(nics []pool.NICStatus, addr netip.Addr) string {
 	return ""
 }
 
-// nic is the NIC that has the subnet, and must be master if that is given.
-func (d *Driver) nic(ctx context.Context, master string, prefix netip.Prefix) (pool.NIC, error) {
+// findNIC is the NIC that has the subnet, and must be master if that is given.
+func (d *Driver) findNIC(ctx context.Context, master string, prefix netip.Prefix) (pool.NIC, error) {
 	mac := ""
 	if master != "" {
 		var err error
@@ -251,12 +251,12 @@ func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequ
 	if err := checkIDs(r.NetworkID); err != nil {
 		return err
 	}
-	return d.forget(ctx, r.NetworkID)
+	return d.forgetNetwork(ctx, r.NetworkID)
 }
 
-func (d *Driver) forget(ctx context.Context, id string) error {
+func (d *Driver) forgetNetwork(ctx context.Context, id string) error {
 	var n Network
-	err := d.change(ctx, "forget network "+id, func(all map[string]Network) error {
+	err := d.changeNetworks(ctx, "forget network "+id, func(all map[string]Network) error {
 		n = all[id]
 		delete(all, id)
 		return nil

@@ -31,7 +31,7 @@ const undoTime = 10 * time.Second
 func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (*network.CreateEndpointResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTime)
 	defer cancel()
-	attached, err := d.attach(ctx, r)
+	attached, err := d.attachEndpoint(ctx, r)
 	if err != nil {
 		return nil, d.inDockersWords(ctx, r.EndpointID, err)
 	}
@@ -42,7 +42,7 @@ func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRe
 	return &network.CreateEndpointResponse{Interface: answer}, nil
 }
 
-func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (bridge.Attachment, error) {
+func (d *Driver) attachEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (bridge.Attachment, error) {
 	none := bridge.Attachment{}
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
 		return none, err
@@ -51,7 +51,7 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	if err != nil {
 		return none, err
 	}
-	n, err := d.network(r.NetworkID)
+	n, err := d.findNetwork(r.NetworkID)
 	if err != nil {
 		return none, err
 	}
@@ -59,15 +59,15 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s, whose network %.12s is internal: another network of its container may", portsText(ports), r.EndpointID, r.NetworkID))
 		ports = nil // as Docker's own internal networks do: the container may publish by another network of its
 	}
-	addr, mac, err := n.asked(r.Interface)
+	addr, mac, err := n.readInterface(r.Interface)
 	if err != nil {
 		return none, err
 	}
-	lease, err := d.lease(ctx, n, addr.Addr())
+	lease, err := d.findLease(ctx, n, addr.Addr())
 	if err != nil {
 		return none, err
 	}
-	br, err := d.cfg.Host.Ensure(ctx, n.spec())
+	br, err := d.cfg.Host.Ensure(ctx, n.bridgeSpec())
 	if err != nil {
 		return none, err
 	}
@@ -80,7 +80,7 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	owner := OwnerPrefix + r.EndpointID
 	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
 		Owner: owner, Lease: lease.Owner, NIC: n.MAC, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, MTU: n.MTU,
-		Policy: n.policy(), Ports: ports,
+		Policy: n.bridgePolicy(), Ports: ports,
 	})
 	if err != nil {
 		return none, err // and nothing was attached
@@ -96,9 +96,9 @@ func (d *Driver) attach(ctx context.Context, r *network.CreateEndpointRequest) (
 	return attached, nil
 }
 
-// asked reads the interface that the engine wants: an address of the network,
+// readInterface reads the interface that the engine wants: an address of the network,
 // and a MAC (nil: ours to choose).
-func (n Network) asked(want *network.EndpointInterface) (netip.Prefix, net.HardwareAddr, error) {
+func (n Network) readInterface(want *network.EndpointInterface) (netip.Prefix, net.HardwareAddr, error) {
 	switch {
 	case want == nil || want.Address == "":
 		return netip.Prefix{}, nil, errors.New("the engine gave no address")
@@ -125,16 +125,16 @@ func (n Network) asked(want *network.EndpointInterface) (netip.Prefix, net.Hardw
 	return addr, mac, nil
 }
 
-// lease is the one that the IpamDriver made for the endpoint.
-func (d *Driver) lease(ctx context.Context, n Network, addr netip.Addr) (pool.Lease, error) {
-	lease, held, err := d.cfg.Pool.Held(ctx, addr)
+// findLease is the one that the IpamDriver made for the endpoint.
+func (d *Driver) findLease(ctx context.Context, n Network, addr netip.Addr) (pool.Lease, error) {
+	lease, held, err := d.cfg.Pool.FindLease(ctx, addr)
 	switch {
 	case err != nil:
 		return lease, err
 	case !held:
 		return lease, d.whyNotLeased(ctx, n, addr)
 	case !strings.HasPrefix(lease.Owner, OwnerPrefix), lease.Linkless:
-		return lease, fmt.Errorf("%s %s: %s", addr, d.Holder(ctx, lease), withoutIP)
+		return lease, fmt.Errorf("%s %s: %s", addr, d.WhoHas(ctx, lease), withoutIP)
 	case lease.MAC != n.MAC || lease.Prefix != n.Prefix:
 		return lease, fmt.Errorf("%s belongs to NIC %s (%s) and the network to NIC %s (%s): create the network with --ipam-opt master= and -o master= naming one NIC", addr, lease.MAC, lease.Prefix, n.MAC, n.Prefix)
 	}
@@ -147,10 +147,10 @@ const withoutIP = "leave out --ip to get any free address"
 // whyNotLeased says why addr has no lease. The IpamDriver refuses no address that this VM cannot lend: an engine asks for
 // --ip and for --aux-address in the same words, and an auxiliary address need not be this VM's.
 func (d *Driver) whyNotLeased(ctx context.Context, n Network, addr netip.Addr) error {
-	if aux := d.auxiliary(ctx, func(a Aux) bool { return a.Addr == addr }); aux != "" {
+	if aux := d.describeAux(ctx, func(a Aux) bool { return a.Addr == addr }); aux != "" {
 		return fmt.Errorf("%s is %s: %s", addr, aux, withoutIP)
 	}
-	if err := d.cfg.Pool.Lendable(ctx, n.MAC, n.Prefix, addr); err != nil {
+	if err := d.cfg.Pool.CheckLendable(ctx, n.MAC, n.Prefix, addr); err != nil {
 		return fmt.Errorf("%w; %s", err, withoutIP)
 	}
 	return fmt.Errorf("%s is not leased, for its lease has ended: start the container again", addr)
@@ -166,7 +166,7 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 	}
 	d.ports.Lock()
 	defer d.ports.Unlock()
-	return d.ports.hold(OwnerPrefix+r.EndpointID, nil)
+	return d.ports.bindOwner(OwnerPrefix+r.EndpointID, nil)
 }
 
 // Join tells the engine which link to move into the container, and the routes of
@@ -176,7 +176,7 @@ func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.Joi
 	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
 		return nil, err
 	}
-	n, err := d.network(r.NetworkID)
+	n, err := d.findNetwork(r.NetworkID)
 	if err != nil {
 		return nil, err
 	}
@@ -232,7 +232,7 @@ func routesByGateway(subnet netip.Prefix, gateway netip.Addr) []*network.StaticR
 // Leave ends what is published, where the engine forgot to revoke it. The engine has brought the link back, and
 // DeleteEndpoint removes it.
 func (d *Driver) Leave(ctx context.Context, r *network.LeaveRequest) error {
-	return d.inDockersWords(ctx, r.EndpointID, d.publish(ctx, r.EndpointID, nil))
+	return d.inDockersWords(ctx, r.EndpointID, d.publishPorts(ctx, r.EndpointID, nil))
 }
 
 // EndpointInfo tells which ports of the host lead to the endpoint. An engine asks,
@@ -258,7 +258,7 @@ func (d *Driver) EndpointInfo(ctx context.Context, r *network.InfoRequest) (*net
 func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.ProgramExternalConnectivityRequest) error {
 	ports, err := parseEndpointOptions(r.Options)
 	if err == nil && len(ports) > 0 {
-		err = d.publish(ctx, r.EndpointID, ports)
+		err = d.publishPorts(ctx, r.EndpointID, ports)
 	}
 	if err != nil {
 		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s: %v", portsText(ports), r.EndpointID, d.inDockersWords(ctx, r.EndpointID, err)))
@@ -269,10 +269,10 @@ func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.Pro
 // RevokeExternalConnectivity takes the container's ports back, for its default route leads to another network now,
 // which publishes them. They stay claimed.
 func (d *Driver) RevokeExternalConnectivity(ctx context.Context, r *network.RevokeExternalConnectivityRequest) error {
-	return d.inDockersWords(ctx, r.EndpointID, d.publish(ctx, r.EndpointID, nil))
+	return d.inDockersWords(ctx, r.EndpointID, d.publishPorts(ctx, r.EndpointID, nil))
 }
 
-func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.PublishedPort) error {
+func (d *Driver) publishPorts(ctx context.Context, endpoint string, ports []bridge.PublishedPort) error {
 	if err := checkIDs(endpoint); err != nil {
 		return err
 	}
@@ -281,5 +281,5 @@ func (d *Driver) publish(ctx context.Context, endpoint string, ports []bridge.Pu
 	d.ports.Lock()
 	defer d.ports.Unlock()
 	published, err := d.cfg.Host.Publish(ctx, OwnerPrefix+endpoint, ports)
-	return errors.Join(err, d.ports.hold(OwnerPrefix+endpoint, published))
+	return errors.Join(err, d.ports.bindOwner(OwnerPrefix+endpoint, published))
 }

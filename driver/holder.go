@@ -23,25 +23,25 @@ type Engine interface {
 	Network(ctx context.Context, id string) (string, error)
 }
 
-// Holder says in Docker's words who has a leased address: "is held by …" or "is …".
-func (d *Driver) Holder(ctx context.Context, l pool.Lease) string {
+// WhoHas says in Docker's words who has a leased address: "is held by …" or "is …".
+func (d *Driver) WhoHas(ctx context.Context, l pool.Lease) string {
 	if !strings.HasPrefix(l.Owner, OwnerPrefix) {
-		return "is held by " + d.holder(ctx, l.Owner)
+		return "is held by " + d.nameOwner(ctx, l.Owner)
 	}
-	if aux := d.auxiliary(ctx, Aux{Addr: l.Addr, Owner: l.Owner}.same); aux != "" {
+	if aux := d.describeAux(ctx, Aux{Addr: l.Addr, Owner: l.Owner}.same); aux != "" {
 		return "is " + aux
 	}
 	all, _ := d.cfg.Host.Attachments(ctx) // unreadable: the link is not known
 	for _, at := range all {
 		if at.Addr.Addr() == l.Addr {
-			return "is held by " + d.holder(ctx, at.Owner)
+			return "is held by " + d.nameOwner(ctx, at.Owner)
 		}
 	}
 	return "is held by a container or a network of Docker that is being made or removed just now"
 }
 
-// holder names the container that owner stands for: an endpoint of Docker's, or what a CNI runtime calls it.
-func (d *Driver) holder(ctx context.Context, owner string) string {
+// nameOwner names the container that owner stands for: an endpoint of Docker's, or what a CNI runtime calls it.
+func (d *Driver) nameOwner(ctx context.Context, owner string) string {
 	if endpoint, ok := strings.CutPrefix(owner, OwnerPrefix); ok {
 		if d.cfg.Engine != nil {
 			if container, network, err := d.cfg.Engine.Container(ctx, endpoint); err == nil {
@@ -56,20 +56,20 @@ func (d *Driver) holder(ctx context.Context, owner string) string {
 	return owner
 }
 
-// auxiliary names the auxiliary address for which meant is true: "auxiliary address NAME of network NET". It is "" if no
+// describeAux names the describeAux address for which meant is true: "describeAux address NAME of network NET". It is "" if no
 // network has such an address.
-func (d *Driver) auxiliary(ctx context.Context, meant func(Aux) bool) string {
-	file, _ := d.read() // unreadable: none is known
+func (d *Driver) describeAux(ctx context.Context, meant func(Aux) bool) string {
+	file, _ := d.readNetworks() // unreadable: none is known
 	for id, n := range file.Networks {
 		if i := slices.IndexFunc(n.Aux, meant); i >= 0 {
-			return n.Aux[i].of(d.networkName(ctx, id))
+			return n.Aux[i].describe(d.networkName(ctx, id))
 		}
 	}
 	return ""
 }
 
-// of names the auxiliary address of the network of that name.
-func (a Aux) of(network string) string {
+// describe names the auxiliary address of the network of that name.
+func (a Aux) describe(network string) string {
 	if a.Name == "" { // written down by a release that did not keep the name
 		return "an auxiliary address of network " + network
 	}
@@ -95,7 +95,7 @@ func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error)
 	text := strings.ReplaceAll(err.Error(), OwnerPrefix+endpoint, "the endpoint")
 	var held *bridge.InUseError
 	if errors.As(err, &held) && held.Owner != "" {
-		text = strings.ReplaceAll(text, held.Owner, d.holder(ctx, held.Owner))
+		text = strings.ReplaceAll(text, held.Owner, d.nameOwner(ctx, held.Owner))
 	}
 	if text == err.Error() {
 		return err

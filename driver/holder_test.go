@@ -58,7 +58,7 @@ func TestHoldersInDockersWords(t *testing.T) {
 		"an owner whose alias has only its hash":  {names{}, "#0123", "#0123"},
 		"an owner that nobody of ours would have": {names{}, "", ""},
 	} {
-		if got := New(Config{Engine: c.engine}).holder(t.Context(), c.owner); got != c.want {
+		if got := New(Config{Engine: c.engine}).nameOwner(t.Context(), c.owner); got != c.want {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}
 	}
@@ -90,24 +90,24 @@ func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
 	}
 	d := withNetworks(t, map[string]Network{"a": network("docker/x", "printer"), "b": network("docker/y", "")})
 	d.cfg.Engine = names{"a": "azure"}
-	if err := d.hold(t.Context(), "a", d.must(t, "a"), d.must(t, "a").Aux[0], false); err != nil {
+	if err := d.holdAux(t.Context(), "a", d.must(t, "a"), d.must(t, "a").Aux[0], false); err != nil {
 		t.Fatal(err)
 	}
 	aux := d.must(t, "b").Aux[0]
-	err := d.nameHolder(t.Context(), "b", aux, d.hold(t.Context(), "b", d.must(t, "b"), aux, false))
+	err := d.nameHolder(t.Context(), "b", aux, d.holdAux(t.Context(), "b", d.must(t, "b"), aux, false))
 	const want = "an auxiliary address of network b, 10.240.0.5: address in use: it is auxiliary address printer of network azure"
 	if !errors.Is(err, pool.ErrInUse) || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
 	d.cfg.Engine = mute{t} // Reserve words no error, so it asks for no name
-	if err := d.Reserve(t.Context()); err != nil {
+	if err := d.HoldAllAux(t.Context()); err != nil {
 		t.Errorf("it delays others: %v", err)
 	}
 }
 
 func (d *Driver) must(t *testing.T, id string) Network {
 	t.Helper()
-	n, err := d.network(id)
+	n, err := d.findNetwork(id)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,10 +124,10 @@ func TestAuxiliaryAddressesWithoutAName(t *testing.T) {
 	if !n.equal(Network{Aux: []Aux{now}}) || !before.same(now) || before.same(Aux{Addr: before.Addr, Owner: "docker/y"}) {
 		t.Error("a name makes the difference")
 	}
-	if got := before.of("azure") + ", " + now.of("azure"); got != "an auxiliary address of network azure, auxiliary address printer of network azure" {
+	if got := before.describe("azure") + ", " + now.describe("azure"); got != "an auxiliary address of network azure, auxiliary address printer of network azure" {
 		t.Error(got)
 	}
-	if long := (Aux{Name: strings.Repeat("x", 1000)}).of("azure"); len(long) > 100 {
+	if long := (Aux{Name: strings.Repeat("x", 1000)}).describe("azure"); len(long) > 100 {
 		t.Error("a name of any length is told")
 	}
 }

@@ -58,11 +58,11 @@ func (a Aux) unnamed() Aux { a.Name = ""; return a }
 // same reports whether both are one address with one owner. A name may be missing.
 func (a Aux) same(o Aux) bool { return a.unnamed() == o.unnamed() }
 
-func (n Network) spec() bridge.Spec {
+func (n Network) bridgeSpec() bridge.Spec {
 	return bridge.Spec{MAC: n.MAC, Name: n.Bridge, Primary: n.Primary, Mode: n.Mode, Subnet: n.Prefix, NICs: n.NICs}
 }
 
-func (n Network) policy() bridge.Policy {
+func (n Network) bridgePolicy() bridge.Policy {
 	return bridge.Policy{Internal: n.Internal, SNAT: n.SNAT, Direct: n.Direct, NoMetadata: n.NoMetadata}
 }
 
@@ -82,15 +82,15 @@ func (f Networks) Check() error {
 		return fmt.Errorf("it is of version %d and this release knows only %d, so run the release that wrote it", f.Version, networksVersion)
 	}
 	for id, n := range f.Networks {
-		if err := n.check(); err != nil {
+		if err := n.checkIPv4(); err != nil {
 			return fmt.Errorf("network %.64q: %w", id, err)
 		}
 	}
 	return nil
 }
 
-// check refuses what would not do for IPv4.
-func (n Network) check() error {
+// checkIPv4 refuses what would not do for IPv4.
+func (n Network) checkIPv4() error {
 	if n.Prefix.IsValid() && !n.Prefix.Addr().Is4() || n.Prefix != n.Prefix.Masked() || n.Gateway.IsValid() && !n.Prefix.Contains(n.Gateway) {
 		return fmt.Errorf("%s with the gateway %s is no subnet of IPv4", n.Prefix, n.Gateway)
 	}
@@ -117,24 +117,24 @@ func ReadNetworks(dir string) (Networks, error) {
 	return file, nil
 }
 
-// read returns the networks that were created here.
-func (d *Driver) read() (Networks, error) {
+// readNetworks returns the networks that were created here.
+func (d *Driver) readNetworks() (Networks, error) {
 	file, err := ReadNetworks(d.cfg.Dir)
-	return file, d.explain(err)
+	return file, d.explainUnreadable(err)
 }
 
-// explain says of a file that cannot be read where it is and what to do: nobody but
+// explainUnreadable says of a file that cannot be read where it is and what to do: nobody but
 // the operator knows whether there is a copy, and Docker tells no network twice.
-func (d *Driver) explain(err error) error {
+func (d *Driver) explainUnreadable(err error) error {
 	if !errors.Is(err, statefile.ErrUnreadable) {
 		return err
 	}
 	return fmt.Errorf("%w; the file is left as it is, on the host it is %s: put a copy in its place, or take it away and remove and create the networks again", err, NetworksFile(d.cfg.OnHost))
 }
 
-// network returns a network that was created here.
-func (d *Driver) network(id string) (Network, error) {
-	file, err := d.read()
+// findNetwork returns a findNetwork that was created here.
+func (d *Driver) findNetwork(id string) (Network, error) {
+	file, err := d.readNetworks()
 	if err != nil {
 		return Network{}, err
 	}
@@ -145,9 +145,9 @@ func (d *Driver) network(id string) (Network, error) {
 	return n, nil
 }
 
-// change lets fn change the file, and has it on disk when it returns.
-func (d *Driver) change(ctx context.Context, who string, fn func(map[string]Network) error) error {
-	return d.explain(statefile.Durable(ctx, NetworksFile(d.cfg.Dir), who, func(f *Networks) error {
+// changeNetworks lets fn change the file, and has it on disk when it returns.
+func (d *Driver) changeNetworks(ctx context.Context, who string, fn func(map[string]Network) error) error {
+	return d.explainUnreadable(statefile.UpdateDurably(ctx, NetworksFile(d.cfg.Dir), who, func(f *Networks) error {
 		f.Version = networksVersion
 		if f.Networks == nil {
 			f.Networks = map[string]Network{}

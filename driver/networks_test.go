@@ -31,11 +31,11 @@ func TestNetworksOfAnEarlierReleaseAreRead(t *testing.T) {
 	n := file.Networks["a"]
 	same := cmpopts.EquateComparable(netip.Prefix{})
 	wantSpec := bridge.Spec{MAC: "00:0d:3a:04:75:98", Name: "azure0", Primary: true, Subnet: n.Prefix, NICs: []string{"00:0d:3a:04:75:98"}}
-	if diff := cmp.Diff(wantSpec, n.spec(), same); diff != "" {
+	if diff := cmp.Diff(wantSpec, n.bridgeSpec(), same); diff != "" {
 		t.Errorf("spec:\n%s", diff)
 	}
 	wantPolicy := bridge.Policy{SNAT: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
-	if diff := cmp.Diff(wantPolicy, n.policy(), same); diff != "" {
+	if diff := cmp.Diff(wantPolicy, n.bridgePolicy(), same); diff != "" {
 		t.Errorf("policy:\n%s", diff)
 	}
 	again := n
@@ -111,11 +111,11 @@ func TestNetworksOfOneNIC(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			all := map[string]Network{"a": named, "t": {MAC: "m", Mode: bridge.ModeTransparent}}
-			n := c.n.named(all)
+			n := c.n.withSharedBridge(all)
 			if n.Bridge != c.bridge {
 				t.Errorf("bridge %q, want %q", n.Bridge, c.bridge)
 			}
-			if err := n.agrees(all); (err != nil) != (c.err != "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			if err := n.checkSharedBridge(all); (err != nil) != (c.err != "") || err != nil && !strings.Contains(err.Error(), c.err) {
 				t.Errorf("error %v, want one with %q", err, c.err)
 			}
 		})

@@ -28,8 +28,8 @@ const keyMode = "com.microsoft.azure.network.mode"
 // keyMTU is the option mtu as Docker's own bridge names it.
 const keyMTU = "com.docker.network.driver.mtu"
 
-// options are what -o may say of a network.
-type options struct {
+// parsedOptions are what -o may say of a network.
+type parsedOptions struct {
 	master string      // NIC by name or MAC; empty: the one that has the subnet
 	mode   bridge.Mode // empty: bridge.ModeBridge
 	bridge string      // name; empty: see bridge.Spec
@@ -37,20 +37,20 @@ type options struct {
 	policy bridge.Policy
 }
 
-// networkOptions are the options of docker network create -o. Each parses its
+// optionParsers are the options of docker network create -o. Each parses its
 // value into o.
-var networkOptions = map[string]func(o *options, value string) error{
-	"master": func(o *options, v string) error { return name(&o.master, v) },
-	"mode":   func(o *options, v string) error { return mode(&o.mode, v) },
-	keyMode:  func(o *options, v string) error { return mode(&o.mode, v) },
-	"bridge": func(o *options, v string) error { return bridgeName(&o.bridge, v) },
-	"mtu":    func(o *options, v string) error { return mtu(&o.mtu, v) },
-	keyMTU:   func(o *options, v string) error { return mtu(&o.mtu, v) },
-	"snat":   func(o *options, v string) error { return onOff(&o.policy.SNAT, v) },
-	"direct": func(o *options, v string) error { return prefixes(&o.policy.Direct, v) },
-	"metadata": func(o *options, v string) error {
+var optionParsers = map[string]func(o *parsedOptions, value string) error{
+	"master": func(o *parsedOptions, v string) error { return parseNICName(&o.master, v) },
+	"mode":   func(o *parsedOptions, v string) error { return parseMode(&o.mode, v) },
+	keyMode:  func(o *parsedOptions, v string) error { return parseMode(&o.mode, v) },
+	"bridge": func(o *parsedOptions, v string) error { return parseBridgeName(&o.bridge, v) },
+	"mtu":    func(o *parsedOptions, v string) error { return parseMTU(&o.mtu, v) },
+	keyMTU:   func(o *parsedOptions, v string) error { return parseMTU(&o.mtu, v) },
+	"snat":   func(o *parsedOptions, v string) error { return parseOnOff(&o.policy.SNAT, v) },
+	"direct": func(o *parsedOptions, v string) error { return parsePrefixes(&o.policy.Direct, v) },
+	"metadata": func(o *parsedOptions, v string) error {
 		on := true
-		err := onOff(&on, v)
+		err := parseOnOff(&on, v)
 		o.policy.NoMetadata = !on
 		return err
 	},
@@ -60,8 +60,8 @@ var networkOptions = map[string]func(o *options, value string) error{
 var leavingOptions = []string{"snat", "direct", "metadata"}
 
 // parseNetworkOptions reads the Options of CreateNetwork.
-func parseNetworkOptions(all map[string]any) (options, error) {
-	o := options{policy: bridge.Policy{SNAT: true}}
+func parseNetworkOptions(all map[string]any) (parsedOptions, error) {
+	o := parsedOptions{policy: bridge.Policy{SNAT: true}}
 	switch {
 	case isTrue(all[keyIPv6]):
 		return o, fmt.Errorf("--ipv6 is not served yet: create the network without it")
@@ -79,9 +79,9 @@ func parseNetworkOptions(all map[string]any) (options, error) {
 		return o, fmt.Errorf("options (%s) are not a map of keys and values, as an engine sends", keyGeneric)
 	}
 	for _, key := range slices.Sorted(maps.Keys(generic)) {
-		parse, known := networkOptions[key]
+		parse, known := optionParsers[key]
 		if !known {
-			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(networkOptions)), ", "))
+			return o, fmt.Errorf("unknown option %.80q: those of this driver are %s", key, strings.Join(slices.Sorted(maps.Keys(optionParsers)), ", "))
 		}
 		if o.policy.Internal && slices.Contains(leavingOptions, key) {
 			return o, fmt.Errorf("-o %s has no meaning with --internal, since nothing leaves such a network: leave out one of them", key)
@@ -111,14 +111,14 @@ func isTrue(v any) bool {
 	return on
 }
 
-// bridgeName takes the name of a bridge.
-func bridgeName(to *string, v string) error {
+// parseBridgeName takes the name of a bridge.
+func parseBridgeName(to *string, v string) error {
 	*to = v
 	return bridge.CheckBridgeName(v)
 }
 
-// name takes an interface name or a MAC.
-func name(to *string, v string) error {
+// parseNICName takes an interface name or a MAC.
+func parseNICName(to *string, v string) error {
 	if mac, err := net.ParseMAC(v); err == nil && len(mac) == 6 {
 		*to = mac.String()
 		return nil
@@ -127,8 +127,8 @@ func name(to *string, v string) error {
 	return bridge.CheckLinkName(v)
 }
 
-// mtu takes what IPv4 can work with (RFC 791) up to what a link can carry.
-func mtu(to *int, v string) error {
+// parseMTU takes what IPv4 can work with (RFC 791) up to what a link can carry.
+func parseMTU(to *int, v string) error {
 	n, err := strconv.Atoi(v)
 	if err != nil || n < 68 || n > 65535 {
 		return fmt.Errorf("an MTU is a number of bytes from 68 to 65535")
@@ -137,7 +137,7 @@ func mtu(to *int, v string) error {
 	return nil
 }
 
-func onOff(to *bool, v string) error {
+func parseOnOff(to *bool, v string) error {
 	if v != "on" && v != "off" {
 		return fmt.Errorf("write on or off")
 	}
@@ -145,7 +145,7 @@ func onOff(to *bool, v string) error {
 	return nil
 }
 
-func prefixes(to *[]netip.Prefix, v string) error {
+func parsePrefixes(to *[]netip.Prefix, v string) error {
 	for field := range strings.SplitSeq(v, ",") {
 		p, err := netip.ParsePrefix(strings.TrimSpace(field))
 		if err != nil || !p.Addr().Is4() {
@@ -158,8 +158,8 @@ func prefixes(to *[]netip.Prefix, v string) error {
 	return nil
 }
 
-// mode takes a mode. The option has two names, which must not contradict each other.
-func mode(to *bridge.Mode, v string) error {
+// parseMode takes a mode. The option has two names, which must not contradict each other.
+func parseMode(to *bridge.Mode, v string) error {
 	m := bridge.Mode(v)
 	switch {
 	case !slices.Contains(bridge.Modes, m):

@@ -17,48 +17,48 @@ func TestNetworkOptions(t *testing.T) {
 	on := bridge.Policy{SNAT: true}
 	for _, c := range []struct {
 		name, json string
-		want       options
+		want       parsedOptions
 		err        string
 	}{
-		{"none", `{}`, options{policy: on}, ""},
-		{"an empty map", `{"com.docker.network.generic":{}}`, options{policy: on}, ""},
-		{"what an engine adds", `{"com.docker.network.enable_ipv4":true,"com.docker.network.enable_ipv6":false,"com.docker.network.internal":false,"com.docker.network.generic":null}`, options{policy: on}, ""},
+		{"none", `{}`, parsedOptions{policy: on}, ""},
+		{"an empty map", `{"com.docker.network.generic":{}}`, parsedOptions{policy: on}, ""},
+		{"what an engine adds", `{"com.docker.network.enable_ipv4":true,"com.docker.network.enable_ipv6":false,"com.docker.network.internal":false,"com.docker.network.generic":null}`, parsedOptions{policy: on}, ""},
 		{"all", `{"com.docker.network.generic":{"master":"eth1","bridge":"azure1","mtu":"1400","mode":"bridge","snat":"off","metadata":"off","direct":"192.168.0.0/16, 10.1.2.3/8,10.0.0.0/8","com.microsoft.azure.network.mode":"bridge"}}`,
-			options{"eth1", bridge.ModeBridge, "azure1", 1400, bridge.Policy{NoMetadata: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.0.0/16")}}}, ""},
-		{"transparent", `{"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
-		{"transparent, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: on}, ""},
-		{"transparent and --internal", `{"com.docker.network.internal":true,"com.docker.network.generic":{"mode":"transparent"}}`, options{mode: bridge.ModeTransparent, policy: bridge.Policy{Internal: true}}, ""},
-		{"mtu, as Docker's bridge names it", `{"com.docker.network.generic":{"com.docker.network.driver.mtu":"1400"}}`, options{mtu: 1400, policy: on}, ""},
-		{"metadata=on", `{"com.docker.network.generic":{"metadata":"on"}}`, options{policy: on}, ""},
-		{"metadata=off", `{"com.docker.network.generic":{"metadata":"off"}}`, options{policy: bridge.Policy{SNAT: true, NoMetadata: true}}, ""},
-		{"--internal", `{"com.docker.network.internal":true}`, options{policy: bridge.Policy{Internal: true}}, ""},
-		{"a NIC by its MAC", `{"com.docker.network.generic":{"master":"00-0D-3A-04-75-98"}}`, options{master: "00:0d:3a:04:75:98", policy: on}, ""},
+			parsedOptions{"eth1", bridge.ModeBridge, "azure1", 1400, bridge.Policy{NoMetadata: true, Direct: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.168.0.0/16")}}}, ""},
+		{"transparent", `{"com.docker.network.generic":{"mode":"transparent"}}`, parsedOptions{mode: bridge.ModeTransparent, policy: on}, ""},
+		{"transparent, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"transparent"}}`, parsedOptions{mode: bridge.ModeTransparent, policy: on}, ""},
+		{"transparent and --internal", `{"com.docker.network.internal":true,"com.docker.network.generic":{"mode":"transparent"}}`, parsedOptions{mode: bridge.ModeTransparent, policy: bridge.Policy{Internal: true}}, ""},
+		{"mtu, as Docker's bridge names it", `{"com.docker.network.generic":{"com.docker.network.driver.mtu":"1400"}}`, parsedOptions{mtu: 1400, policy: on}, ""},
+		{"metadata=on", `{"com.docker.network.generic":{"metadata":"on"}}`, parsedOptions{policy: on}, ""},
+		{"metadata=off", `{"com.docker.network.generic":{"metadata":"off"}}`, parsedOptions{policy: bridge.Policy{SNAT: true, NoMetadata: true}}, ""},
+		{"--internal", `{"com.docker.network.internal":true}`, parsedOptions{policy: bridge.Policy{Internal: true}}, ""},
+		{"a NIC by its MAC", `{"com.docker.network.generic":{"master":"00-0D-3A-04-75-98"}}`, parsedOptions{master: "00:0d:3a:04:75:98", policy: on}, ""},
 
-		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, options{}, `unknown option "color": those of this driver are bridge, com.docker.network.driver.mtu, com.microsoft.azure.network.mode, direct, master, metadata, mode, mtu, snat`},
-		{"--ipv6", `{"com.docker.network.enable_ipv6":true}`, options{}, "--ipv6 is not served yet: create the network without it"},
-		{"--ipv6 of an old engine", `{"com.docker.network.enable_ipv6":"true"}`, options{}, "--ipv6 is not served yet: create the network without it"},
-		{"--internal with snat", `{"com.docker.network.internal":true,"com.docker.network.generic":{"snat":"off"}}`, options{}, "-o snat has no meaning with --internal, since nothing leaves such a network: leave out one of them"},
-		{"--ipv4=false", `{"com.docker.network.enable_ipv4":false}`, options{}, "a network without IPv4 is not served yet: leave out --ipv4=false"},
-		{"not a map", `{"com.docker.network.generic":[1]}`, options{}, "options (com.docker.network.generic) are not a map of keys and values, as an engine sends"},
-		{"not a string", `{"com.docker.network.generic":{"mtu":1400}}`, options{}, "-o mtu: its value is not a string: write it as -o KEY=VALUE"},
-		{"mtu", `{"com.docker.network.generic":{"mtu":"67"}}`, options{}, "-o mtu=67: an MTU is a number of bytes from 68 to 65535"},
-		{"mode", `{"com.docker.network.generic":{"mode":"tunnel"}}`, options{}, "-o mode=tunnel: write bridge or transparent"},
-		{"mode, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"tunnel"}}`, options{}, "-o com.microsoft.azure.network.mode=tunnel: write bridge or transparent"},
-		{"two modes", `{"com.docker.network.generic":{"mode":"bridge","com.microsoft.azure.network.mode":"transparent"}}`, options{}, "-o mode=bridge: com.microsoft.azure.network.mode asks for mode transparent: leave out one of the two options"},
-		{"a transparent network with a bridge", `{"com.docker.network.generic":{"mode":"transparent","bridge":"azure0"}}`, options{}, "-o bridge has no meaning with mode transparent, whose containers are in no bridge: leave out one of them"},
-		{"metadata", `{"com.docker.network.generic":{"metadata":"no"}}`, options{}, "-o metadata=no: write on or off"},
-		{"--internal with metadata", `{"com.docker.network.internal":true,"com.docker.network.generic":{"metadata":"off"}}`, options{}, "-o metadata has no meaning with --internal, since nothing leaves such a network: leave out one of them"},
-		{"snat", `{"com.docker.network.generic":{"snat":"true"}}`, options{}, "-o snat=true: write on or off"},
-		{"direct, IPv6", `{"com.docker.network.generic":{"direct":"fd00::/8"}}`, options{}, `-o direct=fd00::/8: "fd00::/8" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
-		{"direct, empty", `{"com.docker.network.generic":{"direct":""}}`, options{}, `-o direct=: "" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
-		{"a path for a bridge", `{"com.docker.network.generic":{"bridge":"../x"}}`, options{}, "-o bridge=../x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
-		{"the name of an endpoint for a bridge", `{"com.docker.network.generic":{"bridge":"azv0"}}`, options{}, "-o bridge=azv0: names that begin with azv or azc are those of containers' links: give the bridge another"},
-		{"too long a name", `{"com.docker.network.generic":{"bridge":"a23456789012345x"}}`, options{}, "-o bridge=a23456789012345x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
+		{"unknown", `{"com.docker.network.generic":{"color":"red"}}`, parsedOptions{}, `unknown option "color": those of this driver are bridge, com.docker.network.driver.mtu, com.microsoft.azure.network.mode, direct, master, metadata, mode, mtu, snat`},
+		{"--ipv6", `{"com.docker.network.enable_ipv6":true}`, parsedOptions{}, "--ipv6 is not served yet: create the network without it"},
+		{"--ipv6 of an old engine", `{"com.docker.network.enable_ipv6":"true"}`, parsedOptions{}, "--ipv6 is not served yet: create the network without it"},
+		{"--internal with snat", `{"com.docker.network.internal":true,"com.docker.network.generic":{"snat":"off"}}`, parsedOptions{}, "-o snat has no meaning with --internal, since nothing leaves such a network: leave out one of them"},
+		{"--ipv4=false", `{"com.docker.network.enable_ipv4":false}`, parsedOptions{}, "a network without IPv4 is not served yet: leave out --ipv4=false"},
+		{"not a map", `{"com.docker.network.generic":[1]}`, parsedOptions{}, "options (com.docker.network.generic) are not a map of keys and values, as an engine sends"},
+		{"not a string", `{"com.docker.network.generic":{"mtu":1400}}`, parsedOptions{}, "-o mtu: its value is not a string: write it as -o KEY=VALUE"},
+		{"mtu", `{"com.docker.network.generic":{"mtu":"67"}}`, parsedOptions{}, "-o mtu=67: an MTU is a number of bytes from 68 to 65535"},
+		{"mode", `{"com.docker.network.generic":{"mode":"tunnel"}}`, parsedOptions{}, "-o mode=tunnel: write bridge or transparent"},
+		{"mode, as Azure's own plugin names it", `{"com.docker.network.generic":{"com.microsoft.azure.network.mode":"tunnel"}}`, parsedOptions{}, "-o com.microsoft.azure.network.mode=tunnel: write bridge or transparent"},
+		{"two modes", `{"com.docker.network.generic":{"mode":"bridge","com.microsoft.azure.network.mode":"transparent"}}`, parsedOptions{}, "-o mode=bridge: com.microsoft.azure.network.mode asks for mode transparent: leave out one of the two options"},
+		{"a transparent network with a bridge", `{"com.docker.network.generic":{"mode":"transparent","bridge":"azure0"}}`, parsedOptions{}, "-o bridge has no meaning with mode transparent, whose containers are in no bridge: leave out one of them"},
+		{"metadata", `{"com.docker.network.generic":{"metadata":"no"}}`, parsedOptions{}, "-o metadata=no: write on or off"},
+		{"--internal with metadata", `{"com.docker.network.internal":true,"com.docker.network.generic":{"metadata":"off"}}`, parsedOptions{}, "-o metadata has no meaning with --internal, since nothing leaves such a network: leave out one of them"},
+		{"snat", `{"com.docker.network.generic":{"snat":"true"}}`, parsedOptions{}, "-o snat=true: write on or off"},
+		{"direct, IPv6", `{"com.docker.network.generic":{"direct":"fd00::/8"}}`, parsedOptions{}, `-o direct=fd00::/8: "fd00::/8" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
+		{"direct, empty", `{"com.docker.network.generic":{"direct":""}}`, parsedOptions{}, `-o direct=: "" is not an IPv4 CIDR: write them as 10.0.0.0/8,192.168.0.0/16`},
+		{"a path for a bridge", `{"com.docker.network.generic":{"bridge":"../x"}}`, parsedOptions{}, "-o bridge=../x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
+		{"the name of an endpoint for a bridge", `{"com.docker.network.generic":{"bridge":"azv0"}}`, parsedOptions{}, "-o bridge=azv0: names that begin with azv or azc are those of containers' links: give the bridge another"},
+		{"too long a name", `{"com.docker.network.generic":{"bridge":"a23456789012345x"}}`, parsedOptions{}, "-o bridge=a23456789012345x: an interface name is 1 to 15 letters, digits, dots, dashes or underscores, and begins with a letter or a digit"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := parseNetworkOptions(parse(t, c.json))
 			checkError(t, err, c.err)
-			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(options{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); c.err == "" && diff != "" {
+			if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(parsedOptions{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); c.err == "" && diff != "" {
 				t.Error(diff)
 			}
 		})

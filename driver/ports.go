@@ -57,7 +57,7 @@ func parseEndpointOptions(all map[string]any) ([]bridge.PublishedPort, error) {
 	}
 	var ports []bridge.PublishedPort
 	for _, b := range asked {
-		p, err := b.port()
+		p, err := b.bridgePort()
 		if err != nil {
 			return nil, fmt.Errorf("publish port %d: %w", b.Port, err)
 		}
@@ -68,7 +68,7 @@ func parseEndpointOptions(all map[string]any) ([]bridge.PublishedPort, error) {
 	return ports, nil
 }
 
-func (b portBinding) port() (bridge.PublishedPort, error) {
+func (b portBinding) bridgePort() (bridge.PublishedPort, error) {
 	p := bridge.PublishedPort{HostPort: b.HostPort, HostPortEnd: b.HostPortEnd, Port: b.Port}
 	switch b.Proto {
 	case unix.IPPROTO_TCP:

@@ -23,22 +23,22 @@ const ensureTime = 15 * time.Second
 // held, as after a reboot. It goes on past a network that fails: the error joins
 // those of each, and a call for such a network tries again by itself.
 func (d *Driver) Restore(ctx context.Context) error {
-	file, err := d.read()
+	file, err := d.readNetworks()
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, id := range file.order() {
-		if err := d.restore(ctx, id, file.Networks[id]); err != nil {
+	for _, id := range file.restoreOrder() {
+		if err := d.restoreNetwork(ctx, id, file.Networks[id]); err != nil {
 			errs = append(errs, fmt.Errorf("restore network %.12s: %w", id, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// order is that in which networks are restored: those that name their NIC's bridge
+// restoreOrder is that in which networks are restored: those that name their NIC's bridge
 // before those that take it as it is.
-func (f Networks) order() []string {
+func (f Networks) restoreOrder() []string {
 	var named, unnamed []string
 	for _, id := range slices.Sorted(maps.Keys(f.Networks)) {
 		if f.Networks[id].Bridge != "" {
@@ -50,14 +50,14 @@ func (f Networks) order() []string {
 	return append(named, unnamed...)
 }
 
-func (d *Driver) restore(ctx context.Context, id string, n Network) error {
+func (d *Driver) restoreNetwork(ctx context.Context, id string, n Network) error {
 	ctx, cancel := context.WithTimeout(ctx, ensureTime)
 	defer cancel()
-	err := d.cfg.Host.LearnPolicy(ctx, n.policy())
-	_, bad := d.cfg.Host.Ensure(ctx, n.spec())
+	err := d.cfg.Host.LearnPolicy(ctx, n.bridgePolicy())
+	_, bad := d.cfg.Host.Ensure(ctx, n.bridgeSpec())
 	err = errors.Join(err, bad)
 	for _, aux := range n.Aux {
-		err = errors.Join(err, d.nameHolder(ctx, id, aux, d.hold(ctx, id, n, aux, false)))
+		err = errors.Join(err, d.nameHolder(ctx, id, aux, d.holdAux(ctx, id, n, aux, false)))
 	}
 	return err
 }
@@ -68,7 +68,7 @@ func (d *Driver) nameHolder(ctx context.Context, id string, aux Aux, err error) 
 	if !errors.As(err, &held) {
 		return err
 	}
-	return fmt.Errorf("%s, %s: %w: it %s", aux.of(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.Holder(ctx, held.lease))
+	return fmt.Errorf("%s, %s: %w: it %s", aux.describe(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.WhoHas(ctx, held.lease))
 }
 
 // auxHeldError says that somebody else has an auxiliary address. It names nobody, for that costs a question to the
@@ -78,14 +78,14 @@ type auxHeldError struct{ lease pool.Lease }
 func (e *auxHeldError) Error() string { return pool.ErrInUse.Error() }
 func (e *auxHeldError) Unwrap() error { return pool.ErrInUse }
 
-// hold leases an auxiliary address anew if it is not held. The network may be removed
+// holdAux leases an auxiliary address anew if it is not held. The network may be removed
 // meanwhile, after which nobody would release it: so it is looked for again. known says
 // that no source is asked.
-func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known bool) error {
+func (d *Driver) holdAux(ctx context.Context, id string, n Network, aux Aux, known bool) error {
 	if aux.Owner == "" {
 		return nil
 	}
-	lease, held, err := d.cfg.Pool.Held(ctx, aux.Addr)
+	lease, held, err := d.cfg.Pool.FindLease(ctx, aux.Addr)
 	switch {
 	case err != nil:
 		return err
@@ -94,25 +94,25 @@ func (d *Driver) hold(ctx context.Context, id string, n Network, aux Aux, known 
 	case held && lease.Linkless:
 		return nil
 	case held:
-		return d.cfg.Pool.Keep(ctx, lease)
+		return d.cfg.Pool.MakeLinkless(ctx, lease)
 	}
 	lease, err = d.cfg.Pool.Lease(ctx, pool.Request{Owner: aux.Owner, MAC: n.MAC, Prefix: n.Prefix, Addr: aux.Addr, Linkless: true, Known: known})
 	if err != nil {
 		return err
 	}
-	file, err := d.read()
+	file, err := d.readNetworks()
 	if err == nil && !slices.ContainsFunc(file.Networks[id].Aux, aux.same) {
 		_, err = d.cfg.Pool.Return(ctx, lease)
 	}
 	return err
 }
 
-// Reserve leases every auxiliary address that is not leased and can be. The IpamDriver calls
-// Reserve before it lends any address. If the source was silent when Restore ran, an auxiliary
-// address may have no lease, and would be lent to a container. Reserve skips an auxiliary
+// HoldAllAux leases every auxiliary address that is not leased and can be. The IpamDriver calls
+// HoldAllAux before it lends any address. If the source was silent when Restore ran, an auxiliary
+// address may have no lease, and would be lent to a container. HoldAllAux skips an auxiliary
 // address that cannot be leased: nobody else can lease it either.
-func (d *Driver) Reserve(ctx context.Context) error {
-	file, err := d.read()
+func (d *Driver) HoldAllAux(ctx context.Context) error {
+	file, err := d.readNetworks()
 	if err != nil {
 		return err
 	}
@@ -129,11 +129,11 @@ func (d *Driver) Reserve(ctx context.Context) error {
 			if aux.Owner == "" || kept[aux.unnamed()] {
 				continue
 			}
-			_, err := d.cfg.Pool.Known(ctx)
+			_, err := d.cfg.Pool.KnownNICs(ctx)
 			known := err == nil // else the source is asked, as the lease would
-			err = d.hold(ctx, id, n, aux, known)
+			err = d.holdAux(ctx, id, n, aux, known)
 			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
-				return fmt.Errorf("hold %s, %s, first: %w", aux.of(d.networkName(ctx, id)), aux.Addr, err)
+				return fmt.Errorf("hold %s, %s, first: %w", aux.describe(d.networkName(ctx, id)), aux.Addr, err)
 			}
 		}
 	}
@@ -165,7 +165,7 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 	if err != nil {
 		return nil, err
 	}
-	file, err := d.read() // after the leases: a network lists what it has before it is old enough
+	file, err := d.readNetworks() // after the leases: a network lists what it has before it is old enough
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +202,7 @@ func (d *Driver) keepAux(ctx context.Context, n Network, nic pool.NIC, asked map
 		if err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %.80q is not an address", name, text)
 		}
-		lease, held, err := d.cfg.Pool.Held(ctx, prefix.Addr())
+		lease, held, err := d.cfg.Pool.FindLease(ctx, prefix.Addr())
 		if err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
 		}
@@ -215,9 +215,9 @@ func (d *Driver) keepAux(ctx context.Context, n Network, nic pool.NIC, asked map
 			return nil, fmt.Errorf("--aux-address %.40s: %s is not held for this network", name, prefix.Addr())
 		}
 		if !strings.HasPrefix(lease.Owner, OwnerPrefix) || lease.MAC != n.MAC || lease.Prefix != n.Prefix {
-			return nil, fmt.Errorf("--aux-address %.40s: %s %s", name, prefix.Addr(), d.Holder(ctx, lease))
+			return nil, fmt.Errorf("--aux-address %.40s: %s %s", name, prefix.Addr(), d.WhoHas(ctx, lease))
 		}
-		if err := d.cfg.Pool.Keep(ctx, lease); err != nil {
+		if err := d.cfg.Pool.MakeLinkless(ctx, lease); err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %w", name, err)
 		}
 		all = append(all, Aux{Addr: prefix.Addr(), Owner: lease.Owner, Name: name})

@@ -38,10 +38,10 @@ const (
 // Config says what the driver works on.
 type Config struct {
 	Pool     *pool.Pool
-	NIC      func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
-	Attached func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
-	Reserve  func(ctx context.Context) error                                     // has all auxiliary addresses held, before any address is lent; may be nil
-	Holder   func(ctx context.Context, lease pool.Lease) string                  // says in Docker's words who has a leased address: "is held by …" or "is …"; nil: by the owner alone
+	FindNIC  func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
+	FindLink func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
+	HoldAux  func(ctx context.Context) error                                     // has all auxiliary addresses held, before any address is lent; may be nil
+	WhoHas   func(ctx context.Context, lease pool.Lease) string                  // says in Docker's words who has a leased address: "is held by …" or "is …"; nil: by the owner alone
 	Warn     func(text string)                                                   // told what is no failure, but worth knowing; may be nil
 }
 
@@ -66,11 +66,11 @@ const choiceAge = 10 * time.Second
 
 // New returns a driver.
 func New(cfg Config) *Driver {
-	if cfg.Reserve == nil {
-		cfg.Reserve = func(context.Context) error { return nil }
+	if cfg.HoldAux == nil {
+		cfg.HoldAux = func(context.Context) error { return nil }
 	}
-	if cfg.Holder == nil {
-		cfg.Holder = func(_ context.Context, lease pool.Lease) string { return "is held by " + lease.Owner }
+	if cfg.WhoHas == nil {
+		cfg.WhoHas = func(_ context.Context, lease pool.Lease) string { return "is held by " + lease.Owner }
 	}
 	if cfg.Warn == nil {
 		cfg.Warn = func(string) {}
@@ -101,7 +101,7 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 	var want, within netip.Prefix
 	var err error
 	if r.Pool != "" {
-		if want, err = parsePrefix(r.Pool); err != nil {
+		if want, err = parseSubnet(r.Pool); err != nil {
 			return nil, fmt.Errorf("--subnet %w", err)
 		}
 	}
@@ -109,14 +109,14 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 		if r.Pool == "" {
 			return nil, errors.New("--ip-range needs --subnet")
 		}
-		if within, err = parsePrefix(r.SubPool); err != nil {
+		if within, err = parseSubnet(r.SubPool); err != nil {
 			return nil, fmt.Errorf("--ip-range %w", err)
 		}
-		if !contains(want, within) {
+		if !containsPrefix(want, within) {
 			return nil, fmt.Errorf("--ip-range %s lies outside --subnet %s", within, want)
 		}
 	}
-	mac, err := d.master(ctx, r.Options)
+	mac, err := d.findMaster(ctx, r.Options)
 	if err != nil {
 		return nil, err
 	}
@@ -126,14 +126,14 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 	}
 	id := poolID{mac: nic.MAC, prefix: subnet.Prefix, within: within, serial: newSerial()}
 	if r.Pool == "" {
-		if err := d.choose(id); err != nil {
+		if err := d.noteChoice(id); err != nil {
 			return nil, err
 		}
 	}
 	if within.IsValid() && !slices.ContainsFunc(subnet.Secondary, within.Contains) {
 		d.cfg.Warn(fmt.Sprintf("--ip-range %s: NIC %s has no ipconfig in it, so the network lends no address until one is added: az network nic ip-config create -g GROUP --nic-name NIC -n NAME --private-ip-address ADDRESS", within, nic.MAC))
 	}
-	d.requested(id)
+	d.noteRequest(id)
 	return &ipam.RequestPoolResponse{
 		PoolID: id.String(),
 		Pool:   id.prefix.String(),
@@ -141,23 +141,23 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 	}, nil
 }
 
-// master returns the MAC that --ipam-opt master= names, "" without it.
-func (d *Driver) master(ctx context.Context, options map[string]string) (mac string, err error) {
+// findMaster returns the MAC that --ipam-opt master= names, "" without it.
+func (d *Driver) findMaster(ctx context.Context, options map[string]string) (mac string, err error) {
 	for key, value := range options {
 		if key != "master" {
 			return "", fmt.Errorf("unknown --ipam-opt %.80q: the only one is master=<NIC>", key)
 		}
-		if mac, err = d.cfg.NIC(ctx, value); err != nil {
+		if mac, err = d.cfg.FindNIC(ctx, value); err != nil {
 			return "", fmt.Errorf("--ipam-opt master=%.80s: %w", value, err)
 		}
 	}
 	return mac, nil
 }
 
-// choose notes a pool chosen for an empty request. Engines before 27 ask again
+// noteChoice notes a pool chosen for an empty request. Engines before 27 ask again
 // and again while the pool overlaps a host route, which a VNet's subnet always
 // does; only an error ends that loop.
-func (d *Driver) choose(id poolID) error {
+func (d *Driver) noteChoice(id poolID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if last, ok := d.chosen[id.prefix]; ok && time.Since(last.at) < choiceAge {
@@ -167,9 +167,9 @@ func (d *Driver) choose(id poolID) error {
 	return nil
 }
 
-// Used tells that a network has been made of prefix on that MAC's NIC: what was
+// NetworkMade tells that a network has been made of prefix on that MAC's NIC: what was
 // chosen for it is in use, and one of the pools requested lately is its.
-func (d *Driver) Used(prefix netip.Prefix, mac string) {
+func (d *Driver) NetworkMade(prefix netip.Prefix, mac string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.chosen, prefix)
@@ -186,18 +186,18 @@ func (d *Driver) Used(prefix netip.Prefix, mac string) {
 // calls between have deadlines of their own.
 const requestAge = time.Minute
 
-func (d *Driver) requested(id poolID) {
+func (d *Driver) noteRequest(id poolID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	maps.DeleteFunc(d.lately, func(_ poolID, at time.Time) bool { return time.Since(at) > requestAge })
 	d.lately[id] = time.Now()
 }
 
-// Agrees returns an error if pools of the subnet were requested lately, and all
+// CheckNIC returns an error if pools of the subnet were requested lately, and all
 // of other NICs than that MAC's: --ipam-opt master= and -o master= then differ,
 // and the engine tells neither driver of the other's. After a restart it knows
 // of none, and the network's first container is refused instead.
-func (d *Driver) Agrees(subnet netip.Prefix, mac string) error {
+func (d *Driver) CheckNIC(subnet netip.Prefix, mac string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	other := ""
@@ -216,8 +216,8 @@ func (d *Driver) Agrees(subnet netip.Prefix, mac string) error {
 	return fmt.Errorf("its addresses are those of NIC %s and its master is NIC %s, both in subnet %s: name one NIC with both, --ipam-opt master= and -o master=", other, mac, subnet)
 }
 
-// forget ends the choice made with id.
-func (d *Driver) forget(id poolID) {
+// dropChoice ends the choice made with id.
+func (d *Driver) dropChoice(id poolID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.chosen[id.prefix].id == id.String() {
@@ -232,7 +232,7 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 	if err != nil {
 		return err
 	}
-	d.forget(id)
+	d.dropChoice(id)
 	d.mu.Lock()
 	delete(d.lately, id)
 	d.mu.Unlock()
@@ -243,7 +243,7 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 	var errs []error
 	for addr, lease := range status.Leases {
 		if lease.Owner == id.owner() {
-			errs = append(errs, d.release(ctx, id, addr))
+			errs = append(errs, d.releaseAddress(ctx, id, addr))
 		}
 	}
 	return errors.Join(errs...)
@@ -267,7 +267,7 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	if err != nil {
 		return nil, err
 	}
-	d.forget(id)
+	d.dropChoice(id)
 	var want netip.Addr
 	if r.Address != "" {
 		if want, err = netip.ParseAddr(r.Address); err != nil {
@@ -278,23 +278,23 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 		if want.IsValid() && want != id.gateway() {
 			return nil, fmt.Errorf("the gateway of %s is %s and no other: Azure fixes it; leave out --gateway", id.prefix, id.gateway())
 		}
-		return answer(id, id.gateway()), nil
+		return addressResponse(id, id.gateway()), nil
 	}
 	if want.IsValid() {
-		if err := id.lendable(want); err != nil {
+		if err := id.checkLendable(want); err != nil {
 			return nil, fmt.Errorf("%s: %w", want, err)
 		}
 	}
 	// If Reserve fails, an address that is asked for by name is lent all the same.
-	if err := d.cfg.Reserve(ctx); err != nil && !want.IsValid() {
+	if err := d.cfg.HoldAux(ctx); err != nil && !want.IsValid() {
 		return nil, err
 	}
 	lease, err := d.cfg.Pool.Lease(ctx, pool.Request{Owner: id.owner(), MAC: id.mac, Prefix: id.prefix, Range: id.within, Addr: want})
-	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.foreign(ctx, id, want) {
-		return answer(id, want), nil
+	if errors.Is(err, pool.ErrNotOurs) && want.IsValid() && d.isNobodysToLend(ctx, id, want) {
+		return addressResponse(id, want), nil
 	}
 	if errors.Is(err, pool.ErrInUse) {
-		return nil, d.inUse(ctx, want, err)
+		return nil, d.wordInUse(ctx, want, err)
 	}
 	if err != nil {
 		return nil, err
@@ -302,31 +302,31 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	if lease.Early {
 		d.cfg.Warn(fmt.Sprintf("%s was released a moment ago and is lent again: no other address is left; give the NIC more ipconfigs", lease.Addr))
 	}
-	return answer(id, lease.Addr), nil
+	return addressResponse(id, lease.Addr), nil
 }
 
-// inUse words err in Docker's words. err says that addr is in use.
-func (d *Driver) inUse(ctx context.Context, addr netip.Addr, err error) error {
-	lease, held, unread := d.cfg.Pool.Held(ctx, addr)
+// wordInUse words err in Docker's words. err says that addr is in use.
+func (d *Driver) wordInUse(ctx context.Context, addr netip.Addr, err error) error {
+	lease, held, unread := d.cfg.Pool.FindLease(ctx, addr)
 	if unread != nil || !held {
 		return err // the lease has ended meanwhile, or a container has the address without a lease
 	}
-	return fmt.Errorf("%w: %s %s; ask for another", pool.ErrInUse, addr, d.cfg.Holder(ctx, lease))
+	return fmt.Errorf("%w: %s %s; ask for another", pool.ErrInUse, addr, d.cfg.WhoHas(ctx, lease))
 }
 
-// foreign tells an address that no ipconfig lends to this NIC's containers. One
-// that the host holds is not foreign: it may be lent yet.
-func (d *Driver) foreign(ctx context.Context, id poolID, addr netip.Addr) bool {
+// isNobodysToLend tells an address that no ipconfig lends to this NIC's containers. One
+// that the host holds is not isNobodysToLend: it may be lent yet.
+func (d *Driver) isNobodysToLend(ctx context.Context, id poolID, addr netip.Addr) bool {
 	_, subnet, err := d.cfg.Pool.Subnet(ctx, id.mac, id.prefix)
 	return err == nil && !slices.Contains(subnet.Secondary, addr)
 }
 
-func answer(id poolID, addr netip.Addr) *ipam.RequestAddressResponse {
+func addressResponse(id poolID, addr netip.Addr) *ipam.RequestAddressResponse {
 	return &ipam.RequestAddressResponse{Address: netip.PrefixFrom(addr, id.prefix.Bits()).String()}
 }
 
-// lendable refuses what no ipconfig of Azure can be, in words that say why.
-func (id poolID) lendable(addr netip.Addr) error {
+// checkLendable refuses what no ipconfig of Azure can be, in words that say why.
+func (id poolID) checkLendable(addr netip.Addr) error {
 	if !id.prefix.Contains(addr) {
 		return fmt.Errorf("it lies outside the network's subnet %s", id.prefix)
 	}
@@ -352,15 +352,15 @@ func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressReque
 	if addr == id.gateway() {
 		return nil
 	}
-	return d.release(ctx, id, addr)
+	return d.releaseAddress(ctx, id, addr)
 }
 
-func (d *Driver) release(ctx context.Context, id poolID, addr netip.Addr) error {
-	lease, held, err := d.cfg.Pool.Held(ctx, addr)
+func (d *Driver) releaseAddress(ctx context.Context, id poolID, addr netip.Addr) error {
+	lease, held, err := d.cfg.Pool.FindLease(ctx, addr)
 	if err != nil || !held || lease.Owner != id.owner() {
 		return err
 	}
-	link, err := d.cfg.Attached(ctx, addr)
+	link, err := d.cfg.FindLink(ctx, addr)
 	if err != nil {
 		return fmt.Errorf("%s: is a container still attached: %w", addr, err)
 	}

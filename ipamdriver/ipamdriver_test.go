@@ -60,13 +60,13 @@ func newWorld(t *testing.T) *world {
 	w := &world{pool: p, links: map[netip.Addr]string{}}
 	w.Driver = New(Config{
 		Pool: p,
-		NIC: func(_ context.Context, name string) (string, error) {
+		FindNIC: func(_ context.Context, name string) (string, error) {
 			if name != "eth1" {
 				return "", errors.New("no such NIC")
 			}
 			return "00:0d:3a:04:75:99", nil
 		},
-		Attached: func(_ context.Context, a netip.Addr) (string, error) { return w.links[a], nil },
+		FindLink: func(_ context.Context, a netip.Addr) (string, error) { return w.links[a], nil },
 		Warn:     func(text string) { w.warnings = append(w.warnings, text) },
 	})
 	return w
@@ -180,7 +180,7 @@ func TestAnEngineThatAsksForEverIsToldToPassTheSubnet(t *testing.T) {
 	}
 	w.request(t, ipam.RequestPoolRequest{}) // the next command starts anew
 
-	w.Used(first.prefix, first.mac) // a newer engine made a network of it
+	w.NetworkMade(first.prefix, first.mac) // a newer engine made a network of it
 	w.request(t, ipam.RequestPoolRequest{})
 }
 
@@ -313,20 +313,20 @@ func TestAReleaseFreesOnlyWhatItsOwnPoolHoldsAndNoLinkHas(t *testing.T) {
 func TestPoolAndNetworkAreOfOneNIC(t *testing.T) {
 	w := newWorld(t)
 	subnet := netip.MustParsePrefix("10.240.0.0/16")
-	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
+	if err := w.CheckNIC(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
 		t.Errorf("of a pool of before the restart nothing is known: %v", err)
 	}
 	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
-	if err := w.Agrees(subnet, id.mac); err != nil {
+	if err := w.CheckNIC(subnet, id.mac); err != nil {
 		t.Error(err)
 	}
-	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err == nil || !strings.Contains(err.Error(), "--ipam-opt master= and -o master=") {
+	if err := w.CheckNIC(subnet, "00:0d:3a:ff:ff:ff"); err == nil || !strings.Contains(err.Error(), "--ipam-opt master= and -o master=") {
 		t.Errorf("another NIC in the same subnet: %v", err)
 	}
 	if err := w.ReleasePool(t.Context(), &ipam.ReleasePoolRequest{PoolID: id.String()}); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Agrees(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
+	if err := w.CheckNIC(subnet, "00:0d:3a:ff:ff:ff"); err != nil {
 		t.Errorf("the pool is gone: %v", err)
 	}
 }
@@ -336,14 +336,14 @@ func TestAPoolThatAgreedIsUsedUp(t *testing.T) {
 	w := newWorld(t)
 	subnet, other := netip.MustParsePrefix("10.240.0.0/16"), "00:0d:3a:ff:ff:ff"
 	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
-	w.Used(subnet, id.mac)
+	w.NetworkMade(subnet, id.mac)
 	w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
-	w.Used(subnet, other) // a network whose pool was requested before a restart
-	if err := w.Agrees(subnet, other); err == nil {
+	w.NetworkMade(subnet, other) // a network whose pool was requested before a restart
+	if err := w.CheckNIC(subnet, other); err == nil {
 		t.Error("a pool of one NIC, a master of another")
 	}
-	w.Used(subnet, id.mac)
-	if err := w.Agrees(subnet, other); err != nil {
+	w.NetworkMade(subnet, id.mac)
+	if err := w.CheckNIC(subnet, other); err != nil {
 		t.Errorf("both pools are in use: %v", err)
 	}
 }
@@ -355,7 +355,7 @@ func TestALateReleaseTakesNothingFromTheNextContainer(t *testing.T) {
 	if _, err := w.address(t.Context(), id, addr.String()); err != nil {
 		t.Fatal(err)
 	}
-	w.cfg.Attached = func(ctx context.Context, _ netip.Addr) (string, error) {
+	w.cfg.FindLink = func(ctx context.Context, _ netip.Addr) (string, error) {
 		_, err := w.pool.Release(ctx, id.owner(), addr)
 		if err == nil {
 			_, err = w.address(ctx, id, addr.String()) // of the same network
@@ -373,7 +373,7 @@ func TestALateReleaseTakesNothingFromTheNextContainer(t *testing.T) {
 func TestNoAddressIsLentBeforeAuxiliaryOnesAreHeld(t *testing.T) {
 	w := newWorld(t)
 	id := w.request(t, ipam.RequestPoolRequest{Pool: "10.240.0.0/16"})
-	w.cfg.Reserve = func(context.Context) error { return errors.New("not yet") }
+	w.cfg.HoldAux = func(context.Context) error { return errors.New("not yet") }
 	if got, err := w.address(t.Context(), id, ""); err == nil {
 		t.Errorf("%s is lent", got)
 	}

@@ -39,9 +39,9 @@ func newSerial() string {
 func (id poolID) String() string {
 	within := ""
 	if id.within.IsValid() {
-		within = flat(id.within)
+		within = escapePrefix(id.within)
 	}
-	return strings.Join([]string{strings.ReplaceAll(id.mac, ":", ""), flat(id.prefix), within, id.serial}, "-")
+	return strings.Join([]string{strings.ReplaceAll(id.mac, ":", ""), escapePrefix(id.prefix), within, id.serial}, "-")
 }
 
 func (id poolID) owner() string { return ownerPrefix + id.String() }
@@ -65,13 +65,13 @@ func parsePoolID(s string) (poolID, error) {
 	if !serialShape.MatchString(part[3]) {
 		return bad("its last part is not a serial")
 	}
-	prefix, err := unflat(part[1])
+	prefix, err := unescapePrefix(part[1])
 	if err != nil {
 		return bad("its second part is not a subnet")
 	}
-	id := poolID{mac: colons(part[0]), prefix: prefix, serial: part[3]}
+	id := poolID{mac: withColons(part[0]), prefix: prefix, serial: part[3]}
 	if part[2] != "" {
-		if id.within, err = unflat(part[2]); err != nil || !contains(prefix, id.within) {
+		if id.within, err = unescapePrefix(part[2]); err != nil || !containsPrefix(prefix, id.within) {
 			return bad("its third part is not a range of the subnet")
 		}
 	}
@@ -81,13 +81,13 @@ func parsePoolID(s string) (poolID, error) {
 	return id, nil
 }
 
-func flat(p netip.Prefix) string { return strings.ReplaceAll(p.String(), "/", "_") }
+func escapePrefix(p netip.Prefix) string { return strings.ReplaceAll(p.String(), "/", "_") }
 
-func unflat(s string) (netip.Prefix, error) {
-	return parsePrefix(strings.ReplaceAll(s, "_", "/"))
+func unescapePrefix(s string) (netip.Prefix, error) {
+	return parseSubnet(strings.ReplaceAll(s, "_", "/"))
 }
 
-func colons(mac string) string {
+func withColons(mac string) string {
 	var b strings.Builder
 	for i := 0; i < len(mac); i += 2 {
 		if i > 0 {
@@ -98,8 +98,8 @@ func colons(mac string) string {
 	return b.String()
 }
 
-// parsePrefix takes an IPv4 prefix without host bits.
-func parsePrefix(s string) (netip.Prefix, error) {
+// parseSubnet takes an IPv4 prefix without host bits.
+func parseSubnet(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	switch {
 	case err != nil:
@@ -112,6 +112,6 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-func contains(outer, inner netip.Prefix) bool {
+func containsPrefix(outer, inner netip.Prefix) bool {
 	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 }

@@ -26,41 +26,41 @@ const (
 	pressing  = 2 * time.Second        // least time between tries while nothing is free
 )
 
-// refreshed is for a list that is read for its own sake.
-func (p *Pool) refreshed() question { return question{p.cfg.QueryInterval, longWait, true} }
+// listQuestion is for a list that is read for its own sake.
+func (p *Pool) listQuestion() question { return question{p.cfg.QueryInterval, longWait, true} }
 
-// aside is for a call that known addresses can serve. It asks at most once per interval, in one process, and waits for
+// quickQuestion is for a call that known addresses can serve. It asks at most once per interval, in one process, and waits for
 // at most 500 ms. A slower source is asked later by NICs, which waits longer. The plugin and the timer call NICs when
 // they reconcile.
-func (p *Pool) aside() question { return question{p.cfg.QueryInterval, shortWait, false} }
+func (p *Pool) quickQuestion() question { return question{p.cfg.QueryInterval, shortWait, false} }
 
-// scarce is for a lease that only a cooling address can serve.
-func (p *Pool) scarce() question { return question{p.soon(), shortWait, true} }
+// scarceQuestion is for a lease that only a cooling address can serve.
+func (p *Pool) scarceQuestion() question { return question{p.pressingAge(), shortWait, true} }
 
-// needed is for what known addresses cannot serve at all.
-func (p *Pool) needed() question { return question{p.soon(), longWait, true} }
+// neededQuestion is for what known addresses cannot serve at all.
+func (p *Pool) neededQuestion() question { return question{p.pressingAge(), longWait, true} }
 
-func (p *Pool) soon() time.Duration { return min(p.cfg.QueryInterval, pressing) }
+func (p *Pool) pressingAge() time.Duration { return min(p.cfg.QueryInterval, pressing) }
 
 // NICs returns the VM's NICs, the primary first. The source is asked if nothing
 // is known or the answer is older than the interval; if it fails and something
 // is known, that is returned, and Status has the failure. ErrSource if nothing is.
 func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
-	s, err := p.read(ctx, "list NICs")
+	s, err := p.readState(ctx, "list NICs")
 	if err != nil {
 		return nil, fmt.Errorf("list NICs: %w", err)
 	}
-	if q := p.refreshed(); p.due(&s, q) {
-		if err := p.ask(ctx, q); err != nil {
+	if q := p.listQuestion(); p.isDue(&s, q) {
+		if err := p.askSources(ctx, q); err != nil {
 			return nil, fmt.Errorf("list NICs: %w", err)
 		}
-		if s, err = p.read(ctx, "list NICs"); err != nil {
+		if s, err = p.readState(ctx, "list NICs"); err != nil {
 			return nil, fmt.Errorf("list NICs: %w", err)
 		}
 	}
-	a, _, ok := p.known(&s)
+	a, _, ok := p.newestAnswer(&s)
 	if !ok {
-		return nil, fmt.Errorf("list NICs: %w", p.silence(&s))
+		return nil, fmt.Errorf("list NICs: %w", p.silenceError(&s))
 	}
 	return a.NICs, nil
 }
@@ -70,25 +70,25 @@ func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
 // first. ErrNotOurs names what there is; ErrSource if nothing is known.
 func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, Subnet, error) {
 	find := func() (s state, nic NIC, sub Subnet, err error) {
-		if s, err = p.read(ctx, "find a subnet"); err != nil {
+		if s, err = p.readState(ctx, "find a subnet"); err != nil {
 			return
 		}
-		a, _, ok := p.known(&s)
+		a, _, ok := p.newestAnswer(&s)
 		if !ok {
-			return s, nic, sub, p.silence(&s)
+			return s, nic, sub, p.silenceError(&s)
 		}
-		nic, sub, err = find(a.NICs, mac, want)
+		nic, sub, err = findSubnet(a.NICs, mac, want)
 		return
 	}
 	s, nic, sub, err := find()
-	q := p.aside()
+	q := p.quickQuestion()
 	if errors.Is(err, ErrNotOurs) || errors.Is(err, ErrSource) {
-		q = p.needed()
+		q = p.neededQuestion()
 	} else if err != nil {
 		return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
 	}
-	if p.due(&s, q) {
-		if err := p.ask(ctx, q); err != nil {
+	if p.isDue(&s, q) {
+		if err := p.askSources(ctx, q); err != nil {
 			return NIC{}, Subnet{}, fmt.Errorf("find the subnet: %w", err)
 		}
 		_, nic, sub, err = find()
@@ -99,8 +99,8 @@ func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, 
 	return nic, sub, nil
 }
 
-// find looks for a subnet among NICs, of which the primary comes first.
-func find(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
+// findSubnet looks for a subnet among NICs, of which the primary comes first.
+func findSubnet(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
 	if mac != "" {
 		canonical, err := parseMAC(mac)
 		if err != nil {
@@ -129,8 +129,8 @@ func find(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
 	return NIC{}, Subnet{}, fmt.Errorf("%s: %w: of this VM, %s", what, ErrNotOurs, strings.Join(there, "; "))
 }
 
-// known returns the newest answer of this pool's sources, and whose it is.
-func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
+// newestAnswer returns the newest answer of this pool's sources, and whose it is.
+func (p *Pool) newestAnswer(s *state) (newest answer, from string, ok bool) {
 	for _, src := range p.sources {
 		if a := s.Answers[src.name]; len(a.NICs) > 0 && (!ok || a.newerThan(newest)) {
 			newest, from, ok = a, src.name, true
@@ -139,10 +139,10 @@ func (p *Pool) known(s *state) (newest answer, from string, ok bool) {
 	return newest, from, ok
 }
 
-// due reports whether the sources are to be asked: no try of this boot, good or bad, is younger than q.age. Two kinds of
+// isDue reports whether the sources are to be asked: no try of this boot, good or bad, is younger than q.age. Two kinds of
 // tries do not count. A try at a time that lies ahead would keep the source from being asked until then. A try that
 // timed out after a shorter wait than q's tells nothing: a slow source may answer q.
-func (p *Pool) due(s *state, q question) bool {
+func (p *Pool) isDue(s *state, q question) bool {
 	now := p.clock()
 	young := func(tried time.Duration) bool { return tried != 0 && tried <= now && now-tried < q.age }
 	failed, hasty := false, false
@@ -157,17 +157,17 @@ func (p *Pool) due(s *state, q question) bool {
 	return hasty || !failed
 }
 
-// silence is the error of knowing nothing.
-func (p *Pool) silence(s *state) error {
-	if f := p.failures(s); f != "" {
+// silenceError is the error of knowing nothing.
+func (p *Pool) silenceError(s *state) error {
+	if f := p.describeFailures(s); f != "" {
 		return fmt.Errorf("%w: %s", ErrSource, f)
 	}
 	return fmt.Errorf("%w: no answer came yet", ErrSource)
 }
 
-// failures tells what went wrong with each source since one answered.
-func (p *Pool) failures(s *state) string {
-	newest, _, _ := p.known(s)
+// describeFailures tells what went wrong with each source since one answered.
+func (p *Pool) describeFailures(s *state) string {
+	newest, _, _ := p.newestAnswer(s)
 	var all []string
 	for _, src := range p.sources {
 		if a := s.Answers[src.name]; a.Failure != "" && (newest.At == 0 || a.FailedAt >= newest.At) {
@@ -177,13 +177,13 @@ func (p *Pool) failures(s *state) string {
 	return strings.Join(all, "; ")
 }
 
-// ask puts the question to the sources in turn, until one answers, and keeps the answers in the pool's file. An answer
+// askSources puts the question to the sources in turn, until one answers, and keeps the answers in the pool's file. An answer
 // replaces the source's last one, a failure does not. A source's failure is no error of ask. It fails only if ctx ends,
 // or if the lock, or the pool's file, cannot be had, read or written.
 //
 // The pool's lock is not held while a source is asked. Another lock is held, so that of many processes one asks and the
 // others find its answer. The kernel frees this lock if the asker dies.
-func (p *Pool) ask(ctx context.Context, q question) error {
+func (p *Pool) askSources(ctx context.Context, q question) error {
 	// A process that waits for another one's question waits a little longer than its own question may take.
 	bounded, cancel := context.WithTimeout(ctx, q.wait+q.wait/8)
 	defer cancel()
@@ -203,14 +203,14 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 	}
 	defer unlock()
 
-	if s, err := p.read(ctx, what); err != nil || !p.due(&s, q) {
+	if s, err := p.readState(ctx, what); err != nil || !p.isDue(&s, q) {
 		return err
 	}
 	asking, cancel := context.WithTimeout(bounded, q.wait)
 	defer cancel()
 	answers := map[string]answer{}
 	for i, src := range p.sources {
-		a := p.answer(asking, src, len(p.sources)-i, q)
+		a := p.askSource(asking, src, len(p.sources)-i, q)
 		if ctx.Err() != nil {
 			return ctx.Err() // that says nothing of the source
 		}
@@ -219,24 +219,24 @@ func (p *Pool) ask(ctx context.Context, q question) error {
 			break
 		}
 	}
-	return p.update(ctx, what, func(s *state) error {
+	return p.updateState(ctx, what, func(s *state) error {
 		for name, a := range answers {
 			if old := s.Answers[name]; a.Failure != "" {
 				a.NICs, a.At, a.Notes = old.NICs, old.At, old.Notes
 			}
 			s.Answers[name] = a
 		}
-		s.forget(p.clock())
+		s.forgetUnlisted(p.clock())
 		return nil
 	})
 }
 
-// answer asks one source of the left many, which share what is left of q's time.
-func (p *Pool) answer(ctx context.Context, src source, left int, q question) answer {
+// askSource asks one source of the left many, which share what is left of q's time.
+func (p *Pool) askSource(ctx context.Context, src source, left int, q question) answer {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(left))
 	defer cancel()
-	nics, notes, err := p.listen(ctx, src)
+	nics, notes, err := p.readSource(ctx, src)
 	if err != nil {
 		failed := answer{Failure: err.Error(), FailedAt: p.clock()}
 		if ctx.Err() != nil {
@@ -247,7 +247,7 @@ func (p *Pool) answer(ctx context.Context, src source, left int, q question) ans
 	return answer{NICs: nics, Notes: notes, At: p.clock()}
 }
 
-func (p *Pool) listen(ctx context.Context, src source) ([]NIC, []string, error) {
+func (p *Pool) readSource(ctx context.Context, src source) ([]NIC, []string, error) {
 	body, err := src.fetch(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -260,5 +260,5 @@ func (p *Pool) listen(ctx context.Context, src source) ([]NIC, []string, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	return interpret(d, h)
+	return interpretDocument(d, h)
 }

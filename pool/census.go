@@ -22,26 +22,26 @@ type Census struct {
 	Withdrawn int `json:"withdrawn"` // held or kept, though the source lists them no more: none of the above
 }
 
-func (v *view) census(mac string, sub Subnet) Census {
+func (v *view) countSubnet(mac string, sub Subnet) Census {
 	c := Census{Configs: len(sub.Secondary)}
 	if sub.Primary.IsValid() {
 		c.Configs++
 		c.Own = 1
 	}
-	listed := secondaries([]NIC{{Subnets: []Subnet{sub}}})
+	listed := secondarySet([]NIC{{Subnets: []Subnet{sub}}})
 	for a := range listed {
-		switch is := v.standing(a); {
-		case is == fresh || is == rested:
+		switch is := v.standingOf(a); {
+		case is == isFresh || is == isRested:
 			c.Free++
-		case is == cooling:
+		case is == isCooling:
 			c.Cooling++
-		case is == held && v.Leases[a].Linkless:
+		case is == isHeld && v.Leases[a].Linkless:
 			c.Kept++
-		case is == held:
+		case is == isHeld:
 			c.Held++
-		case is == onHost:
+		case is == isOnHost:
 			c.OnHost++
-		case is == led:
+		case is == isLed:
 			c.Led++
 		}
 	}
@@ -75,10 +75,10 @@ func (c Census) String() string {
 	return text
 }
 
-// Counts are the VM's NICs with the counts of their ipconfigs. Counts asks no source. It uses the newest
+// CountIPConfigs are the VM's NICs with the counts of their ipconfigs. Counts asks no source. It uses the newest
 // known answer of any source, also of one that this pool does not ask. Without an answer there are no NICs.
-func (p *Pool) Counts(ctx context.Context) ([]NICStatus, error) {
-	s, err := p.read(ctx, "count ipconfigs")
+func (p *Pool) CountIPConfigs(ctx context.Context) ([]NICStatus, error) {
+	s, err := p.readState(ctx, "count ipconfigs")
 	var has occupied
 	if err == nil {
 		has, err = p.occupied()
@@ -94,7 +94,7 @@ func (p *Pool) Counts(ctx context.Context) ([]NICStatus, error) {
 	}
 	var all []NICStatus
 	for _, n := range v.answer.NICs {
-		all = append(all, v.nic(n))
+		all = append(all, v.nicStatus(n))
 	}
 	return all, nil
 }

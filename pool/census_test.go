@@ -24,7 +24,7 @@ func TestEveryIpconfigIsCountedOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		counts, err := p.Counts(t.Context())
+		counts, err := p.CountIPConfigs(t.Context())
 		if err != nil || len(counts) != 1 {
 			t.Fatalf("counts are %+v: %v", counts, err)
 		}
@@ -65,7 +65,7 @@ func TestEveryIpconfigIsCountedOnce(t *testing.T) {
 // TestAnEmptyPoolCountsNothing, and asks nobody.
 func TestAnEmptyPoolCountsNothing(t *testing.T) {
 	p := newPool(t, azure(nic(mac1, "10.0.0.0/24", 8)))
-	if counts, err := p.Counts(t.Context()); err != nil || len(counts) > 0 {
+	if counts, err := p.CountIPConfigs(t.Context()); err != nil || len(counts) > 0 {
 		t.Errorf("counts are %+v: %v", counts, err)
 	}
 }

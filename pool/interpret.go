@@ -17,8 +17,8 @@ type host struct {
 	Default string                  // MAC of the interface that the default route leaves by
 }
 
-// has reports whether one of these NICs may be this VM's.
-func (h host) has(nics []NIC) bool {
+// mayHave reports whether one of these NICs may be this VM's.
+func (h host) mayHave(nics []NIC) bool {
 	return len(h.MACs) == 0 || slices.ContainsFunc(nics, func(n NIC) bool { return slices.Contains(h.MACs, n.MAC) })
 }
 
@@ -35,24 +35,24 @@ type reading struct {
 	count int // addresses
 }
 
-func (r *reading) note(format string, args ...any) {
+func (r *reading) addNote(format string, args ...any) {
 	if len(r.notes) < mostNotes {
 		r.notes = append(r.notes, fmt.Sprintf(format, args...))
 	}
 }
 
-// interpret is an error if nothing of d can be used, which includes an empty
+// interpretDocument is an error if nothing of d can be used, which includes an empty
 // list and one of another VM's NICs: every VM has a NIC, so that is no answer.
-func interpret(d document, h host) ([]NIC, []string, error) {
+func interpretDocument(d document, h host) ([]NIC, []string, error) {
 	r := &reading{host: h}
 	var nics []NIC
 	for _, told := range d.NICs {
-		nic, ok := r.nic(told)
+		nic, ok := r.readNIC(told)
 		if !ok {
 			continue
 		}
 		if slices.ContainsFunc(nics, func(n NIC) bool { return n.MAC == nic.MAC }) {
-			r.note("NIC %s is listed twice: the first counts", nic.MAC)
+			r.addNote("NIC %s is listed twice: the first counts", nic.MAC)
 			continue
 		}
 		nics = append(nics, nic)
@@ -66,29 +66,29 @@ func interpret(d document, h host) ([]NIC, []string, error) {
 	if len(nics) == 0 {
 		return nil, nil, errors.New("it lists no NIC")
 	}
-	if !h.has(nics) {
-		return nil, nil, fmt.Errorf("it lists no NIC of this VM, but %s: it is another VM's list, or an old one", macs(nics))
+	if !h.mayHave(nics) {
+		return nil, nil, fmt.Errorf("it lists no NIC of this VM, but %s: it is another VM's list, or an old one", listMACs(nics))
 	}
 	r.choosePrimary(nics)
-	primaryFirst(nics)
-	r.distinct(nics)
+	sortPrimaryFirst(nics)
+	r.dropDuplicates(nics)
 	return nics, r.notes, nil
 }
 
-// nic reads one NIC. IPv6 is left out silently: Azure gives a NIC one IPv6
+// readNIC reads one NIC. IPv6 is left out silently: Azure gives a NIC one IPv6
 // address at most, so there is nothing to lend.
-func (r *reading) nic(told docNIC) (NIC, bool) {
+func (r *reading) readNIC(told docNIC) (NIC, bool) {
 	mac, err := parseMAC(told.MAC)
 	if err != nil {
-		r.note("a NIC was left out: %v", err)
+		r.addNote("a NIC was left out: %v", err)
 		return NIC{}, false
 	}
-	nic := NIC{MAC: mac, Primary: told.Primary.yes()}
+	nic := NIC{MAC: mac, Primary: told.Primary.isTrue()}
 	var flagged, all []netip.Addr
 	for _, s := range told.Subnets {
-		prefix, err := parsePrefix(s.Prefix)
+		prefix, err := parseSubnet(s.Prefix)
 		if err != nil {
-			r.note("subnet %q of NIC %s was left out: %v", s.Prefix, mac, err)
+			r.addNote("subnet %q of NIC %s was left out: %v", s.Prefix, mac, err)
 			continue
 		}
 		if !prefix.Addr().Is4() {
@@ -99,23 +99,23 @@ func (r *reading) nic(told docNIC) (NIC, bool) {
 			i, nic.Subnets = len(nic.Subnets), append(nic.Subnets, Subnet{Prefix: prefix})
 		}
 		for _, a := range s.Addrs {
-			addrs := r.addrs(mac, prefix, a.Address)
+			addrs := r.readAddrs(mac, prefix, a.Address)
 			all = append(all, addrs...)
-			if a.Primary.yes() {
+			if a.Primary.isTrue() {
 				flagged = append(flagged, addrs...)
 			}
 			nic.Subnets[i].Secondary = append(nic.Subnets[i].Secondary, addrs...)
 		}
 	}
 	if len(nic.Subnets) == 0 {
-		r.note("NIC %s was left out: it has no IPv4 subnet", mac)
+		r.addNote("NIC %s was left out: it has no IPv4 subnet", mac)
 		return NIC{}, false
 	}
 	if len(flagged) == 0 && len(all) > 0 {
-		flagged = []netip.Addr{r.primary(mac, all)}
+		flagged = []netip.Addr{r.guessPrimary(mac, all)}
 	}
 	for i := range nic.Subnets {
-		split(&nic.Subnets[i], flagged)
+		splitPrimary(&nic.Subnets[i], flagged)
 		r.dropReserved(mac, &nic.Subnets[i])
 	}
 	return nic, true
@@ -125,15 +125,15 @@ func (r *reading) nic(told docNIC) (NIC, bool) {
 func (r *reading) dropReserved(mac string, s *Subnet) {
 	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
 		if s.reserves(a) {
-			r.note("address %s of NIC %s was left out: Azure reserves it, as the first four and the last of subnet %s", a, mac, s.Prefix)
+			r.addNote("address %s of NIC %s was left out: Azure reserves it, as the first four and the last of subnet %s", a, mac, s.Prefix)
 			return true
 		}
 		return false
 	})
 }
 
-// macs names the NICs in a sentence.
-func macs(nics []NIC) string {
+// listMACs names the NICs in a sentence.
+func listMACs(nics []NIC) string {
 	var all []string
 	for _, n := range nics {
 		all = append(all, n.MAC)
@@ -141,11 +141,11 @@ func macs(nics []NIC) string {
 	return strings.Join(all, ", ")
 }
 
-// addrs reads one entry of an address list, which may be a block.
-func (r *reading) addrs(mac string, within netip.Prefix, text string) []netip.Addr {
+// readAddrs reads one entry of an address list, which may be a block.
+func (r *reading) readAddrs(mac string, within netip.Prefix, text string) []netip.Addr {
 	block, err := parseBlock(text)
 	if err != nil || !within.Contains(block.Addr()) || block.Bits() < within.Bits() {
-		r.note("address %q of NIC %s was left out: it is none of %s", text, mac, within)
+		r.addNote("address %q of NIC %s was left out: it is none of %s", text, mac, within)
 		return nil
 	}
 	var addrs []netip.Addr
@@ -156,25 +156,25 @@ func (r *reading) addrs(mac string, within netip.Prefix, text string) []netip.Ad
 	return addrs
 }
 
-// primary chooses a NIC's own address where the source flags none: the first,
+// guessPrimary chooses a NIC's own address where the source flags none: the first,
 // unless the host holds others of the list and not that one. DHCP gives the
-// host the primary; under cloud-init it holds them all.
-func (r *reading) primary(mac string, addrs []netip.Addr) netip.Addr {
+// host the guessPrimary; under cloud-init it holds them all.
+func (r *reading) guessPrimary(mac string, addrs []netip.Addr) netip.Addr {
 	on := r.host.Addrs[mac]
 	for _, a := range addrs {
 		if !slices.Contains(on, a) {
 			continue
 		}
 		if a != addrs[0] {
-			r.note("NIC %s lists %s first, but the host holds %s: that is taken for the NIC's own", mac, addrs[0], a)
+			r.addNote("NIC %s lists %s first, but the host holds %s: that is taken for the NIC's own", mac, addrs[0], a)
 		}
 		return a
 	}
 	return addrs[0]
 }
 
-// split takes the NIC's own addresses out of the lendable ones.
-func split(s *Subnet, own []netip.Addr) {
+// splitPrimary takes the NIC's own addresses out of the lendable ones.
+func splitPrimary(s *Subnet, own []netip.Addr) {
 	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
 		if !slices.Contains(own, a) {
 			return false
@@ -200,9 +200,9 @@ func (r *reading) choosePrimary(nics []NIC) {
 	}
 }
 
-// distinct leaves every address with one NIC: a NIC's own address is nobody
+// dropDuplicates leaves every address with one NIC: a NIC's own address is nobody
 // else's to lend, and of two NICs that list one, the first has it.
-func (r *reading) distinct(nics []NIC) {
+func (r *reading) dropDuplicates(nics []NIC) {
 	has := map[netip.Addr]string{}
 	for _, n := range nics {
 		for _, s := range n.Subnets {
@@ -217,7 +217,7 @@ func (r *reading) distinct(nics []NIC) {
 			s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
 				other, taken := has[a]
 				if taken {
-					r.note("address %s of NIC %s is left out: NIC %s lists it too", a, n.MAC, other)
+					r.addNote("address %s of NIC %s is left out: NIC %s lists it too", a, n.MAC, other)
 				}
 				has[a] = n.MAC
 				return taken

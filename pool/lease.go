@@ -24,12 +24,12 @@ func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 	if r.Prefix.IsValid() && r.Prefix != r.Prefix.Masked() || r.Range.IsValid() && r.Range != r.Range.Masked() {
 		return Lease{}, fmt.Errorf("lease for %s: %s and %s must be without host bits", r.Owner, r.Prefix, r.Range)
 	}
-	return p.lend(ctx, r)
+	return p.lendAddress(ctx, r)
 }
 
-// lend tries under the lock; what must be learnt first is learnt outside of it,
+// lendAddress tries under the lock; what must be learnt first is learnt outside of it,
 // once, and then it tries again.
-func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
+func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) {
 	for asked, again := false, false; ; {
 		has, err := p.occupied()
 		if err != nil {
@@ -37,16 +37,16 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 		}
 		var adopt, retry bool
 		var q question
-		err = p.update(ctx, "lease for "+r.Owner, func(s *state) error {
-			if adopt = p.unadopted(s); adopt {
+		err = p.updateState(ctx, "lease for "+r.Owner, func(s *state) error {
+			if adopt = p.needsAdoption(s); adopt {
 				return statefile.ErrUnchanged
 			}
-			v, err := p.view(s, has)
+			v, err := p.newView(s, has)
 			if err == nil {
-				l, err = p.pick(&v, r)
+				l, err = p.pickAddress(&v, r)
 			}
 			var ask bool
-			if q, ask = p.ponder(s, l, err); ask && !asked && !r.Known {
+			if q, ask = p.questionFor(s, l, err); ask && !asked && !r.Known {
 				asked = true
 				return statefile.ErrUnchanged
 			}
@@ -69,7 +69,7 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 		case adopt:
 			err = p.adoptLinks(ctx)
 		case q.wait > 0:
-			err = p.ask(ctx, q)
+			err = p.askSources(ctx, q)
 		case retry:
 		default:
 			return l, nil
@@ -80,24 +80,24 @@ func (p *Pool) lend(ctx context.Context, r Request) (l Lease, err error) {
 	}
 }
 
-// ponder says whether the source should be asked before l is given, or err is.
-func (p *Pool) ponder(s *state, l Lease, err error) (question, bool) {
-	q := p.aside()
+// questionFor says whether the source should be asked before l is given, or err is.
+func (p *Pool) questionFor(s *state, l Lease, err error) (question, bool) {
+	q := p.quickQuestion()
 	switch {
 	case errors.Is(err, ErrInUse):
 		return q, false // whatever the source says
 	case err != nil:
-		q = p.needed()
+		q = p.neededQuestion()
 	case l.Early:
-		q = p.scarce()
+		q = p.scarceQuestion()
 	}
-	return q, p.due(s, q)
+	return q, p.isDue(s, q)
 }
 
-func (p *Pool) view(s *state, has occupied) (view, error) {
-	a, _, ok := p.known(s)
+func (p *Pool) newView(s *state, has occupied) (view, error) {
+	a, _, ok := p.newestAnswer(s)
 	if !ok {
-		return view{}, p.silence(s)
+		return view{}, p.silenceError(s)
 	}
 	return view{state: s, answer: a, occupied: has, now: p.clock()}, nil
 }
@@ -109,8 +109,8 @@ func (p *Pool) view(s *state, has occupied) (view, error) {
 // A lease that Collect may just be judging by older news is marked, so that
 // Collect, which looks again under the lock, leaves it.
 func (p *Pool) Confirm(ctx context.Context, l Lease) error {
-	err := p.update(ctx, "confirm "+l.Addr.String(), func(s *state) error {
-		if !s.is(l) {
+	err := p.updateState(ctx, "confirm "+l.Addr.String(), func(s *state) error {
+		if !s.holds(l) {
 			return ErrGone
 		}
 		now := p.clock()
@@ -128,11 +128,11 @@ func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 	return nil
 }
 
-// Keep makes l Linkless: it turned out to be an auxiliary address. A repeat is a
+// MakeLinkless makes l Linkless: it turned out to be an auxiliary address. A repeat is a
 // success; ErrGone if l is no longer held.
-func (p *Pool) Keep(ctx context.Context, l Lease) error {
-	err := p.update(ctx, "keep "+l.Addr.String(), func(s *state) error {
-		if !s.is(l) {
+func (p *Pool) MakeLinkless(ctx context.Context, l Lease) error {
+	err := p.updateState(ctx, "keep "+l.Addr.String(), func(s *state) error {
+		if !s.holds(l) {
 			return ErrGone
 		}
 		r := s.Leases[l.Addr]
@@ -146,18 +146,18 @@ func (p *Pool) Keep(ctx context.Context, l Lease) error {
 	return nil
 }
 
-// Held returns who holds addr, if anyone does.
-func (p *Pool) Held(ctx context.Context, addr netip.Addr) (Lease, bool, error) {
-	s, err := p.read(ctx, "look for "+addr.String())
-	if err == nil && p.unadopted(&s) {
+// FindLease returns who holds addr, if anyone does.
+func (p *Pool) FindLease(ctx context.Context, addr netip.Addr) (Lease, bool, error) {
+	s, err := p.readState(ctx, "look for "+addr.String())
+	if err == nil && p.needsAdoption(&s) {
 		if err = p.adoptLinks(ctx); err == nil {
-			s, err = p.read(ctx, "look for "+addr.String())
+			s, err = p.readState(ctx, "look for "+addr.String())
 		}
 	}
 	if err != nil {
 		return Lease{}, false, fmt.Errorf("look for %s: %w", addr, err)
 	}
-	l, ok := s.lease(addr)
+	l, ok := s.leaseOf(addr)
 	if !ok {
 		return Lease{}, false, nil
 	}
@@ -169,11 +169,11 @@ func (p *Pool) Held(ctx context.Context, addr netip.Addr) (Lease, bool, error) {
 // or twice, takes nothing from anybody.
 func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool, error) {
 	released := false
-	err := p.update(ctx, "release "+addr.String(), func(s *state) error {
-		if l, ok := s.lease(addr); !ok || l.Owner != owner {
+	err := p.updateState(ctx, "release "+addr.String(), func(s *state) error {
+		if l, ok := s.leaseOf(addr); !ok || l.Owner != owner {
 			return statefile.ErrUnchanged
 		}
-		s.release(addr, p.clock(), p.cfg.CoolDown)
+		s.freeAddress(addr, p.clock(), p.cfg.CoolDown)
 		released = true
 		return nil
 	})
@@ -187,11 +187,11 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 // where one owner has many holders, Release could take what another of them got since.
 func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 	returned := false
-	err := p.update(ctx, "return "+l.Addr.String(), func(s *state) error {
-		if !s.is(l) {
+	err := p.updateState(ctx, "return "+l.Addr.String(), func(s *state) error {
+		if !s.holds(l) {
 			return statefile.ErrUnchanged
 		}
-		s.release(l.Addr, p.clock(), p.cfg.CoolDown)
+		s.freeAddress(l.Addr, p.clock(), p.cfg.CoolDown)
 		returned = true
 		return nil
 	})
@@ -208,11 +208,11 @@ func (p *Pool) ReleaseOwners(ctx context.Context, owners ...string) ([]netip.Add
 		what += fmt.Sprintf(" and %d more", more)
 	}
 	var freed []netip.Addr
-	err := p.update(ctx, what, func(s *state) error {
+	err := p.updateState(ctx, what, func(s *state) error {
 		for addr, r := range s.Leases {
 			if slices.Contains(owners, r.Owner) {
 				freed = append(freed, addr)
-				s.release(addr, p.clock(), p.cfg.CoolDown)
+				s.freeAddress(addr, p.clock(), p.cfg.CoolDown)
 			}
 		}
 		if freed == nil {

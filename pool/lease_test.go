@@ -32,10 +32,10 @@ func TestALeaseSaysWhatItIs(t *testing.T) {
 	if got != want {
 		t.Errorf("lease is %+v, not %+v", got, want)
 	}
-	if held, ok, err := p.Held(t.Context(), got.Addr); held != want || !ok || err != nil {
+	if held, ok, err := p.FindLease(t.Context(), got.Addr); held != want || !ok || err != nil {
 		t.Errorf("held is %+v, %v, %v", held, ok, err)
 	}
-	if held, ok, err := p.Held(t.Context(), addr("10.240.0.6")); held != (Lease{}) || ok || err != nil {
+	if held, ok, err := p.FindLease(t.Context(), addr("10.240.0.6")); held != (Lease{}) || ok || err != nil {
 		t.Errorf("held is %+v, %v, %v", held, ok, err)
 	}
 }
@@ -116,11 +116,11 @@ func TestRequestsThatCannotBeServedSayWhy(t *testing.T) {
 		_, err := p.Lease(t.Context(), test.r)
 		t.Run(test.name, func(t *testing.T) { wants(t, err, test.want, test.says...) })
 		if test.r.Addr.IsValid() {
-			err := p.Lendable(t.Context(), mac1, prefix("10.0.0.0/24"), test.r.Addr)
+			err := p.CheckLendable(t.Context(), mac1, prefix("10.0.0.0/24"), test.r.Addr)
 			t.Run(test.name+", by Lendable", func(t *testing.T) { wants(t, err, test.want, test.says...) })
 		}
 	}
-	if err := p.Lendable(t.Context(), mac1, prefix("10.0.0.0/24"), addr("10.0.0.6")); err != nil {
+	if err := p.CheckLendable(t.Context(), mac1, prefix("10.0.0.0/24"), addr("10.0.0.6")); err != nil {
 		t.Errorf("a free one: %v", err)
 	}
 	if _, err := p.Lease(t.Context(), Request{}); err == nil {
@@ -220,7 +220,7 @@ func TestALeaseIsConfirmedOnlyAsItWasGiven(t *testing.T) {
 	f.pass(time.Second)
 	second := p.must(t, Request{Owner: "o"})
 	wants(t, p.Confirm(t.Context(), first), ErrGone)
-	wants(t, p.Keep(t.Context(), first), ErrGone)
+	wants(t, p.MakeLinkless(t.Context(), first), ErrGone)
 	if returned, err := p.Return(t.Context(), first); err != nil || returned {
 		t.Errorf("a lease that has ended is returned: %v, %v", returned, err)
 	}
@@ -287,7 +287,7 @@ func TestCollectEndsLeakedLeasesOnly(t *testing.T) {
 	p.must(t, Request{Owner: "linkless", Linkless: true})
 	kept := p.must(t, Request{Owner: "kept"})
 	renewed, confirmed := p.must(t, Request{Owner: "renewed"}), p.must(t, Request{Owner: "confirmed"})
-	if err := p.Keep(t.Context(), kept); err != nil {
+	if err := p.MakeLinkless(t.Context(), kept); err != nil {
 		t.Fatal(err)
 	}
 	f.pass(grace)
@@ -302,13 +302,13 @@ func TestCollectEndsLeakedLeasesOnly(t *testing.T) {
 	if diff := cmp.Diff([]Lease{leaked}, got, compareAddr); err != nil || diff != "" {
 		t.Errorf("collected (-want +got): %v\n%s", err, diff)
 	}
-	if _, ok, _ := p.Held(t.Context(), leaked.Addr); ok {
+	if _, ok, _ := p.FindLease(t.Context(), leaked.Addr); ok {
 		t.Error("still held")
 	}
 	boom := errors.New("no netlink")
 	_, err = p.Collect(t.Context(), func(context.Context) (map[netip.Addr]bool, error) { return nil, boom })
 	wants(t, err, boom)
-	if _, ok, _ := p.Held(t.Context(), linked.Addr); !ok {
+	if _, ok, _ := p.FindLease(t.Context(), linked.Addr); !ok {
 		t.Error("released without proof")
 	}
 }
@@ -362,7 +362,7 @@ func TestALostFileIsRebuiltFromLinks(t *testing.T) {
 			if l := p.must(t, Request{Owner: "new"}); l.Addr != addr("10.0.0.6") {
 				t.Errorf("lent %s", l.Addr)
 			}
-			if l, ok, err := p.Held(t.Context(), running.Addr); !ok || l.Owner != "running" || l.Since == 0 || l.Prefix != prefix("10.0.0.0/24") || err != nil {
+			if l, ok, err := p.FindLease(t.Context(), running.Addr); !ok || l.Owner != "running" || l.Since == 0 || l.Prefix != prefix("10.0.0.0/24") || err != nil {
 				t.Errorf("held is %+v, %v, %v", l, ok, err)
 			}
 			if asked != 2 {
@@ -371,7 +371,7 @@ func TestALostFileIsRebuiltFromLinks(t *testing.T) {
 			if err := p.Adopt(t.Context(), []Lease{{Addr: addr("10.0.0.6"), Owner: "thief"}, {}}); err != nil {
 				t.Fatal(err)
 			}
-			if l, _, _ := p.Held(t.Context(), addr("10.0.0.6")); l.Owner != "new" {
+			if l, _, _ := p.FindLease(t.Context(), addr("10.0.0.6")); l.Owner != "new" {
 				t.Errorf("adopt gave it to %s", l.Owner)
 			}
 		})

@@ -101,7 +101,7 @@ func TestALeaseThatWasTakenOutOfTheFile(t *testing.T) {
 		}
 	}
 	for owner, l := range map[string]Lease{"lost": lost, "kept": kept} {
-		if now, ok, err := p.Held(t.Context(), l.Addr); !ok || now.Owner != owner || err != nil {
+		if now, ok, err := p.FindLease(t.Context(), l.Addr); !ok || now.Owner != owner || err != nil {
 			t.Errorf("%s is held by %+v, %v", l.Addr, now, err)
 		}
 	}

@@ -17,8 +17,8 @@ import (
 // longer than any deadline between a lease and its link.
 const grace = 5 * time.Minute
 
-// unadopted says that the file may lack leases that links prove.
-func (p *Pool) unadopted(s *state) bool { return !s.Adopted && p.cfg.Links != nil }
+// needsAdoption says that the file may lack leases that links prove.
+func (p *Pool) needsAdoption(s *state) bool { return !s.Adopted && p.cfg.Links != nil }
 
 func (p *Pool) adoptLinks(ctx context.Context) error {
 	leases, err := p.cfg.Links(ctx)
@@ -41,7 +41,7 @@ func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
 // after the leases were read: a link goes before its lease does, so a link that is there
 // later has lost its lease.
 func (p *Pool) AdoptLost(ctx context.Context, proven func(context.Context) ([]Lease, error)) ([]Lease, error) {
-	seen, err := p.read(ctx, "adopt")
+	seen, err := p.readState(ctx, "adopt")
 	if err != nil {
 		return nil, fmt.Errorf("adopt leases: %w", err)
 	}
@@ -58,7 +58,7 @@ func (p *Pool) AdoptLost(ctx context.Context, proven func(context.Context) ([]Le
 
 // adopt returns the leases that were not held.
 func (p *Pool) adopt(ctx context.Context, leases []Lease) (lost []Lease, err error) {
-	err = p.update(ctx, "adopt", func(s *state) error {
+	err = p.updateState(ctx, "adopt", func(s *state) error {
 		s.Adopted = true
 		for _, l := range leases {
 			if _, ok := s.Leases[l.Addr]; ok || !l.Addr.IsValid() || l.Owner == "" {
@@ -85,7 +85,7 @@ func (p *Pool) adopt(ctx context.Context, leases []Lease) (lost []Lease, err err
 // late, confirmed. attached is called without the pool's lock, and after the leases were read; one that
 // changed since, or was confirmed, is not judged.
 func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[netip.Addr]bool, error)) ([]Lease, error) {
-	seen, err := p.read(ctx, "collect")
+	seen, err := p.readState(ctx, "collect")
 	if err != nil {
 		return nil, fmt.Errorf("collect leases: %w", err)
 	}
@@ -105,14 +105,14 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 		return nil, fmt.Errorf("collect leases: list what is attached: %w", err)
 	}
 	var leaked []Lease
-	err = p.update(ctx, "collect", func(s *state) error {
+	err = p.updateState(ctx, "collect", func(s *state) error {
 		for addr, r := range suspects {
 			if links[addr] || s.Leases[addr] != r {
 				continue
 			}
-			l, _ := s.lease(addr)
+			l, _ := s.leaseOf(addr)
 			leaked = append(leaked, l)
-			s.release(addr, p.clock(), p.cfg.CoolDown)
+			s.freeAddress(addr, p.clock(), p.cfg.CoolDown)
 		}
 		if leaked == nil {
 			return statefile.ErrUnchanged

@@ -64,8 +64,8 @@ type imdsNIC struct {
 	} `json:"ipv4"`
 }
 
-// all are the interfaces at every level.
-func (d imdsDocument) all() []imdsNIC {
+// allNICs are the interfaces at every level.
+func (d imdsDocument) allNICs() []imdsNIC {
 	nics := append(d.Network.NICs, d.NICs...)
 	if d.MAC != "" {
 		nics = append(nics, d.imdsNIC)
@@ -90,32 +90,32 @@ func (l *loose) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
-func (l loose) yes() bool {
+func (l loose) isTrue() bool {
 	yes, _ := strconv.ParseBool(strings.ToLower(strings.TrimSpace(string(l))))
 	return yes
 }
 
-// unmarked is a body without a byte order mark, and without blanks around it.
-func unmarked(body []byte) []byte {
+// trimBody is a body without a byte order mark, and without blanks around it.
+func trimBody(body []byte) []byte {
 	return bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(body), []byte("\ufeff")))
 }
 
-// squeezed is a value without blanks, which some hosts and people put into prefixes and
+// withoutBlanks is a value without blanks, which some hosts and people put into prefixes and
 // addresses.
-func squeezed(text string) string { return strings.Join(strings.Fields(text), "") }
+func withoutBlanks(text string) string { return strings.Join(strings.Fields(text), "") }
 
 func parseXML(body []byte) (d document, err error) {
-	x := xml.NewDecoder(bytes.NewReader(unmarked(body)))
+	x := xml.NewDecoder(bytes.NewReader(trimBody(body)))
 	x.CharsetReader = func(_ string, r io.Reader) (io.Reader, error) { return r, nil } // it is ASCII, whatever it declares
 	if err := x.Decode(&d); err != nil {
-		return document{}, unlike(body, "XML", err)
+		return document{}, wrongFormat(body, "XML", err)
 	}
 	return d, nil
 }
 
 func parseFile(body []byte) (d document, err error) {
-	if err := json.Unmarshal(unmarked(body), &d); err != nil {
-		return document{}, unlike(body, "JSON", err)
+	if err := json.Unmarshal(trimBody(body), &d); err != nil {
+		return document{}, wrongFormat(body, "JSON", err)
 	}
 	return d, nil
 }
@@ -123,27 +123,27 @@ func parseFile(body []byte) (d document, err error) {
 func parseIMDS(body []byte) (document, error) {
 	var told imdsDocument
 	var into any = &told
-	if bytes.HasPrefix(unmarked(body), []byte("[")) {
+	if bytes.HasPrefix(trimBody(body), []byte("[")) {
 		into = &told.NICs
 	}
-	if err := json.Unmarshal(unmarked(body), into); err != nil {
-		return document{}, unlike(body, "JSON", err)
+	if err := json.Unmarshal(trimBody(body), into); err != nil {
+		return document{}, wrongFormat(body, "JSON", err)
 	}
 	var d document
-	for _, n := range told.all() {
+	for _, n := range told.allNICs() {
 		nic := docNIC{MAC: n.MAC}
 		var prefixes []netip.Prefix
 		for _, s := range n.IPv4.Subnets {
 			text := s.Address
-			if length := squeezed(string(s.Prefix)); length != "" {
+			if length := withoutBlanks(string(s.Prefix)); length != "" {
 				text += "/" + length
 			}
-			prefix, _ := parsePrefix(text) // invalid: contains nothing, and is noted later
+			prefix, _ := parseSubnet(text) // invalid: contains nothing, and is noted later
 			prefixes = append(prefixes, prefix)
 			nic.Subnets = append(nic.Subnets, docSubnet{Prefix: text})
 		}
 		for _, a := range n.IPv4.Addrs {
-			addr, _ := netip.ParseAddr(squeezed(a.Private))
+			addr, _ := netip.ParseAddr(withoutBlanks(a.Private))
 			in := max(0, slices.IndexFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) }))
 			if len(nic.Subnets) > 0 { // an address of no subnet goes to the first, where it is noted
 				nic.Subnets[in].Addrs = append(nic.Subnets[in].Addrs, docAddr{Address: a.Private})
@@ -154,9 +154,9 @@ func parseIMDS(body []byte) (document, error) {
 	return d, nil
 }
 
-// unlike says what came instead of want.
-func unlike(body []byte, want string, err error) error {
-	head := unmarked(body)
+// wrongFormat says what came instead of want.
+func wrongFormat(body []byte, want string, err error) error {
+	head := trimBody(body)
 	if len(head) == 0 {
 		return fmt.Errorf("it sent nothing, not %s", want)
 	}
@@ -174,7 +174,7 @@ func unlike(body []byte, want string, err error) error {
 // parseMAC brings 12 hex digits, with or without separators, into the form
 // 00:0d:3a:04:75:98.
 func parseMAC(text string) (string, error) {
-	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(squeezed(text)))
+	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(withoutBlanks(text)))
 	if _, err := strconv.ParseUint(digits, 16, 48); err != nil || len(digits) != 12 {
 		return "", fmt.Errorf("%q is no MAC address such as 00:0d:3a:04:75:98", text)
 	}
@@ -185,9 +185,9 @@ func parseMAC(text string) (string, error) {
 	return strings.Join(pairs, ":"), nil
 }
 
-// parsePrefix takes a missing length for 24, as IMDS documents it.
-func parsePrefix(text string) (netip.Prefix, error) {
-	text = squeezed(text)
+// parseSubnet takes a missing length for 24, as IMDS documents it.
+func parseSubnet(text string) (netip.Prefix, error) {
+	text = withoutBlanks(text)
 	if !strings.Contains(text, "/") {
 		text += "/24"
 	}
@@ -198,7 +198,7 @@ func parsePrefix(text string) (netip.Prefix, error) {
 // parseBlock reads an address, or a block of them: 10.0.0.16/28 is the NIC's
 // whole. Nothing larger than a /24 is taken for a block.
 func parseBlock(text string) (netip.Prefix, error) {
-	text = squeezed(text)
+	text = withoutBlanks(text)
 	if addr, err := netip.ParseAddr(text); err == nil {
 		return netip.PrefixFrom(addr, addr.BitLen()), nil
 	}
@@ -209,8 +209,8 @@ func parseBlock(text string) (netip.Prefix, error) {
 	return p, err
 }
 
-// primaryFirst orders NICs as every search through them expects.
-func primaryFirst(nics []NIC) {
+// sortPrimaryFirst orders NICs as every search through them expects.
+func sortPrimaryFirst(nics []NIC) {
 	slices.SortStableFunc(nics, func(a, b NIC) int {
 		rank := map[bool]int{true: 0, false: 1}
 		return cmp.Compare(rank[a.Primary], rank[b.Primary])

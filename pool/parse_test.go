@@ -117,7 +117,7 @@ func TestWhatIsUnderstood(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			nics, notes, err := interpret(d, test.host)
+			nics, notes, err := interpretDocument(d, test.host)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -138,7 +138,7 @@ func TestWhatIsUnderstood(t *testing.T) {
 
 // What must hold of every answer that is taken, whatever was sent.
 func check(t *testing.T, d document) {
-	nics, notes, err := interpret(d, host{})
+	nics, notes, err := interpretDocument(d, host{})
 	if err != nil {
 		return
 	}

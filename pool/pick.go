@@ -31,67 +31,67 @@ type occupied struct {
 type standing int
 
 const (
-	fresh   standing = iota // never lent
-	rested                  // lent before, long enough ago
-	cooling                 // lent until lately
-	held                    // by an owner
-	onHost                  // by an interface of the host
-	led                     // by nobody's lease, and a route leads to it: a container has it that no lease tells of
+	isFresh   standing = iota // never lent
+	isRested                  // lent before, long enough ago
+	isCooling                 // lent until lately
+	isHeld                    // by an owner
+	isOnHost                  // by an interface of the host
+	isLed                     // by nobody's lease, and a route leads to it: a container has it that no lease tells of
 )
 
-func (v *view) standing(a netip.Addr) standing {
+func (v *view) standingOf(a netip.Addr) standing {
 	if _, ok := v.Leases[a]; ok {
-		return held
+		return isHeld
 	}
 	if _, ok := v.onHost[a]; ok {
-		return onHost
+		return isOnHost
 	}
 	if _, ok := v.led[a]; ok {
-		return led
+		return isLed
 	}
 	r, ok := v.Freed[a]
 	switch {
 	case !ok:
-		return fresh
+		return isFresh
 	case v.now >= r.Until:
-		return rested
+		return isRested
 	}
-	return cooling
+	return isCooling
 }
 
-// pick chooses the address for r: one never lent, else the one released longest
+// pickAddress chooses the address for r: one never lent, else the one released longest
 // ago, which among cooling addresses is the last resort.
-func (p *Pool) pick(v *view, r Request) (Lease, error) {
-	nic, sub, err := find(v.answer.NICs, r.MAC, r.Prefix)
+func (p *Pool) pickAddress(v *view, r Request) (Lease, error) {
+	nic, sub, err := findSubnet(v.answer.NICs, r.MAC, r.Prefix)
 	if err != nil {
 		return Lease{}, err
 	}
 	l := Lease{Addr: r.Addr, Owner: r.Owner, MAC: nic.MAC, Prefix: sub.Prefix, Since: v.now, Pod: r.Pod, Linkless: r.Linkless}
 	if r.Addr.IsValid() {
-		return l, p.lendable(v, nic, sub, r.Addr)
+		return l, p.checkLendable(v, nic, sub, r.Addr)
 	}
 	if r.Range.IsValid() && (r.Range.Bits() < sub.Prefix.Bits() || !sub.Prefix.Contains(r.Range.Addr())) {
 		return l, fmt.Errorf("range %s: %w: it does not lie in subnet %s", r.Range, ErrNotOurs, sub.Prefix)
 	}
-	best := held
+	best := isHeld
 	for _, a := range sub.Secondary {
 		if r.Range.IsValid() && !r.Range.Contains(a) {
 			continue
 		}
-		if is := v.standing(a); is < best || is == best && is != fresh && v.Freed[a].At < v.Freed[l.Addr].At {
+		if is := v.standingOf(a); is < best || is == best && is != isFresh && v.Freed[a].At < v.Freed[l.Addr].At {
 			best, l.Addr = is, a
 		}
 	}
-	if best >= held {
-		return l, p.exhausted(v, nic, sub, r.Range)
+	if best >= isHeld {
+		return l, p.explainExhausted(v, nic, sub, r.Range)
 	}
-	l.Early = best == cooling
+	l.Early = best == isCooling
 	return l, nil
 }
 
-// lendable says whether the address that was asked for can be given. That it
+// checkLendable says whether the address that was asked for can be given. That it
 // cools is no reason: who asks by name had it before, or knows.
-func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
+func (p *Pool) checkLendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 	if l, ok := v.Leases[a]; ok {
 		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Holder())
 	}
@@ -108,11 +108,11 @@ func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 		return fmt.Errorf("address %s: %w: Azure reserves it, as the first four and the last of subnet %s", a, ErrNotOurs, sub.Prefix)
 	}
 	if slices.Contains(sub.Secondary, a) {
-		switch v.standing(a) {
-		case onHost:
-			return fmt.Errorf("address %s: %w: %s", a, ErrNotOurs, p.hostHas([]string{a.String()}, v.onHost[a]))
-		case led:
-			return fmt.Errorf("%w: %s", ErrInUse, v.isLed(a))
+		switch v.standingOf(a) {
+		case isOnHost:
+			return fmt.Errorf("address %s: %w: %s", a, ErrNotOurs, p.describeOnHost([]string{a.String()}, v.onHost[a]))
+		case isLed:
+			return fmt.Errorf("%w: %s", ErrInUse, v.describeLed(a))
 		}
 		return nil
 	}
@@ -125,7 +125,7 @@ func (p *Pool) lendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 		}
 	}
 	return fmt.Errorf("address %s: %w: NIC %s has no ipconfig with it%s; add one: %s --private-ip-address %s",
-		a, ErrNotOurs, nic.MAC, p.lag(v), addCommand, a)
+		a, ErrNotOurs, nic.MAC, p.describeAge(v), addCommand, a)
 }
 
 func ownAddress(a netip.Addr, nic NIC) error {
@@ -134,43 +134,43 @@ func ownAddress(a netip.Addr, nic NIC) error {
 
 const addCommand = "az network nic ip-config create -g GROUP --nic-name NIC -n NAME"
 
-// exhausted says why nothing can be lent, and what helps: each case has another
+// explainExhausted says why nothing can be lent, and what helps: each case has another
 // remedy.
-func (p *Pool) exhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) error {
-	c := v.census(nic.MAC, sub)
+func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) error {
+	c := v.countSubnet(nic.MAC, sub)
 	where := fmt.Sprintf("NIC %s in subnet %s", nic.MAC, sub.Prefix)
 	if len(sub.Secondary) == 0 {
 		return fmt.Errorf("%w: %s has %s and no secondary one%s; add some: %s",
-			ErrExhausted, where, plural(c.Configs, "ipconfig"), p.lag(v), addCommand)
+			ErrExhausted, where, plural(c.Configs, "ipconfig"), p.describeAge(v), addCommand)
 	}
 	counts := fmt.Sprintf("%s has %s", where, c)
-	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.standing(a) == led }); i >= 0 {
-		counts += " (" + v.isLed(sub.Secondary[i]) + ")"
+	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.standingOf(a) == isLed }); i >= 0 {
+		counts += " (" + v.describeLed(sub.Secondary[i]) + ")"
 	}
 	var on []string
 	var dev string
 	for _, a := range sub.Secondary {
-		if v.standing(a) == onHost {
+		if v.standingOf(a) == isOnHost {
 			on, dev = append(on, a.String()), v.onHost[a]
 		}
 	}
 	switch {
 	case c.Free+c.Cooling > 0:
 		return fmt.Errorf("%w in range %s: %s%s; widen the range, or add an ipconfig in it: %s --private-ip-address ADDRESS",
-			ErrExhausted, within, counts, p.lag(v), addCommand)
+			ErrExhausted, within, counts, p.describeAge(v), addCommand)
 	case len(on) > 0:
-		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.hostHas(on, dev))
+		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.describeOnHost(on, dev))
 	}
-	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.lag(v), addCommand)
+	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.describeAge(v), addCommand)
 }
 
-// isLed tells of an address that a container has without a lease.
-func (v *view) isLed(a netip.Addr) string {
+// describeLed tells of an address that a container has without a lease.
+func (v *view) describeLed(a netip.Addr) string {
 	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.led[a]))
 }
 
-// hostHas tells of addresses that an interface of the host holds.
-func (p *Pool) hostHas(addrs []string, dev string) string {
+// describeOnHost tells of addresses that an interface of the host holds.
+func (p *Pool) describeOnHost(addrs []string, dev string) string {
 	text := strings.Join(addrs[:min(len(addrs), 3)], ", ")
 	if more := len(addrs) - 3; more > 0 {
 		text += fmt.Sprintf(" and %d more", more)
@@ -183,9 +183,9 @@ func (p *Pool) hostHas(addrs []string, dev string) string {
 	return text + ": " + cmp.Or(remedy, "set reclaim=on") + `, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
 }
 
-// lag warns, within an error, that the list may be old.
-func (p *Pool) lag(v *view) string {
-	f := p.failures(v.state)
+// describeAge warns, within an error, that the list may be old.
+func (p *Pool) describeAge(v *view) string {
+	f := p.describeFailures(v.state)
 	age := v.now - v.answer.At
 	switch {
 	case f == "":

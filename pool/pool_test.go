@@ -184,12 +184,12 @@ func TestNewRefuses(t *testing.T) {
 func TestKnownAsksNobody(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 3), nic(mac2, "10.1.0.0/24", 2))
 	p := newPool(t, f)
-	if _, err := p.Known(t.Context()); !errors.Is(err, ErrSource) || f.questions() != 0 {
+	if _, err := p.KnownNICs(t.Context()); !errors.Is(err, ErrSource) || f.questions() != 0 {
 		t.Errorf("of a new VM: %v after %d questions", err, f.questions())
 	}
 	p.must(t, Request{Owner: "o"})
 	f.pass(time.Hour)
-	nics, err := p.Known(t.Context())
+	nics, err := p.KnownNICs(t.Context())
 	if err != nil || len(nics) != 2 || nics[0].MAC != mac1 || nics[1].MAC != mac2 || f.questions() != 1 {
 		t.Errorf("known are %+v after %d questions: %v", nics, f.questions(), err)
 	}

@@ -107,7 +107,7 @@ func Test200ProcessesAtOnceHave200Addresses(t *testing.T) {
 	if len(has) != 200 || f.questions() > most {
 		t.Errorf("%d addresses, %d questions", len(has), f.questions())
 	}
-	s, err := p.read(t.Context(), "test")
+	s, err := p.readState(t.Context(), "test")
 	if err != nil || len(s.Leases) != 200 {
 		t.Errorf("%d leases, %v", len(s.Leases), err)
 	}
@@ -144,12 +144,12 @@ func TestKilledProcessesShareNoAddress(t *testing.T) {
 	}
 	wg.Wait()
 	start := time.Now()
-	s, err := p.read(t.Context(), "test")
+	s, err := p.readState(t.Context(), "test")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for a, owner := range certain {
-		if l, _ := s.lease(addr(a)); l.Owner != owner {
+		if l, _ := s.leaseOf(addr(a)); l.Owner != owner {
 			t.Errorf("%s told that %s has it; it is held by %q", a, owner, l.Owner)
 		}
 	}
@@ -292,10 +292,10 @@ func TestAnyOrderOfCalls(t *testing.T) {
 				f.pass(time.Minute) // and it is heard
 			},
 			"": func(*rapid.T) {
-				s, err := base.at(dir).read(ctx, "test")
+				s, err := base.at(dir).readState(ctx, "test")
 				got := map[netip.Addr]Lease{}
 				for a := range s.Leases {
-					got[a], _ = s.lease(a)
+					got[a], _ = s.leaseOf(a)
 				}
 				if diff := cmp.Diff(model, got, compareState); err != nil || diff != "" {
 					rt.Fatalf("%v; leases (-want +got):\n%s", err, diff)

@@ -46,36 +46,36 @@ func sourcesOf(name, queryURL string) ([]source, error) {
 	}
 	switch {
 	case name == "" || name == "auto":
-		return []source{wireServer(queryURL), imds("")}, nil
+		return []source{wireServerSource(queryURL), imdsSource("")}, nil
 	case name == "wireserver":
-		return []source{wireServer(queryURL)}, nil
+		return []source{wireServerSource(queryURL)}, nil
 	case name == "imds":
-		return []source{imds(queryURL)}, nil
+		return []source{imdsSource(queryURL)}, nil
 	case filepath.IsAbs(name) && queryURL == "":
-		return []source{file(name)}, nil
+		return []source{fileSource(name)}, nil
 	case filepath.IsAbs(name):
 		return nil, fmt.Errorf("source %s is a file, which has no query URL: leave out the URL, or name another source", name)
 	}
 	return nil, fmt.Errorf("source %q is none of auto, wireserver, imds, or the absolute path of a file", name)
 }
 
-func wireServer(at string) source {
+func wireServerSource(at string) source {
 	if at == "" {
 		at = wireServerURL
 	}
-	return source{"wireserver", func(ctx context.Context) ([]byte, error) { return get(ctx, at, nil) }, parseXML}
+	return source{"wireserver", func(ctx context.Context) ([]byte, error) { return getBody(ctx, at, nil) }, parseXML}
 }
 
-func imds(at string) source {
+func imdsSource(at string) source {
 	if at == "" {
 		at = imdsURL
 	}
 	header := http.Header{"Metadata": {"true"}}
 	return source{"imds", func(ctx context.Context) ([]byte, error) {
-		body, err := get(ctx, at, header)
+		body, err := getBody(ctx, at, header)
 		var status *statusError
 		if errors.As(err, &status) && status.code == http.StatusBadRequest {
-			return get(ctx, olderAPI(at), header)
+			return getBody(ctx, olderAPI(at), header)
 		}
 		return body, err
 	}, parseIMDS}
@@ -92,7 +92,7 @@ func olderAPI(at string) string {
 	return u.String()
 }
 
-func file(path string) source {
+func fileSource(path string) source {
 	return source{path, func(context.Context) ([]byte, error) {
 		f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // else a FIFO keeps all waiting
 		if err != nil {
@@ -108,9 +108,9 @@ func file(path string) source {
 	}, parseFile}
 }
 
-// client goes straight to the host under the VM: these addresses are link
+// newClient goes straight to the host under the VM: these addresses are link
 // local, and a proxy or a redirect would ask another machine about its own.
-func client() *http.Client {
+func newClient() *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			DialContext:        (&net.Dialer{}).DialContext,
@@ -121,14 +121,14 @@ func client() *http.Client {
 	}
 }
 
-// get asks until an answer comes, the refusal is final or ctx would be done
+// getBody asks until an answer comes, the refusal is final or ctx would be done
 // before the next try.
-func get(ctx context.Context, at string, header http.Header) (body []byte, err error) {
+func getBody(ctx context.Context, at string, header http.Header) (body []byte, err error) {
 	pause := 100 * time.Millisecond
 	for try := 1; ; try++ {
-		body, err = getOnce(ctx, at, header)
+		body, err = getBodyOnce(ctx, at, header)
 		var status *statusError
-		if !errors.As(err, &status) || !status.passing() || try == tries {
+		if !errors.As(err, &status) || !status.mayPass() || try == tries {
 			return body, err
 		}
 		wait := max(pause, status.after)
@@ -144,7 +144,7 @@ func get(ctx context.Context, at string, header http.Header) (body []byte, err e
 	}
 }
 
-func getOnce(ctx context.Context, at string, header http.Header) ([]byte, error) {
+func getBodyOnce(ctx context.Context, at string, header http.Header) ([]byte, error) {
 	// 102 is a final answer of the host agent, though HTTP has it announce another.
 	var processing *statusError
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
@@ -164,12 +164,12 @@ func getOnce(ctx context.Context, at string, header http.Header) ([]byte, error)
 		req.Header[k] = v
 	}
 	start := time.Now()
-	resp, err := client().Do(req)
+	resp, err := newClient().Do(req)
 	if processing != nil {
 		return nil, processing
 	}
 	if err != nil {
-		return nil, explain(err, at, time.Since(start))
+		return nil, explainNoAnswer(err, at, time.Since(start))
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -179,7 +179,7 @@ func getOnce(ctx context.Context, at string, header http.Header) ([]byte, error)
 	}
 	body, err := readBody(resp.Body)
 	if err != nil {
-		return nil, explain(err, at, time.Since(start))
+		return nil, explainNoAnswer(err, at, time.Since(start))
 	}
 	return body, nil
 }
@@ -197,8 +197,8 @@ func readBody(r io.Reader) ([]byte, error) {
 	return body, nil
 }
 
-// explain words what happened on the way.
-func explain(err error, at string, took time.Duration) error {
+// explainNoAnswer words what happened on the way.
+func explainNoAnswer(err error, at string, took time.Duration) error {
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err // the URL is said here, once and without Get
@@ -232,8 +232,8 @@ func (e *statusError) Error() string {
 	return text
 }
 
-// passing says that the same question may be answered later.
-func (e *statusError) passing() bool {
+// mayPass says that the same question may be answered later.
+func (e *statusError) mayPass() bool {
 	switch e.code {
 	case http.StatusProcessing, http.StatusNotFound, http.StatusGone, http.StatusTooManyRequests:
 		return true

@@ -267,7 +267,7 @@ func TestACancelledCallerRecordsNoFailure(t *testing.T) {
 	if _, err := p.NICs(ctx); err == nil || ctx.Err() == nil {
 		t.Fatal(err)
 	}
-	if s, err := p.read(t.Context(), "test"); err != nil || len(s.Answers) != 0 {
+	if s, err := p.readState(t.Context(), "test"); err != nil || len(s.Answers) != 0 {
 		t.Errorf("answers are %+v, %v", s.Answers, err)
 	}
 }
@@ -314,7 +314,7 @@ func TestAutoFallsBackAndWarnsOfDisagreement(t *testing.T) {
 	p := newPool(t, agent)
 	srv := httptest.NewServer(other)
 	defer srv.Close()
-	p.sources = append(p.sources, source{"imds", wireServer(srv.URL).fetch, parseXML})
+	p.sources = append(p.sources, source{"imds", wireServerSource(srv.URL).fetch, parseXML})
 	p.must(t, Request{Owner: "o"})
 	if other.questions() != 0 {
 		t.Error("IMDS was asked while the host agent answered")

@@ -16,7 +16,7 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-const version = 1 // of leases.json
+const stateVersion = 1 // of leases.json
 
 // state is leases.json. Times are of CLOCK_BOOTTIME, in ns: they go on through
 // clock steps and suspend, and mean nothing in another boot. Fields are only
@@ -80,8 +80,8 @@ type rest struct {
 // It accepts negative times: see state. An answer that is absurd costs itself only:
 // see begin.
 func (s *state) Check() error {
-	if s.Version != version {
-		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, version)
+	if s.Version != stateVersion {
+		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, stateVersion)
 	}
 	for addr, r := range s.Leases {
 		switch {
@@ -91,50 +91,50 @@ func (s *state) Check() error {
 			return fmt.Errorf("it has a lease of %s without an owner", addr)
 		case r.Prefix.IsValid() && !r.Prefix.Addr().Is4():
 			return fmt.Errorf("it has a lease of %s in %s", addr, r.Prefix)
-		case !plausible(r.Since, r.Confirmed):
+		case !arePlausible(r.Since, r.Confirmed):
 			return fmt.Errorf("it has a lease of %s of centuries ago or ahead", addr)
 		}
 	}
 	for addr, r := range s.Freed {
-		if !addr.Is4() || !plausible(r.At, r.Until) {
+		if !addr.Is4() || !arePlausible(r.At, r.Until) {
 			return fmt.Errorf("it has %s freed at %v, and cooling until %v", addr, r.At, r.Until)
 		}
 	}
 	return nil
 }
 
-// plausible reports whether times are within a century of the boot. So no difference of
+// arePlausible reports whether times are within a century of the boot. So no difference of
 // two of them overflows.
-func plausible(times ...time.Duration) bool {
+func arePlausible(times ...time.Duration) bool {
 	const century = 100 * 365 * 24 * time.Hour
 	return !slices.ContainsFunc(times, func(t time.Duration) bool { return t < -century || t > century })
 }
 
-// absurd reports whether no program writes such an answer.
-func (a answer) absurd() bool {
-	return !plausible(a.At, a.FailedAt) || slices.ContainsFunc(a.NICs, func(n NIC) bool {
+// isAbsurd reports whether no program writes such an answer.
+func (a answer) isAbsurd() bool {
+	return !arePlausible(a.At, a.FailedAt) || slices.ContainsFunc(a.NICs, func(n NIC) bool {
 		mac, err := parseMAC(n.MAC)
-		return err != nil || mac != n.MAC || len(n.Subnets) == 0 || slices.ContainsFunc(n.Subnets, Subnet.absurd)
+		return err != nil || mac != n.MAC || len(n.Subnets) == 0 || slices.ContainsFunc(n.Subnets, Subnet.isAbsurd)
 	})
 }
 
-func (s Subnet) absurd() bool {
+func (s Subnet) isAbsurd() bool {
 	outside := func(a netip.Addr) bool { return !s.Prefix.Contains(a) }
 	return !s.Prefix.Addr().Is4() || s.Prefix != s.Prefix.Masked() || s.Primary.IsValid() && outside(s.Primary) || slices.ContainsFunc(s.Secondary, outside)
 }
 
-// begin makes a new state usable and voids what another boot left: a /run that
+// beginBoot makes a new state usable and voids what another boot left: a /run that
 // is a disk. The NICs that the sources told may still be true. When they were
 // told is not known in this boot's time, and a failure of then says nothing now.
 //
 // An absurd answer is forgotten: its source is asked again, and the leases stay.
-func (s *state) begin(boot string) {
-	maps.DeleteFunc(s.Answers, func(_ string, a answer) bool { return a.absurd() })
+func (s *state) beginBoot(boot string) {
+	maps.DeleteFunc(s.Answers, func(_ string, a answer) bool { return a.isAbsurd() })
 	if s.Boot != boot {
 		for name, a := range s.Answers {
 			s.Answers[name] = answer{NICs: a.NICs, Notes: a.Notes}
 		}
-		*s = state{Version: version, Boot: boot, Answers: s.Answers}
+		*s = state{Version: stateVersion, Boot: boot, Answers: s.Answers}
 	}
 	if s.Answers == nil {
 		s.Answers = map[string]answer{}
@@ -147,30 +147,30 @@ func (s *state) begin(boot string) {
 	}
 }
 
-// lease returns who holds addr.
-func (s *state) lease(addr netip.Addr) (Lease, bool) {
+// leaseOf returns who holds addr.
+func (s *state) leaseOf(addr netip.Addr) (Lease, bool) {
 	r, ok := s.Leases[addr]
 	r.Lease.Addr = addr
 	return r.Lease, ok
 }
 
-// is says that l is held as it was given.
-func (s *state) is(l Lease) bool {
+// holds says that l is held as it was given.
+func (s *state) holds(l Lease) bool {
 	r, ok := s.Leases[l.Addr]
 	return ok && r.Owner == l.Owner && r.Since == l.Since
 }
 
-// release frees addr, which rests now.
-func (s *state) release(addr netip.Addr, now, coolDown time.Duration) {
+// freeAddress frees addr, which rests now.
+func (s *state) freeAddress(addr netip.Addr, now, coolDown time.Duration) {
 	delete(s.Leases, addr)
 	s.Freed[addr] = rest{At: now, Until: now + max(coolDown, 0)}
 }
 
-// forget drops rested addresses that no source lists any more.
-func (s *state) forget(now time.Duration) {
+// forgetUnlisted drops rested addresses that no source lists any more.
+func (s *state) forgetUnlisted(now time.Duration) {
 	var listed []map[netip.Addr]bool
 	for _, a := range s.Answers {
-		listed = append(listed, secondaries(a.NICs))
+		listed = append(listed, secondarySet(a.NICs))
 	}
 	for addr, r := range s.Freed {
 		gone := !slices.ContainsFunc(listed, func(set map[netip.Addr]bool) bool { return set[addr] })
@@ -180,28 +180,28 @@ func (s *state) forget(now time.Duration) {
 	}
 }
 
-// update changes the state under its lock. what names the call for those who
+// updateState changes the state under its lock. what names the call for those who
 // wait. A file that cannot be read is set aside and a new one begun.
-func (p *Pool) update(ctx context.Context, what string, change func(*state) error) error {
-	return p.rebuilt(ctx, what, func(boot, who string) error {
+func (p *Pool) updateState(ctx context.Context, what string, change func(*state) error) error {
+	return p.retryRebuilt(ctx, what, func(boot, who string) error {
 		return statefile.Update(ctx, p.path, who, func(s *state) error {
-			s.begin(boot)
+			s.beginBoot(boot)
 			return change(s)
 		})
 	})
 }
 
-// read returns the state as it stands, without the lock.
-func (p *Pool) read(ctx context.Context, what string) (s state, err error) {
-	err = p.rebuilt(ctx, what, func(boot, _ string) (err error) {
+// readState returns the state as it stands, without the lock.
+func (p *Pool) readState(ctx context.Context, what string) (s state, err error) {
+	err = p.retryRebuilt(ctx, what, func(boot, _ string) (err error) {
 		s, err = statefile.Read[state](p.path)
-		s.begin(boot)
+		s.beginBoot(boot)
 		return err
 	})
 	return s, err
 }
 
-func (p *Pool) rebuilt(ctx context.Context, what string, use func(boot, who string) error) error {
+func (p *Pool) retryRebuilt(ctx context.Context, what string, use func(boot, who string) error) error {
 	boot, err := bootID()
 	if err != nil {
 		return err

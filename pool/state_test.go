@@ -118,7 +118,7 @@ func TestAStateThatIsAbsurd(t *testing.T) {
 			if l := p.must(t, Request{Owner: "new"}); l.Addr != addr("10.0.0.5") || l.Prefix != prefix("10.0.0.0/24") {
 				t.Errorf("lent %+v", l)
 			}
-			aside := statefile.Aside(p.path)
+			aside := statefile.ListAside(p.path)
 			if test.answers != "" {
 				if len(aside) > 0 {
 					t.Errorf("leases were set aside because of an answer: %q", aside)
@@ -131,7 +131,7 @@ func TestAStateThatIsAbsurd(t *testing.T) {
 			if kept, err := os.ReadFile(aside[0]); err != nil || string(kept) != body {
 				t.Errorf("kept aside is %s, %v", kept, err)
 			}
-			if l, ok, err := p.Held(t.Context(), running.Addr); !ok || l.Owner != "running" || err != nil {
+			if l, ok, err := p.FindLease(t.Context(), running.Addr); !ok || l.Owner != "running" || err != nil {
 				t.Errorf("of the running container, %+v is known, %v", l, err)
 			}
 		})

@@ -53,18 +53,18 @@ type SubnetStatus struct {
 // Status tells how the pool stands. The source is asked, shortly, if its answer
 // is older than the interval; that it fails is told, and is no error.
 func (p *Pool) Status(ctx context.Context) (Status, error) {
-	st, err := p.status(ctx)
+	st, err := p.readStatus(ctx)
 	if err != nil {
 		return Status{}, fmt.Errorf("pool status: %w", err)
 	}
 	return st, nil
 }
 
-func (p *Pool) status(ctx context.Context) (Status, error) {
-	s, err := p.read(ctx, "status")
-	if q := p.aside(); err == nil && p.due(&s, q) {
-		if err = p.ask(ctx, q); err == nil {
-			s, err = p.read(ctx, "status")
+func (p *Pool) readStatus(ctx context.Context) (Status, error) {
+	s, err := p.readState(ctx, "status")
+	if q := p.quickQuestion(); err == nil && p.isDue(&s, q) {
+		if err = p.askSources(ctx, q); err == nil {
+			s, err = p.readState(ctx, "status")
 		}
 	}
 	if err != nil {
@@ -74,11 +74,11 @@ func (p *Pool) status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	current, from, _ := p.known(&s)
+	current, from, _ := p.newestAnswer(&s)
 	v := &view{state: &s, answer: current, occupied: has, now: p.clock()}
 	st := Status{Leases: map[netip.Addr]Lease{}, Cooling: map[netip.Addr]time.Duration{}, Now: v.now}
 	for addr := range s.Leases {
-		st.Leases[addr], _ = s.lease(addr)
+		st.Leases[addr], _ = s.leaseOf(addr)
 	}
 	for addr, r := range s.Freed {
 		if r.Until > v.now {
@@ -86,12 +86,12 @@ func (p *Pool) status(ctx context.Context) (Status, error) {
 		}
 	}
 	for _, src := range p.sources {
-		st.Sources = append(st.Sources, s.source(src.name, src.name == from, v.now))
+		st.Sources = append(st.Sources, s.sourceStatus(src.name, src.name == from, v.now))
 	}
 	for _, n := range current.NICs {
-		st.NICs = append(st.NICs, v.nic(n))
+		st.NICs = append(st.NICs, v.nicStatus(n))
 	}
-	st.Warnings = p.warnings(v, st)
+	st.Warnings = p.listWarnings(v, st)
 	return st, nil
 }
 
@@ -99,7 +99,7 @@ func (p *Pool) status(ctx context.Context) (Status, error) {
 // link that a route leads by: those of every source's list, whatever this pool's sources
 // are. None is asked.
 func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
-	s, err := p.read(ctx, "look for containers without a lease")
+	s, err := p.readState(ctx, "look for containers without a lease")
 	var has occupied
 	if err == nil {
 		has, err = p.occupied()
@@ -109,8 +109,8 @@ func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	}
 	v, found := view{state: &s, occupied: has}, map[netip.Addr]string{}
 	for _, a := range s.Answers {
-		for addr := range secondaries(a.NICs) {
-			if v.standing(addr) == led {
+		for addr := range secondarySet(a.NICs) {
+			if v.standingOf(addr) == isLed {
 				found[addr] = has.nameOf(has.led[addr])
 			}
 		}
@@ -118,7 +118,7 @@ func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	return found, nil
 }
 
-func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
+func (s *state) sourceStatus(name string, used bool, now time.Duration) SourceStatus {
 	a := s.Answers[name]
 	st := SourceStatus{Name: name, Used: used, Answered: len(a.NICs) > 0, Failure: a.Failure}
 	if st.Answered {
@@ -130,15 +130,15 @@ func (s *state) source(name string, used bool, now time.Duration) SourceStatus {
 	return st
 }
 
-func (v *view) nic(n NIC) NICStatus {
+func (v *view) nicStatus(n NIC) NICStatus {
 	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
 	for _, sub := range n.Subnets {
-		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, LedTo: map[netip.Addr]string{}, Census: v.census(n.MAC, sub)}
+		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, LedTo: map[netip.Addr]string{}, Census: v.countSubnet(n.MAC, sub)}
 		for _, a := range sub.Secondary {
-			switch v.standing(a) {
-			case onHost:
+			switch v.standingOf(a) {
+			case isOnHost:
 				one.Hosted[a] = v.onHost[a]
-			case led:
+			case isLed:
 				one.LedTo[a] = v.nameOf(v.led[a])
 			}
 		}
@@ -147,28 +147,28 @@ func (v *view) nic(n NIC) NICStatus {
 	return st
 }
 
-// warnings are what an operator should know though nothing failed.
-func (p *Pool) warnings(v *view, st Status) []string {
+// listWarnings are what an operator should know though nothing failed.
+func (p *Pool) listWarnings(v *view, st Status) []string {
 	w := slices.Clone(v.answer.Notes)
 	for _, src := range st.Sources {
 		if src.Failure != "" {
 			w = append(w, fmt.Sprintf("%s failed %v ago: %s", src.Name, src.FailureAge.Round(time.Second), src.Failure))
 		}
 	}
-	w = append(w, p.disagreement(v)...)
+	w = append(w, p.listDisagreements(v)...)
 	for _, n := range st.NICs {
 		for _, s := range n.Subnets {
 			if s.OnHost > 0 {
 				addr := slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare)[0]
 				w = append(w, fmt.Sprintf("NIC %s in subnet %s: %s cannot be lent: %s", n.MAC, s.Prefix,
-					plural(s.OnHost, "address"), p.hostHas(s.hosted(), s.Hosted[addr])))
+					plural(s.OnHost, "address"), p.describeOnHost(s.listHosted(), s.Hosted[addr])))
 			}
 			for _, addr := range slices.SortedFunc(maps.Keys(s.LedTo), netip.Addr.Compare) {
-				w = append(w, v.isLed(addr))
+				w = append(w, v.describeLed(addr))
 			}
 		}
 	}
-	listed := secondaries(v.answer.NICs)
+	listed := secondarySet(v.answer.NICs)
 	for _, addr := range slices.SortedFunc(maps.Keys(v.Leases), netip.Addr.Compare) {
 		l := v.Leases[addr]
 		if !listed[addr] && len(v.answer.NICs) > 0 {
@@ -178,13 +178,13 @@ func (p *Pool) warnings(v *view, st Status) []string {
 			w = append(w, fmt.Sprintf("%s was lent to %s while it cooled: nothing else was free", addr, l.Holder()))
 		}
 	}
-	for _, bad := range statefile.Aside(p.path) {
+	for _, bad := range statefile.ListAside(p.path) {
 		w = append(w, "an unreadable leases file was set aside: "+bad)
 	}
 	return w
 }
 
-func (s SubnetStatus) hosted() []string {
+func (s SubnetStatus) listHosted() []string {
 	var all []string
 	for _, a := range slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare) {
 		all = append(all, a.String())
@@ -192,18 +192,18 @@ func (s SubnetStatus) hosted() []string {
 	return all
 }
 
-// disagreement compares the answer that counts with one of another source from
+// listDisagreements compares the answer that counts with one of another source from
 // about the same time: with auto, one that answered just before it failed.
-func (p *Pool) disagreement(v *view) []string {
+func (p *Pool) listDisagreements(v *view) []string {
 	const sameTime = 5 * time.Minute
-	_, from, _ := p.known(v.state)
-	mine := secondaries(v.answer.NICs)
+	_, from, _ := p.newestAnswer(v.state)
+	mine := secondarySet(v.answer.NICs)
 	var w []string
 	for name, a := range v.Answers {
 		if name == from || len(a.NICs) == 0 || a.At == 0 || v.answer.At-a.At > sameTime {
 			continue
 		}
-		theirs := secondaries(a.NICs)
+		theirs := secondarySet(a.NICs)
 		var diff []netip.Addr
 		for addr := range mine {
 			if !theirs[addr] {
@@ -224,8 +224,8 @@ func (p *Pool) disagreement(v *view) []string {
 	return w
 }
 
-// secondaries is the set of all secondary addresses.
-func secondaries(nics []NIC) map[netip.Addr]bool {
+// secondarySet is the set of all secondary addresses.
+func secondarySet(nics []NIC) map[netip.Addr]bool {
 	set := map[netip.Addr]bool{}
 	for _, n := range nics {
 		for _, s := range n.Subnets {

@@ -98,7 +98,7 @@ func TestTheGraceOfALeaseHoldsAtEveryAgeOfTheMachine(t *testing.T) {
 				t.Errorf("collected %v within the grace", got)
 			}
 			p.makeOlder(t, 1)
-			confirmed, _, err := p.Held(t.Context(), confirmed.Addr) // with its time as it is now
+			confirmed, _, err := p.FindLease(t.Context(), confirmed.Addr) // with its time as it is now
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -115,11 +115,11 @@ func check(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	return checkHeld(held, prev)
+	return checkLeases(held, prev)
 }
 
-// checkHeld wants every lease in the result, which may have other addresses too.
-func checkHeld(held []pool.Lease, prev *current.Result) error {
+// checkLeases wants every lease in the result, which may have other addresses too.
+func checkLeases(held []pool.Lease, prev *current.Result) error {
 	told := map[netip.Addr]bool{}
 	for _, ip := range prev.IPs {
 		if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok {

@@ -34,14 +34,14 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err := checkNetns(c); err != nil {
 		return nil, err
 	}
-	if err := clearLeftover(ctx, c, l); err != nil {
+	if err := removeLeftover(ctx, c, l); err != nil {
 		return nil, err
 	}
-	given, err := obtain(ctx, c, l)
+	given, err := getAddress(ctx, c, l)
 	if err != nil {
 		return nil, err
 	}
-	result, attached, err := connect(ctx, c, l.Host, given)
+	result, attached, err := attachContainer(ctx, c, l.Host, given)
 	if err == nil {
 		return result, nil
 	}
@@ -55,9 +55,9 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	return nil, errors.Join(err, given.release(undo))
 }
 
-// clearLeftover refuses an interface that the container has already, and leaves it as
+// removeLeftover refuses an interface that the container has already, and leaves it as
 // it is. It takes away what a killed ADD left.
-func clearLeftover(ctx context.Context, c *cni.Call, l *lender.Lender) error {
+func removeLeftover(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	at, found, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
@@ -72,15 +72,15 @@ func clearLeftover(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	if err != nil || len(left) == 0 {
 		return err
 	}
-	return takeAway(ctx, c, l, c.Owner())
+	return removeOwners(ctx, c, l, c.Owner())
 }
 
-// connect makes the container's interface and says what came of it. attached says that this call made the interface,
+// attachContainer makes the container's interface and says what came of it. attached says that this call made the interface,
 // so that after an error it is this call's to take away.
-func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (result *current.Result, attached bool, err error) {
+func attachContainer(ctx context.Context, c *cni.Call, host *bridge.Host, g *grant) (result *current.Result, attached bool, err error) {
 	br, err := host.Ensure(ctx, bridge.Spec{MAC: g.nic, Primary: g.primary, Mode: bridge.Mode(c.Conf.Mode), Name: c.Conf.Bridge, Subnet: g.addr.Masked(), NICs: g.nics})
 	if err != nil {
-		return nil, false, misnamed(ctx, c, host, g.nic, err)
+		return nil, false, codeMisnamed(ctx, c, host, g.nic, err)
 	}
 	for _, what := range br.Mended {
 		c.Warn("mended: " + what)
@@ -108,7 +108,7 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (res
 	if err != nil {
 		return nil, true, fmt.Errorf("read %s: %w", at.Link, err)
 	}
-	result = &current.Result{Interfaces: interfaces(br, veth, at, c), Routes: g.routes, DNS: c.Conf.DNS}
+	result = &current.Result{Interfaces: listInterfaces(br, veth, at, c), Routes: g.routes, DNS: c.Conf.DNS}
 	result.IPs = []*current.IPConfig{{Interface: current.Int(len(result.Interfaces) - 1), Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
 	if c.Conf.DNS.IsEmpty() {
 		result.DNS = g.dns
@@ -116,9 +116,9 @@ func connect(ctx context.Context, c *cni.Call, host *bridge.Host, g *given) (res
 	return result, true, nil
 }
 
-// interfaces lists the bridge, if there is one, the host end and last the container's
+// listInterfaces lists the bridge, if there is one, the host end and last the container's
 // interface.
-func interfaces(br bridge.Bridge, veth netlink.Link, at bridge.Attachment, c *cni.Call) []*current.Interface {
+func listInterfaces(br bridge.Bridge, veth netlink.Link, at bridge.Attachment, c *cni.Call) []*current.Interface {
 	all := []*current.Interface{
 		{Name: at.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: at.MTU},
 		{Name: c.IfName, Mac: at.MAC.String(), Mtu: at.MTU, Sandbox: c.Netns},

@@ -42,10 +42,10 @@ func attach(ctx context.Context, args []string, out io.Writer) error {
 	if flags.NArg() != 3 {
 		return fmt.Errorf("attach wants a conflist, a container's id and its namespace\n\n%s", usage)
 	}
-	if err := claimEarlier(); err != nil { // which concerns other containers
+	if err := moveEarlierResults(); err != nil { // which concerns other containers
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
-	run, list, rt, err := chain(flags.Args())
+	run, list, rt, err := openConflist(flags.Args())
 	if err != nil {
 		return err
 	}
@@ -73,19 +73,19 @@ func detach(ctx context.Context, args []string) error {
 	if len(args) != 3 {
 		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
 	}
-	if err := claimEarlier(); err != nil { // which concerns other containers
+	if err := moveEarlierResults(); err != nil { // which concerns other containers
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
-	run, list, rt, err := chain(args)
+	run, list, rt, err := openConflist(args)
 	if err != nil {
 		return err
 	}
 	return run.DelNetworkList(ctx, list, rt)
 }
 
-// chain is libcni for a conflist and a container. The plugins lie where this one
+// openConflist is libcni for a conflist and a container. The plugins lie where this one
 // does.
-func chain(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
+func openConflist(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
 	if err := checkConflist(args[0]); err != nil {
 		return nil, nil, nil, err
 	}
@@ -126,17 +126,17 @@ func checkConflist(path string) error {
 	return nil
 }
 
-// claimEarlier moves what earlier builds' attach had libcni keep in the directory that
+// moveEarlierResults moves what earlier builds' attach had libcni keep in the directory that
 // runtimes use, into ours. Without that, a GC of a runtime's libcni ends these containers.
-func claimEarlier() error {
+func moveEarlierResults() error {
 	files, err := os.ReadDir(filepath.Join(libcni.CacheDir, resultsIn))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	for _, file := range files {
 		name := filepath.Join(libcni.CacheDir, resultsIn, file.Name())
-		if text, bad := os.ReadFile(name); bad == nil && attachedEarlier(text) {
-			err = errors.Join(err, claim(name, text))
+		if text, bad := os.ReadFile(name); bad == nil && isEarlierAttach(text) {
+			err = errors.Join(err, moveResult(name, text))
 		}
 	}
 	if err != nil {
@@ -145,9 +145,9 @@ func claimEarlier() error {
 	return nil
 }
 
-// attachedEarlier reports whether what libcni kept is of an earlier build's attach. Its CNI_ARGS
+// isEarlierAttach reports whether what libcni kept is of an earlier build's attach. Its CNI_ARGS
 // were these three and the namespace was a process's. A kubelet's runtime adds the sandbox's id.
-func attachedEarlier(text []byte) bool {
+func isEarlierAttach(text []byte) bool {
 	var kept struct {
 		Kind    string
 		NetNS   string
@@ -163,9 +163,9 @@ func attachedEarlier(text []byte) bool {
 	return strings.HasPrefix(kept.NetNS, "/proc/") && slices.Equal(keys, []string{"IgnoreUnknown", "K8S_POD_NAMESPACE", "K8S_POD_NAME"})
 }
 
-// claim copies the file and then removes it. After a crash in between it is there twice, and
+// moveResult copies the file and then removes it. After a crash in between it is there twice, and
 // the next call repeats this.
-func claim(name string, text []byte) error {
+func moveResult(name string, text []byte) error {
 	dir := filepath.Join(cni.StateDir, resultsIn)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -179,9 +179,9 @@ func claim(name string, text []byte) error {
 	return nil
 }
 
-// claimed reports whether a container with a runtime's owner is one that an earlier build's
+// hasOurResult reports whether a container with a runtime's owner is one that an earlier build's
 // attach attached.
-func claimed(owner string) bool {
+func hasOurResult(owner string) bool {
 	name := strings.ReplaceAll(strings.TrimPrefix(owner, "cni/"), "/", "-")
 	_, err := os.Stat(filepath.Join(cni.StateDir, resultsIn, name))
 	return err == nil

@@ -87,7 +87,7 @@ func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
 			dirs = append(dirs, filepath.Dir(path))
 		}
 	}
-	mine := plain(c.Stdin)
+	mine := configuredKeys(c.Stdin)
 	for _, dir := range dirs {
 		paths, _ := libcni.ConfFiles(dir, []string{".conflist"})
 		for _, path := range paths {
@@ -98,7 +98,7 @@ func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
 			if err != nil || list.Name != c.Conf.Network {
 				continue
 			}
-			if slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return reflect.DeepEqual(plain(p.Bytes), mine) }) {
+			if slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return reflect.DeepEqual(configuredKeys(p.Bytes), mine) }) {
 				return list, path
 			}
 		}
@@ -106,8 +106,8 @@ func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
 	return nil, ""
 }
 
-// plain is a plugin's configuration without what libcni adds to it for STATUS.
-func plain(conf []byte) map[string]any {
+// configuredKeys is a plugin's configuration without what libcni adds to it for STATUS.
+func configuredKeys(conf []byte) map[string]any {
 	var keys map[string]any
 	_ = json.Unmarshal(conf, &keys) // libcni or this call has read it already
 	delete(keys, "name")

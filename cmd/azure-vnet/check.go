@@ -46,10 +46,10 @@ func check(ctx context.Context, c *cni.Call) error {
 	if err := checkInside(c, at, prev); err != nil {
 		return err
 	}
-	if !own(c) {
-		return delegated(ctx, c, invoke.DelegateCheck)
+	if !lendsHere(c) {
+		return delegateVerb(ctx, c, invoke.DelegateCheck)
 	}
-	lease, held, err := l.Pool.Held(ctx, at.Addr.Addr())
+	lease, held, err := l.Pool.FindLease(ctx, at.Addr.Addr())
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func changed(format string, args ...any) error {
 
 // checkInside compares the container's interface with what ADD's result says.
 func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error {
-	in, err := inside(c.Netns)
+	in, err := openContainer(c.Netns)
 	if err != nil {
 		return changed("%v", err)
 	}

@@ -36,26 +36,26 @@ func del(ctx context.Context, c *cni.Call) error {
 		c.Note("link", at.Link)
 	}
 	// Whatever IPAM is configured now: it may have been ours at the time of ADD.
-	if err := takeAway(ctx, c, l, c.Owners()...); err != nil {
+	if err := removeOwners(ctx, c, l, c.Owners()...); err != nil {
 		return err
 	}
 	if !linked {
-		if err := endUpstreams(ctx, c, l); err != nil {
+		if err := removeUpstreamLink(ctx, c, l); err != nil {
 			return err
 		}
 	}
-	if own(c) || c.Conf.IPAM.Type == "" {
+	if lendsHere(c) || c.Conf.IPAM.Type == "" {
 		return nil
 	}
 	if !linked {
-		sweep(ctx, c, l)
+		sweepLinkless(ctx, c, l)
 	}
-	return delegated(ctx, c, invoke.DelegateDel)
+	return delegateVerb(ctx, c, invoke.DelegateDel)
 }
 
-// sweep takes away what a link left that went with its container's namespace, and that no lease of ours tells of: the
+// sweepLinkless takes away what a link left that went with its container's namespace, and that no lease of ours tells of: the
 // other IPAM gives the address to another container as soon as it is told of the end.
-func sweep(ctx context.Context, c *cni.Call, l *lender.Lender) {
+func sweepLinkless(ctx context.Context, c *cni.Call, l *lender.Lender) {
 	if _, err := l.Host.Reconcile(ctx); err != nil {
 		c.Warn("look the host over: " + err.Error())
 	}
@@ -72,9 +72,9 @@ func sweep(ctx context.Context, c *cni.Call, l *lender.Lender) {
 	}
 }
 
-// endUpstreams takes away what Azure's own azure-vnet attached the container to, if it
+// removeUpstreamLink takes away what Azure's own azure-vnet attached the container to, if it
 // did: the container is older than this plugin's installation.
-func endUpstreams(ctx context.Context, c *cni.Call, l *lender.Lender) error {
+func removeUpstreamLink(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	namespace, name, _ := strings.Cut(c.Pod, "/")
 	link, err := l.Host.RemoveUpstreamLink(ctx, bridge.UpstreamContainer{
 		Network: c.Conf.Network, ContainerID: c.ContainerID, IfName: c.IfName, PodNamespace: namespace, PodName: name, Netns: c.Netns,
@@ -85,11 +85,11 @@ func endUpstreams(ctx context.Context, c *cni.Call, l *lender.Lender) error {
 	return err
 }
 
-// takeAway takes the owners' links away, then their leases. One that fails keeps none of
+// removeOwners takes the owners' links away, then their leases. One that fails keeps none of
 // the others, and keeps its lease. A link that went with the container's namespace, or
 // was never made, cannot tell what else was made for it: then the whole host is looked
 // over, once for all of them.
-func takeAway(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...string) error {
+func removeOwners(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...string) error {
 	held, err := l.LeasesOf(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
 	if err != nil {
 		return err
@@ -141,7 +141,7 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	if err := claimEarlier(); err != nil {
+	if err := moveEarlierResults(); err != nil {
 		c.Warn("look for what an earlier build attached: " + err.Error())
 	}
 	all, err := listOwners(ctx, l, stale, c.IsAttached)
@@ -161,21 +161,21 @@ func gc(ctx context.Context, c *cni.Call) error {
 	}
 	var errs []error
 	if len(mine) > 0 {
-		errs = append(errs, takeAway(ctx, c, l, mine...))
+		errs = append(errs, removeOwners(ctx, c, l, mine...))
 		c.Note("collected", len(mine))
-		c.Note("of", all.name(mine))
+		c.Note("of", all.nameSome(mine))
 	}
-	if !own(c) {
+	if !lendsHere(c) {
 		if err := c.AddValid(all.kept); err != nil {
 			return errors.Join(append(errs, err)...)
 		}
-		errs = append(errs, delegated(ctx, c, invoke.DelegateGC))
+		errs = append(errs, delegateVerb(ctx, c, invoke.DelegateGC))
 	}
 	return errors.Join(errs...)
 }
 
-// owners are those of leases and of links, as a GC finds them.
-type owners struct {
+// gcOwners are those of leases and of links, as a GC finds them.
+type gcOwners struct {
 	gone []string          // stale
 	kept []string          // of the word attach, which no runtime knows and may collect
 	pods map[string]string // by owner, as far as they are known; of the others ""
@@ -183,16 +183,16 @@ type owners struct {
 
 // listOwners lists them. An owner that did not fit its link stands there as a hash, and in
 // the lease as it is.
-func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(string) bool) (owners, error) {
+func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(string) bool) (gcOwners, error) {
 	leases, err := l.LeasesOf(ctx, func(string) bool { return true })
 	if err != nil {
-		return owners{}, err
+		return gcOwners{}, err
 	}
 	links, err := l.Host.Attachments(ctx)
 	if err != nil {
-		return owners{}, fmt.Errorf("list what is attached: %w", err)
+		return gcOwners{}, fmt.Errorf("list what is attached: %w", err)
 	}
-	all := owners{pods: map[string]string{}}
+	all := gcOwners{pods: map[string]string{}}
 	for _, at := range links {
 		if !strings.HasPrefix(at.Owner, "sha256:") {
 			all.pods[at.Owner] = at.Pod
@@ -203,7 +203,7 @@ func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(stri
 	}
 	for _, owner := range slices.Sorted(maps.Keys(all.pods)) {
 		switch {
-		case attached(owner) || stale(owner) && claimed(owner):
+		case attached(owner) || stale(owner) && hasOurResult(owner):
 			all.kept = append(all.kept, owner)
 		case stale(owner):
 			all.gone = append(all.gone, owner)
@@ -212,8 +212,8 @@ func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(stri
 	return all, nil
 }
 
-// name names some owners in the log, with their pods: not more than a line has room for.
-func (all owners) name(some []string) string {
+// nameSome names some owners in the log, with their pods: not more than a line has room for.
+func (all gcOwners) nameSome(some []string) string {
 	const most = 20
 	var names []string
 	for _, owner := range some[:min(len(some), most)] {
@@ -236,7 +236,7 @@ func status(ctx context.Context, c *cni.Call) error {
 	if err := l.Host.CheckPermitted(); err != nil {
 		return err
 	}
-	nic, primary, err := addressable(ctx, c, l)
+	nic, primary, err := checkCanAddress(ctx, c, l)
 	var macs []string // none: the NICs that were asked for since the boot
 	if nic != "" {
 		macs = []string{nic}
@@ -261,16 +261,16 @@ func status(ctx context.Context, c *cni.Call) error {
 	return checkChained(ctx, c)
 }
 
-// addressable is an error if no container can be given an address. nic is the MAC of
+// checkCanAddress is an error if no container can be given an address. nic is the MAC of
 // the NIC that an ADD would take, empty if it is not known, and primary whether it is
 // the VM's primary one.
-func addressable(ctx context.Context, c *cni.Call, l *lender.Lender) (nic string, primary bool, err error) {
-	if own(c) {
+func checkCanAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (nic string, primary bool, err error) {
+	if lendsHere(c) {
 		nic, err = l.CheckCanLend(ctx)
-		nics, _ := l.Known(ctx) // none: then err says why
+		nics, _ := l.KnownNICs(ctx) // none: then err says why
 		primary = slices.ContainsFunc(nics, func(n pool.NIC) bool { return n.MAC == nic && n.Primary })
 		return nic, primary, err
 	}
-	nic, primary, err = master(ctx, c, l.Host)
-	return nic, primary, errors.Join(err, delegated(ctx, c, invoke.DelegateStatus))
+	nic, primary, err = findMaster(ctx, c, l.Host)
+	return nic, primary, errors.Join(err, delegateVerb(ctx, c, invoke.DelegateStatus))
 }

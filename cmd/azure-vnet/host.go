@@ -17,9 +17,9 @@ import (
 	"azurevnet/internal/cni"
 )
 
-// master is the NIC of a network whose addresses come from another IPAM: the one
+// findMaster is the NIC of a network whose addresses come from another IPAM: the one
 // that is named, else the one that the default route leaves by.
-func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, primary bool, err error) {
+func findMaster(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, primary bool, err error) {
 	_, mac, err = host.NIC(ctx, "")
 	if c.Conf.Master == "" {
 		return mac, true, err
@@ -31,9 +31,9 @@ func master(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, pr
 	return named, named == mac, nil
 }
 
-// misnamed gives err, with which Ensure failed, the code of a wrong configuration if
+// codeMisnamed gives err, with which Ensure failed, the code of a wrong configuration if
 // the bridge that it names can never be the NIC's.
-func misnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
+func codeMisnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
 	if c.Conf.Bridge == "" || errors.Is(err, bridge.ErrTaken) || errors.Is(err, bridge.ErrNameTaken) {
 		return err
 	}
@@ -63,8 +63,8 @@ func checkNetns(c *cni.Call) error {
 	return ns.Close()
 }
 
-// inside opens a socket in the container's namespace.
-func inside(path string) (*netlink.Handle, error) {
+// openContainer opens a socket in the container's namespace.
+func openContainer(path string) (*netlink.Handle, error) {
 	ns, err := bridge.OpenNetns(path)
 	if err != nil {
 		return nil, err
@@ -74,11 +74,11 @@ func inside(path string) (*netlink.Handle, error) {
 }
 
 // addRoutes adds the routes that another IPAM wants beyond the default route.
-func addRoutes(c *cni.Call, g *given) error {
+func addRoutes(c *cni.Call, g *grant) error {
 	if len(g.routes) < 2 {
 		return nil
 	}
-	in, err := inside(c.Netns)
+	in, err := openContainer(c.Netns)
 	if err != nil {
 		return err
 	}
@@ -88,10 +88,10 @@ func addRoutes(c *cni.Call, g *given) error {
 		return fmt.Errorf("find %s in %s: %w", c.IfName, c.Netns, err)
 	}
 	for _, r := range g.routes[1:] {
-		if g.attachMade(r) {
+		if g.isAttachs(r) {
 			continue
 		}
-		route := g.route(r, l.Attrs().Index)
+		route := g.kernelRoute(r, l.Attrs().Index)
 		err := in.RouteAdd(route)
 		if errors.Is(err, unix.EEXIST) && r.Priority == 0 { // another interface of the container has it, and goes before
 			route.Priority = l.Attrs().Index
@@ -104,9 +104,9 @@ func addRoutes(c *cni.Call, g *given) error {
 	return nil
 }
 
-// attachMade reports whether bridge.Attach gives every container that route: to the
+// isAttachs reports whether bridge.Attach gives every container that route: to the
 // gateway, or to the subnet by the gateway.
-func (g *given) attachMade(r *types.Route) bool {
+func (g *grant) isAttachs(r *types.Route) bool {
 	if r.Table != nil || r.Priority != 0 || r.GW != nil && !r.GW.Equal(g.gateway.AsSlice()) {
 		return false
 	}
@@ -114,11 +114,11 @@ func (g *given) attachMade(r *types.Route) bool {
 	return dst == g.addr.Masked() || dst == netip.PrefixFrom(g.gateway, 32)
 }
 
-// route is a wished route as the kernel takes it. A route without a next hop goes by
+// kernelRoute is a wished route as the kernel takes it. A route without a next hop goes by
 // the gateway, unless its scope says that the destination is on the link. A next hop
 // other than the gateway is onlink: the container has no connected route that covers it,
 // and the host answers ARP for it.
-func (g *given) route(r *types.Route, link int) *netlink.Route {
+func (g *grant) kernelRoute(r *types.Route, link int) *netlink.Route {
 	route := &netlink.Route{LinkIndex: link, Dst: &r.Dst, Gw: r.GW, MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
 	if r.Table != nil {
 		route.Table = *r.Table

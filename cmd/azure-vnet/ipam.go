@@ -20,8 +20,8 @@ import (
 	"azurevnet/pool"
 )
 
-// given is what IPAM gave for a container, and how it is given back.
-type given struct {
+// grant is what IPAM gave for a container, and how it is given back.
+type grant struct {
 	nic     string   // its MAC
 	primary bool     // the VM's primary NIC
 	nics    []string // the MACs of all NICs of the VM, as far as known
@@ -34,24 +34,24 @@ type given struct {
 	release func(context.Context) error
 }
 
-// own tells whether the address is lent in this process.
-func own(c *cni.Call) bool { return c.Conf.IPAM.Type == cni.IPAMType }
+// lendsHere tells whether the address is lent in this process.
+func lendsHere(c *cni.Call) bool { return c.Conf.IPAM.Type == cni.IPAMType }
 
-func obtain(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
-	if own(c) {
-		return lend(ctx, c, l)
+func getAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
+	if lendsHere(c) {
+		return lendAddress(ctx, c, l)
 	}
-	return delegate(ctx, c, l)
+	return delegateAddress(ctx, c, l)
 }
 
-// lend lends an address in this process.
-func lend(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
+// lendAddress lends an address in this process.
+func lendAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
 	lease, err := l.Lend(ctx, false)
 	if err != nil {
 		return nil, err
 	}
 	r := lender.Result(lease)
-	g := &given{
+	g := &grant{
 		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
 		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
 		release: func(ctx context.Context) error {
@@ -59,46 +59,46 @@ func lend(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
 			return err
 		},
 	}
-	nics, err := l.Known(ctx)
+	nics, err := l.KnownNICs(ctx)
 	if err != nil {
 		undo, cancel := cni.Undo(ctx)
 		defer cancel()
 		return nil, errors.Join(err, g.release(undo))
 	}
-	g.tell(nics)
+	g.noteNICs(nics)
 	return g, nil
 }
 
-// tell notes the VM's NICs.
-func (g *given) tell(nics []pool.NIC) {
+// noteNICs notes the VM's NICs.
+func (g *grant) noteNICs(nics []pool.NIC) {
 	for _, nic := range nics {
 		g.primary = g.primary || nic.Primary && nic.MAC == g.nic
 		g.nics = append(g.nics, nic.MAC)
 	}
 }
 
-// delegate has another IPAM plugin give an address. It reads our configuration
+// delegateAddress has another IPAM plugin give an address. It reads our configuration
 // as it came, with all that the runtime added.
-func delegate(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error) {
-	nic, primary, err := master(ctx, c, l.Host)
+func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
+	nic, primary, err := findMaster(ctx, c, l.Host)
 	if err != nil {
 		return nil, err
 	}
-	if err := installed(c); err != nil {
+	if err := checkInstalled(c); err != nil {
 		return nil, err
 	}
 	raw, err := invoke.DelegateAdd(ctx, c.Conf.IPAM.Type, c.Stdin, nil)
 	if err != nil {
 		return nil, fmt.Errorf("IPAM plugin %s: %w", c.Conf.IPAM.Type, err)
 	}
-	g := &given{
+	g := &grant{
 		nic: nic, primary: primary, confirm: func(context.Context) error { return nil },
-		release: func(ctx context.Context) error { return delegated(ctx, c, invoke.DelegateDel) },
+		release: func(ctx context.Context) error { return delegateVerb(ctx, c, invoke.DelegateDel) },
 	}
-	if nics, err := l.Known(ctx); err == nil { // or nobody has asked: another gives the addresses
-		g.tell(nics)
+	if nics, err := l.KnownNICs(ctx); err == nil { // or nobody has asked: another gives the addresses
+		g.noteNICs(nics)
 	}
-	if err := g.read(raw); err != nil {
+	if err := g.readResult(raw); err != nil {
 		undo, cancel := cni.Undo(ctx)
 		defer cancel()
 		err = cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v", c.Conf.IPAM.Type, err)
@@ -108,8 +108,8 @@ func delegate(ctx context.Context, c *cni.Call, l *lender.Lender) (*given, error
 	return g, nil
 }
 
-// read takes the one address that an interface has, and the routes.
-func (g *given) read(raw types.Result) error {
+// readResult takes the one address that an interface has, and the routes.
+func (g *grant) readResult(raw types.Result) error {
 	r, err := current.NewResultFromResult(raw)
 	if err != nil {
 		return err
@@ -137,9 +137,9 @@ func (g *given) read(raw types.Result) error {
 	return nil
 }
 
-// delegated calls the IPAM plugin for a verb without a result.
-func delegated(ctx context.Context, c *cni.Call, call func(context.Context, string, []byte, invoke.Exec) error) error {
-	if err := installed(c); err != nil {
+// delegateVerb calls the IPAM plugin for a verb without a result.
+func delegateVerb(ctx context.Context, c *cni.Call, call func(context.Context, string, []byte, invoke.Exec) error) error {
+	if err := checkInstalled(c); err != nil {
 		return err
 	}
 	if err := call(ctx, c.Conf.IPAM.Type, c.Stdin, nil); err != nil {
@@ -148,8 +148,8 @@ func delegated(ctx context.Context, c *cni.Call, call func(context.Context, stri
 	return nil
 }
 
-// installed refuses a configuration whose IPAM plugin is not there.
-func installed(c *cni.Call) error {
+// checkInstalled refuses a configuration whose IPAM plugin is not there.
+func checkInstalled(c *cni.Call) error {
 	if _, err := invoke.FindInPath(c.Conf.IPAM.Type, filepath.SplitList(os.Getenv("CNI_PATH"))); err != nil {
 		return cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err)
 	}

@@ -246,7 +246,7 @@ func TestTheRoutesOfAnotherIPAM(t *testing.T) {
 }
 
 func TestRoutesThatAnotherIPAMWants(t *testing.T) {
-	g := &given{addr: netip.MustParsePrefix("10.240.0.77/16"), gateway: netip.MustParseAddr("10.240.0.1")}
+	g := &grant{addr: netip.MustParsePrefix("10.240.0.77/16"), gateway: netip.MustParseAddr("10.240.0.1")}
 	onLink, table := int(netlink.SCOPE_LINK), 7
 	for _, tt := range []struct {
 		name string
@@ -264,13 +264,13 @@ func TestRoutesThatAnotherIPAMWants(t *testing.T) {
 		{"on the link", types.Route{Dst: cidr("172.16.0.0/12"), Scope: &onLink}, false, "172.16.0.0/12 via <nil> onlink=false"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if made := g.attachMade(&tt.r); made != tt.made {
+			if made := g.isAttachs(&tt.r); made != tt.made {
 				t.Fatalf("attachMade: %v", made)
 			}
 			if tt.made {
 				return
 			}
-			r := g.route(&tt.r, 3)
+			r := g.kernelRoute(&tt.r, 3)
 			got := fmt.Sprintf("%s via %s onlink=%v", r.Dst, r.Gw, r.Flags&int(netlink.FLAG_ONLINK) != 0)
 			if got != tt.want || r.LinkIndex != 3 {
 				t.Errorf("%s on %d, want %s", got, r.LinkIndex, tt.want)

@@ -39,14 +39,14 @@ const wordTime = 90 * time.Second
 func serveWord(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := word(ctx, args[0], args[1:], os.Stdout); err != nil {
+	if err := runWord(ctx, args[0], args[1:], os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 		return 1
 	}
 	return 0
 }
 
-func word(ctx context.Context, name string, args []string, out io.Writer) error {
+func runWord(ctx context.Context, name string, args []string, out io.Writer) error {
 	if name == "hold" {
 		<-ctx.Done()
 		return nil
@@ -55,7 +55,7 @@ func word(ctx context.Context, name string, args []string, out io.Writer) error 
 	defer cancel()
 	switch name {
 	case "status":
-		return tell(ctx, out)
+		return printStatus(ctx, out)
 	case "reconcile":
 		return reconcile(ctx, out)
 	case "uninstall":
@@ -84,28 +84,28 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	for _, what := range mended {
 		fmt.Fprintln(out, "mended:", what)
 	}
-	err = errors.Join(err, claimEarlier())
+	err = errors.Join(err, moveEarlierResults())
 	p, bad := pool.New(pool.Config{Dir: cni.StateDir})
 	if bad != nil {
 		return errors.Join(err, bad)
 	}
-	released, bad := upkeep.Release(ctx, host, p)
+	released, bad := upkeep.ReleaseLeaked(ctx, host, p)
 	err = errors.Join(err, bad)
 	for _, lease := range released {
 		fmt.Fprintf(out, "released: %s, which %s has no more\n", lease.Addr, lease.Holder())
 	}
-	adopted, bad := upkeep.Adopt(ctx, host, p)
+	adopted, bad := upkeep.AdoptLost(ctx, host, p)
 	for _, lease := range adopted {
 		fmt.Fprintf(out, "leased again: %s, which %s has\n", lease.Addr, lease.Holder())
 	}
-	return errors.Join(err, bad, hear(ctx, p))
+	return errors.Join(err, bad, refreshNICs(ctx, p))
 }
 
-// hear keeps what is known young, with more patience for a slow source than an
+// refreshNICs keeps what is known young, with more patience for a slow source than an
 // ADD has. A host where these sources never answered has others, if any: only
 // its networks' configurations name them.
-func hear(ctx context.Context, p *pool.Pool) error {
-	_, err := p.Known(ctx)
+func refreshNICs(ctx context.Context, p *pool.Pool) error {
+	_, err := p.KnownNICs(ctx)
 	if errors.Is(err, pool.ErrSource) {
 		return nil
 	}

@@ -109,7 +109,7 @@ func (l *Lender) lease(ctx context.Context, r pool.Request) (pool.Lease, error) 
 // freeAddresses ends leaked leases. If the configuration says reclaim, it also takes secondary addresses off the host's
 // NICs. freed reports whether an address became free.
 func (l *Lender) freeAddresses(ctx context.Context) (freed bool, err error) {
-	leaked, err := upkeep.Release(ctx, l.Host, l.Pool)
+	leaked, err := upkeep.ReleaseLeaked(ctx, l.Host, l.Pool)
 	for _, lease := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lease.Addr, lease.Holder()))
 	}
@@ -144,7 +144,7 @@ const roundTime = 5 * time.Second
 // someAreLed reports whether a route of the host leads to an address that nobody leases. Such an address is not lent. A
 // crash may have left the route, or a DEL whose Reconcile failed.
 func (l *Lender) someAreLed(ctx context.Context) bool {
-	nics, _ := l.Counts(ctx) // if the counts cannot be read, the lease has failed for the same reason
+	nics, _ := l.CountIPConfigs(ctx) // if the counts cannot be read, the lease has failed for the same reason
 	return slices.ContainsFunc(nics, func(nic pool.NICStatus) bool {
 		return slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Led > 0 })
 	})

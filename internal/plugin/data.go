@@ -63,8 +63,8 @@ func placeOf(mounts []mount, dir string) (p place) {
 	return p
 }
 
-// find is a path of the place, "" if no mount shows it.
-func (p place) find(mounts []mount) string {
+// findPath is a path of the place, "" if no mount shows it.
+func (p place) findPath(mounts []mount) string {
 	for _, m := range mounts {
 		below, ok := cutDir(p.Dir, m.root)
 		if path := filepath.Join(m.point, below); ok && m.device == p.Device && placeOf(mounts, path) == p {
@@ -89,8 +89,8 @@ func readMounts() []mount {
 // placeFile is where a running plugin leaves the place of networks.json.
 func placeFile(run string) string { return filepath.Join(run, "azure-vnet", "data.json") }
 
-// leavePlace writes placeFile for status and uninstall, which see the host's files at other paths.
-func leavePlace(p places) error {
+// writePlace writes placeFile for status and uninstall, which see the host's files at other paths.
+func writePlace(p places) error {
 	text, err := json.Marshal(placeOf(readMounts(), p.data))
 	if err == nil {
 		err = leave(placeFile(p.run), text)
@@ -124,7 +124,7 @@ func findData(p places) (string, error) {
 	if text, err := os.ReadFile(placeFile(p.run)); err == nil {
 		_ = json.Unmarshal(text, &left) // only an edit by hand tears it: then the directory is sought elsewhere
 	}
-	recorded := left.find(readMounts())
+	recorded := left.findPath(readMounts())
 	if _, err := os.Stat(recorded); err == nil {
 		return recorded, nil
 	}

@@ -22,7 +22,7 @@ func TestAPlaceIsFoundThroughOtherMounts(t *testing.T) {
 		{"another device", "1 0 8:2 / / rw - ext4 /dev/sdb1 rw\n", ""},
 		{"nothing", "", ""},
 	} {
-		if got := left.find(parseMounts(c.mountinfo)); got != c.want {
+		if got := left.findPath(parseMounts(c.mountinfo)); got != c.want {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
 	}

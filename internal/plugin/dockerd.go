@@ -56,10 +56,10 @@ func findDockerd(p places) (dockerd, bool) {
 	return dockerd{socket: filepath.Join(p.run, "docker.sock"), plugin: id}, id != ""
 }
 
-// data is where the host has the plugin's propagated mount, in words of its shell
+// propagatedMount is where the host has the plugin's propagated mount, in words of its shell
 // since only the engine knows where it keeps its files; "" where the plugin is not
 // managed.
-func (e dockerd) data() string {
+func (e dockerd) propagatedMount() string {
 	if e.plugin == "" {
 		return ""
 	}
@@ -69,8 +69,8 @@ func (e dockerd) data() string {
 // errNoEngine says that nobody can be asked: the engine listens elsewhere.
 var errNoEngine = errors.New("the engine that runs this plugin does not listen there")
 
-// dial returns a client of the engine, which the caller closes.
-func (e dockerd) dial() (*client.Client, error) {
+// dialEngine returns a client of the engine, which the caller closes.
+func (e dockerd) dialEngine() (*client.Client, error) {
 	if _, err := os.Stat(e.socket); errors.Is(err, fs.ErrNotExist) {
 		return nil, errNoEngine
 	}
@@ -81,7 +81,7 @@ func (e dockerd) dial() (*client.Client, error) {
 func (e dockerd) Container(ctx context.Context, endpoint string) (name, network string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
-	all, err := e.running(ctx)
+	all, err := e.listRunning(ctx)
 	if err != nil {
 		return "", "", err
 	}
@@ -95,10 +95,10 @@ func (e dockerd) Container(ctx context.Context, endpoint string) (name, network 
 	return "", "", fmt.Errorf("no running container has endpoint %.12s", endpoint)
 }
 
-// running lists the running containers that have a name and networks. The engine answers this question while it starts a
+// listRunning lists the listRunning containers that have a name and networks. The engine answers this question while it starts a
 // container.
-func (e dockerd) running(ctx context.Context) ([]container.Summary, error) {
-	docker, err := e.dial()
+func (e dockerd) listRunning(ctx context.Context) ([]container.Summary, error) {
+	docker, err := e.dialEngine()
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +119,7 @@ func (e dockerd) running(ctx context.Context) ([]container.Summary, error) {
 func (e dockerd) Network(ctx context.Context, id string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
-	docker, err := e.dial()
+	docker, err := e.dialEngine()
 	if err != nil {
 		return "", err
 	}
@@ -136,9 +136,9 @@ func (e dockerd) Network(ctx context.Context, id string) (string, error) {
 	return "", fmt.Errorf("the engine has no network %.12s", id)
 }
 
-// networks are the ids of all networks of the engine, of every driver.
-func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
-	docker, err := e.dial()
+// listNetworks are the ids of all listNetworks of the engine, of every driver.
+func (e dockerd) listNetworks(ctx context.Context) (map[string]bool, error) {
+	docker, err := e.dialEngine()
 	if err != nil {
 		return nil, err
 	}
@@ -163,13 +163,13 @@ func (e dockerd) networks(ctx context.Context) (map[string]bool, error) {
 	return ids, nil
 }
 
-// names are the names of the running containers on these networks, by address. There are none if the engine
+// namesByAddress are the names of the running containers on these networks, by address. There are none if the engine
 // does not answer in time: status then shows the addresses without names.
-func (e dockerd) names(ctx context.Context, networks []string) map[netip.Addr]string {
+func (e dockerd) namesByAddress(ctx context.Context, networks []string) map[netip.Addr]string {
 	names := map[netip.Addr]string{}
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
-	all, err := e.running(ctx)
+	all, err := e.listRunning(ctx)
 	if err != nil {
 		return names
 	}
@@ -183,13 +183,13 @@ func (e dockerd) names(ctx context.Context, networks []string) map[netip.Addr]st
 	return names
 }
 
-// compare forgets networks that the engine removed while the plugin was away,
+// compareNetworks forgets networks that the engine removed while the plugin was away,
 // until ctx is done.
-func (r *reconciler) compare(ctx context.Context, e dockerd) {
+func (r *reconciler) compareNetworks(ctx context.Context, e dockerd) {
 	for ctx.Err() == nil {
-		forgotten, err := r.compareOnce(ctx, e)
+		forgotten, err := r.compareNetworksOnce(ctx, e)
 		for _, id := range forgotten {
-			r.log.WithField("network", short(id)).Warn("forgot a network that the engine removed while the plugin was away")
+			r.log.WithField("network", shortID(id)).Warn("forgot a network that the engine removed while the plugin was away")
 		}
 		if err != nil {
 			r.log.WithField("socket", e.socket).WithError(err).Debug("networks are not compared with the engine's")
@@ -201,12 +201,12 @@ func (r *reconciler) compare(ctx context.Context, e dockerd) {
 	}
 }
 
-func (r *reconciler) compareOnce(ctx context.Context, e dockerd) ([]string, error) {
+func (r *reconciler) compareNetworksOnce(ctx context.Context, e dockerd) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, compareTime)
 	defer cancel()
-	listed, err := e.networks(ctx)
+	listed, err := e.listNetworks(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return r.networks.Compare(ctx, listed)
+	return r.networks.ForgetUnlisted(ctx, listed)
 }

@@ -63,7 +63,7 @@ func TestTheEnginesListOfNetworks(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	t.Run("whole", func(t *testing.T) {
-		got, err := serveAPI(t, map[string]string{ours: `{}`, "networks": whole}).networks(ctx)
+		got, err := serveAPI(t, map[string]string{ours: `{}`, "networks": whole}).listNetworks(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -79,7 +79,7 @@ func TestTheEnginesListOfNetworks(t *testing.T) {
 		"an object":  {ours: `{}`, "networks": `{"message":"starting"}`},
 	} {
 		t.Run(name+", says nothing", func(t *testing.T) {
-			if got, err := serveAPI(t, answers).networks(ctx); err == nil {
+			if got, err := serveAPI(t, answers).listNetworks(ctx); err == nil {
 				t.Errorf("it gives %v", got)
 			}
 		})
@@ -89,14 +89,14 @@ func TestTheEnginesListOfNetworks(t *testing.T) {
 			answers := map[string]string{ours: `{}`, "networks": whole}
 			answers[path] = "hang"
 			short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
-			if _, err := serveAPI(t, answers).networks(short); !errors.Is(err, context.DeadlineExceeded) {
+			if _, err := serveAPI(t, answers).listNetworks(short); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("%s hangs: %v", path, err)
 			}
 			cancel()
 		}
 	})
 	t.Run("an engine elsewhere is not asked", func(t *testing.T) {
-		if _, err := (dockerd{socket: filepath.Join(t.TempDir(), "docker.sock")}).networks(ctx); !errors.Is(err, errNoEngine) {
+		if _, err := (dockerd{socket: filepath.Join(t.TempDir(), "docker.sock")}).listNetworks(ctx); !errors.Is(err, errNoEngine) {
 			t.Error(err)
 		}
 	})
@@ -185,11 +185,11 @@ func TestStatusNamesDockersContainersAndPods(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	addr := netip.MustParseAddr
-	got := serveAPI(t, map[string]string{"containers/json": list}).names(ctx, []string{"gone", "x"})
+	got := serveAPI(t, map[string]string{"containers/json": list}).namesByAddress(ctx, []string{"gone", "x"})
 	expect(t, "names", map[netip.Addr]string{addr("10.240.0.5"): "web"}, got)
-	expect(t, "without an engine", map[netip.Addr]string{}, dockerd{socket: filepath.Join(t.TempDir(), "docker.sock")}.names(ctx, []string{"x"}))
+	expect(t, "without an engine", map[netip.Addr]string{}, dockerd{socket: filepath.Join(t.TempDir(), "docker.sock")}.namesByAddress(ctx, []string{"x"}))
 	start := time.Now()
-	expect(t, "of an engine that hangs", map[netip.Addr]string{}, serveAPI(t, map[string]string{"containers/json": "hang"}).names(ctx, []string{"x"}))
+	expect(t, "of an engine that hangs", map[netip.Addr]string{}, serveAPI(t, map[string]string{"containers/json": "hang"}).namesByAddress(ctx, []string{"x"}))
 	if took := time.Since(start); took > nameTime+2*time.Second {
 		t.Errorf("status waits %v for names", took)
 	}
@@ -221,6 +221,6 @@ func TestThePluginsIDInItsEngine(t *testing.T) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
 	}
-	expect(t, "where the host has its data", "$(docker info -f '{{.DockerRootDir}}')/plugins/"+id+"/propagated-mount", dockerd{plugin: id}.data())
-	expect(t, "where a plugin that no engine manages has its data", "", dockerd{}.data())
+	expect(t, "where the host has its data", "$(docker info -f '{{.DockerRootDir}}')/plugins/"+id+"/propagated-mount", dockerd{plugin: id}.propagatedMount())
+	expect(t, "where a plugin that no engine manages has its data", "", dockerd{}.propagatedMount())
 }

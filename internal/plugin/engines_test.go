@@ -223,13 +223,13 @@ func (e *engine) age() {
 func (e *engine) collect(host *bridge.Host, addresses *pool.Pool) error {
 	log := logrus.New()
 	log.SetOutput(e.log)
-	return (&reconciler{log: log, host: host, pool: addresses}).collect(e.t.Context())
+	return (&reconciler{log: log, host: host, pool: addresses}).collectLeases(e.t.Context())
 }
 
 // open opens the host and the pool beside the plugin.
 func (e *engine) open() (*bridge.Host, *pool.Pool) {
 	e.t.Helper()
-	s, err := leftSettings(e.places.run)
+	s, err := readLastSettings(e.places.run)
 	if err != nil {
 		e.t.Fatal(err)
 	}

@@ -57,11 +57,11 @@ func FuzzBodies(f *testing.F) {
 		host := bridge.New(bridge.Config{Run: dir + "/run"})
 		ipam := ipamdriver.New(ipamdriver.Config{
 			Pool: addresses,
-			NIC: func(ctx context.Context, name string) (string, error) {
+			FindNIC: func(ctx context.Context, name string) (string, error) {
 				_, mac, err := host.NIC(ctx, name)
 				return mac, err
 			},
-			Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
+			FindLink: func(ctx context.Context, addr netip.Addr) (string, error) { return findLink(ctx, host, addr) },
 		})
 		networks := driver.New(driver.Config{Dir: dir + "/data", Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace})
 		all := methods(networks, ipam)

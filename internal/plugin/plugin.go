@@ -124,19 +124,19 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 		log.Error(wrong)
 	}
 
-	if err := errors.Join(leaveSettings(os.Getenv, p.run), leavePlace(p)); err != nil {
+	if err := errors.Join(writeSettings(os.Getenv, p.run), writePlace(p)); err != nil {
 		log.Warn(err) // an engine that starts would disable for good a plugin that ends
 	}
 	e, managed := findDockerd(p)
 	networks, ipam := newDrivers(p, log, host, addresses, e)
 	gate := newGate("the networks of before the restart are being restored")
 	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
-	mend.tell(ctx, checkNIC, host.CheckReady(ctx)) // and listen on: calls that need the NIC say the same
-	end := mend.begin(ctx, p, func(ctx context.Context) {
+	mend.logFailure(ctx, checkNIC, host.CheckReady(ctx)) // and listen on: calls that need the NIC say the same
+	end := mend.start(ctx, p, func(ctx context.Context) {
 		gate.open()
 		log.Info("ready")
 		if managed {
-			go mend.compare(ctx, e)
+			go mend.compareNetworks(ctx, e)
 		}
 	})
 	defer end()
@@ -157,25 +157,25 @@ func newDrivers(p places, log *logrus.Logger, host *bridge.Host, addresses *pool
 	warn := func(text string) { log.Warn(text) }
 	ipam = ipamdriver.New(ipamdriver.Config{
 		Pool: addresses,
-		NIC: func(ctx context.Context, nameOrMAC string) (string, error) {
+		FindNIC: func(ctx context.Context, nameOrMAC string) (string, error) {
 			_, mac, err := host.NIC(ctx, nameOrMAC)
 			return mac, err
 		},
-		Attached: func(ctx context.Context, addr netip.Addr) (string, error) { return linkOf(ctx, host, addr) },
-		Reserve:  func(ctx context.Context) error { return networks.Reserve(ctx) },
-		Holder:   func(ctx context.Context, lease pool.Lease) string { return networks.Holder(ctx, lease) },
+		FindLink: func(ctx context.Context, addr netip.Addr) (string, error) { return findLink(ctx, host, addr) },
+		HoldAux:  func(ctx context.Context) error { return networks.HoldAllAux(ctx) },
+		WhoHas:   func(ctx context.Context, lease pool.Lease) string { return networks.WhoHas(ctx, lease) },
 		Warn:     warn,
 	})
 	networks = driver.New(driver.Config{
-		Dir: p.data, OnHost: e.data(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, Used: ipam.Used, Agrees: ipam.Agrees,
+		Dir: p.data, OnHost: e.propagatedMount(), Host: host, Pool: addresses, AddressSpace: ipamdriver.AddressSpace, NetworkMade: ipam.NetworkMade, CheckNIC: ipam.CheckNIC,
 		Engine: e, Warn: warn,
 	})
 	return networks, ipam
 }
 
-// beSeen takes the lock by which uninstall sees that the plugin runs. It waits for an
+// lockPlugin takes the lock by which uninstall sees that the plugin runs. It waits for an
 // uninstall that runs. The plugin then makes again what the uninstall removed.
-func beSeen(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
+func lockPlugin(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	unlock, err := statefile.Lock(ctx, upkeep.PluginLock(p.run), "the plugin")
@@ -213,8 +213,8 @@ func listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// linkOf is the host link that holds addr, "" if none does.
-func linkOf(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, error) {
+// findLink is the host link that holds addr, "" if none does.
+func findLink(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, error) {
 	all, err := host.Attachments(ctx)
 	if err != nil {
 		return "", err

@@ -634,7 +634,7 @@ func TestARunningContainersLeaseThatWasLostIsHeldAgain(t *testing.T) {
 	defer moveToContainer(t, link)()
 	host, addresses := e.open()
 	lost := netip.MustParsePrefix(addr).Addr()
-	before, _, err := addresses.Held(t.Context(), lost)
+	before, _, err := addresses.FindLease(t.Context(), lost)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -644,7 +644,7 @@ func TestARunningContainersLeaseThatWasLostIsHeldAgain(t *testing.T) {
 	if err := e.collect(host, addresses); err != nil {
 		t.Fatal(err)
 	}
-	after, _, err := addresses.Held(t.Context(), lost)
+	after, _, err := addresses.FindLease(t.Context(), lost)
 	before.Since, after.Since = 0, 0
 	if err != nil || after != before {
 		t.Errorf("was %+v, is %+v: %v", before, after, err)
@@ -885,7 +885,7 @@ func TestAnUninstallThatIsRefusedRemovesNothing(t *testing.T) {
 	if len(before.Attachments) != 1 || before.Attachments[0].InContainer {
 		t.Fatalf("attached are %v", before.Attachments)
 	}
-	left, err := leftSettings(e.places.run)
+	left, err := readLastSettings(e.places.run)
 	if err != nil {
 		t.Fatal(err)
 	}

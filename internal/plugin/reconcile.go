@@ -34,21 +34,21 @@ type reconciler struct {
 	networks *driver.Driver
 	reclaim  bool
 
-	mu   sync.Mutex     // guards said
-	said map[string]row // by what failed, so that a lasting failure is told once
+	mu       sync.Mutex            // guards said
+	failures map[string]failureRow // by what failed, so that a lasting failure is told once
 }
 
-// begin restores the networks in the background, calls restored, and then mends until end is called. end waits one second
+// start restores the networks in the background, calls restored, and then mends until end is called. end waits one second
 // at most, because a disk may hang.
-func (r *reconciler) begin(ctx context.Context, p places, restored func(context.Context)) (end func()) {
+func (r *reconciler) start(ctx context.Context, p places, restored func(context.Context)) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		defer beSeen(ctx, r.log, p)()
-		r.tell(ctx, "restore networks", r.networks.Restore(ctx))
+		defer lockPlugin(ctx, r.log, p)()
+		r.logFailure(ctx, "restore networks", r.networks.Restore(ctx))
 		restored(ctx)
-		r.loop(ctx)
+		r.runRounds(ctx)
 	}()
 	return func() {
 		cancel()
@@ -59,14 +59,14 @@ func (r *reconciler) begin(ctx context.Context, p places, restored func(context.
 	}
 }
 
-// loop mends until ctx is done.
-func (r *reconciler) loop(ctx context.Context) {
+// runRounds mends until ctx is done.
+func (r *reconciler) runRounds(ctx context.Context) {
 	events := make(chan struct{}, 1)
-	go r.watch(ctx, events)
+	go r.watchKernel(ctx, events)
 	tick := time.NewTicker(mendEvery)
 	defer tick.Stop()
 	for {
-		r.mend(ctx)
+		r.runRound(ctx)
 		select {
 		case <-ctx.Done():
 			return
@@ -84,8 +84,8 @@ func (r *reconciler) loop(ctx context.Context) {
 	}
 }
 
-// watch turns the kernel's events into one that is waiting to be taken.
-func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
+// watchKernel turns the kernel's events into one that is waiting to be taken.
+func (r *reconciler) watchKernel(ctx context.Context, events chan<- struct{}) {
 	for ctx.Err() == nil {
 		err := r.host.Watch(ctx, func() {
 			select {
@@ -94,7 +94,7 @@ func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
 			}
 		})
 		if ctx.Err() == nil {
-			r.tell(ctx, "watch the kernel", err)
+			r.logFailure(ctx, "watch the kernel", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -106,27 +106,27 @@ func (r *reconciler) watch(ctx context.Context, events chan<- struct{}) {
 // checkNIC names the look for a NIC that somebody else's bridge has.
 const checkNIC = "look at the NIC"
 
-// mend is one round. Each part stands alone: a part that fails keeps no other part
+// runRound is one round. Each part stands alone: a part that fails keeps no other part
 // from being done. Restore comes last, for each network whose NIC is gone may take up
 // to 15 s of the round.
-func (r *reconciler) mend(ctx context.Context) {
+func (r *reconciler) runRound(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, mendTime)
 	defer cancel()
 	mended, err := r.host.Reconcile(ctx)
 	for _, what := range mended {
 		r.log.WithField("what", what).Warn("mended")
 	}
-	r.tell(ctx, "reconcile the host", err)
-	r.tell(ctx, "collect leaked leases", r.collect(ctx))
-	r.tell(ctx, "hold published ports", r.networks.HoldPorts(ctx)) // after links that nobody took are gone
-	r.tell(ctx, "collect auxiliary addresses", r.collectAux(ctx))
+	r.logFailure(ctx, "reconcile the host", err)
+	r.logFailure(ctx, "collect leaked leases", r.collectLeases(ctx))
+	r.logFailure(ctx, "hold published ports", r.networks.BindPorts(ctx)) // after links that nobody took are gone
+	r.logFailure(ctx, "collect auxiliary addresses", r.collectAux(ctx))
 	// Asked here too, and with patience, for a lease does not wait for a slow source.
 	nics, err := r.pool.NICs(ctx)
-	r.tell(ctx, checkNIC, r.host.CheckReady(ctx, primaryOf(nics)...))
-	if r.tell(ctx, "ask for addresses", err); err == nil && r.reclaim {
-		r.tell(ctx, "reclaim addresses", r.reclaimAll(ctx, nics))
+	r.logFailure(ctx, checkNIC, r.host.CheckReady(ctx, primaryOf(nics)...))
+	if r.logFailure(ctx, "ask for addresses", err); err == nil && r.reclaim {
+		r.logFailure(ctx, "reclaim addresses", r.reclaimAll(ctx, nics))
 	}
-	r.tell(ctx, "restore networks", r.networks.Restore(ctx))
+	r.logFailure(ctx, "restore networks", r.networks.Restore(ctx))
 }
 
 // primaryOf is the MAC of the primary NIC; none: it is not known. Restore looks at the
@@ -140,18 +140,18 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collect makes the leases agree with the links of containers.
-func (r *reconciler) collect(ctx context.Context) error {
-	released, err := upkeep.Release(ctx, r.host, r.pool)
+// collectLeases makes the leases agree with the links of containers.
+func (r *reconciler) collectLeases(ctx context.Context) error {
+	released, err := upkeep.ReleaseLeaked(ctx, r.host, r.pool)
 	for _, lease := range released {
-		r.log.WithFields(fieldsOf(lease)).Warn("released a lease that no container had any more")
+		r.log.WithFields(leaseFields(lease)).Warn("released a lease that no container had any more")
 	}
 	if err != nil {
 		return err
 	}
-	adopted, err := upkeep.Adopt(ctx, r.host, r.pool)
+	adopted, err := upkeep.AdoptLost(ctx, r.host, r.pool)
 	for _, lease := range adopted {
-		r.log.WithFields(fieldsOf(lease)).Warn("leased again an address that a running container has")
+		r.log.WithFields(leaseFields(lease)).Warn("leased again an address that a running container has")
 	}
 	if err != nil {
 		return err
@@ -169,7 +169,7 @@ func (r *reconciler) collectLinks(ctx context.Context) error {
 		if at.InContainer || !strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
 			continue
 		}
-		if lease, held, err := r.pool.Held(ctx, at.Addr.Addr()); err != nil {
+		if lease, held, err := r.pool.FindLease(ctx, at.Addr.Addr()); err != nil {
 			return err
 		} else if held && lease.Owner == at.Lease {
 			continue // on its way into a container, or not old enough
@@ -182,8 +182,8 @@ func (r *reconciler) collectLinks(ctx context.Context) error {
 	return nil
 }
 
-// fieldsOf are what a line of the log says of a lease.
-func fieldsOf(lease pool.Lease) logrus.Fields {
+// leaseFields are what a line of the log says of a lease.
+func leaseFields(lease pool.Lease) logrus.Fields {
 	fields := logrus.Fields{"address": lease.Addr, "owner": lease.Owner}
 	if lease.Pod != "" {
 		fields["pod"] = lease.Pod
@@ -195,7 +195,7 @@ func fieldsOf(lease pool.Lease) logrus.Fields {
 func (r *reconciler) collectAux(ctx context.Context) error {
 	released, err := r.networks.CollectAux(ctx)
 	for _, lease := range released {
-		r.log.WithFields(fieldsOf(lease)).Warn("released an auxiliary address that no network has")
+		r.log.WithFields(leaseFields(lease)).Warn("released an auxiliary address that no network has")
 	}
 	return err
 }
@@ -216,47 +216,47 @@ func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	})
 }
 
-// row is a failure that came again and again.
-type row struct {
+// failureRow is a failure that came again and again.
+type failureRow struct {
 	text  string // as it was told
 	since time.Time
 	times int
 }
 
-// repeats reports whether text is the row's failure again. Ports, ages and counts in it may differ.
-func (w row) repeats(text string) bool {
+// isRepeatedBy reports whether text is the row's failure again. Ports, ages and counts in it may differ.
+func (w failureRow) isRepeatedBy(text string) bool {
 	return failure.Reason(w.text) == failure.Reason(text)
 }
 
-// tell logs an error when it comes, changes and goes, and not at every round. When the error goes or
+// logFailure logs an error when it comes, changes and goes, and not at every round. When the error goes or
 // changes, tell logs how often it came. An error that the plugin's own stop causes is no failure.
-func (r *reconciler) tell(ctx context.Context, what string, err error) {
+func (r *reconciler) logFailure(ctx context.Context, what string, err error) {
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		r.log.WithField("what", what).WithError(err).Debug("broken off: the plugin stops")
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.said == nil {
-		r.said = map[string]row{}
+	if r.failures == nil {
+		r.failures = map[string]failureRow{}
 	}
-	before, failed := r.said[what]
+	before, failed := r.failures[what]
 	text := ""
 	if err != nil {
 		text = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
-	if failed && err != nil && before.repeats(text) {
+	if failed && err != nil && before.isRepeatedBy(text) {
 		before.times++
-		r.said[what] = before
+		r.failures[what] = before
 		return
 	}
 	if failed {
 		now := map[bool]string{true: "works again", false: "fails in another way now"}[err == nil]
 		r.log.WithFields(logrus.Fields{"what": what, "times": before.times, "since": before.since.Format(time.RFC3339)}).Info(now)
-		delete(r.said, what)
+		delete(r.failures, what)
 	}
 	if err != nil {
 		r.log.WithField("what", what).Error(text)
-		r.said[what] = row{text: text, since: time.Now(), times: 1}
+		r.failures[what] = failureRow{text: text, since: time.Now(), times: 1}
 	}
 }

@@ -24,13 +24,13 @@ func TestALastingFailureIsOneLineWithACount(t *testing.T) {
 	r := &reconciler{log: log}
 	const what = "ask for addresses"
 	for i := range 20 {
-		r.tell(t.Context(), what, fmt.Errorf("wireserver: read tcp 10.240.0.4:%d->168.63.129.16:80: i/o timeout, as known %ds ago", 40000+i, 30*i))
-		r.tell(t.Context(), "restore networks", nil)
+		r.logFailure(t.Context(), what, fmt.Errorf("wireserver: read tcp 10.240.0.4:%d->168.63.129.16:80: i/o timeout, as known %ds ago", 40000+i, 30*i))
+		r.logFailure(t.Context(), "restore networks", nil)
 	}
-	r.tell(t.Context(), what, errors.New("wireserver: refused"))
-	r.tell(t.Context(), what, nil)
-	r.tell(t.Context(), what, nil)
-	r.tell(t.Context(), what, errors.New("wireserver: refused"))
+	r.logFailure(t.Context(), what, errors.New("wireserver: refused"))
+	r.logFailure(t.Context(), what, nil)
+	r.logFailure(t.Context(), what, nil)
+	r.logFailure(t.Context(), what, errors.New("wireserver: refused"))
 	got := regexp.MustCompile(`since="[^"]*"`).ReplaceAllString(out.String(), "since=S")
 	const want = `level=error msg="wireserver: read tcp 10.240.0.4:40000->168.63.129.16:80: i/o timeout, as known 0s ago" what="ask for addresses"
 level=info msg="fails in another way now" since=S times=20 what="ask for addresses"

@@ -28,15 +28,15 @@ const (
 
 // method answers one call: body is the request's JSON.
 type method struct {
-	call     func(ctx context.Context, body []byte) (any, error)
-	bodiless bool // comes without a body, and is answered before the gate opens
-	ends     bool // only takes away: is given less time, and needs nothing that the gate waits for
+	call      func(ctx context.Context, body []byte) (any, error)
+	bodiless  bool // comes without a body, and is answered before the gate opens
+	takesAway bool // only takes away: is given less time, and needs nothing that the gate waits for
 }
 
-// takes makes a method of a driver's function that answers.
-func takes[Q, A any](call func(context.Context, *Q) (*A, error)) method {
+// answered makes a method of a driver's function that answers.
+func answered[Q, A any](call func(context.Context, *Q) (*A, error)) method {
 	return method{call: func(ctx context.Context, body []byte) (any, error) {
-		request, err := decode[Q](body)
+		request, err := decodeRequest[Q](body)
 		if err != nil {
 			return nil, err
 		}
@@ -44,28 +44,28 @@ func takes[Q, A any](call func(context.Context, *Q) (*A, error)) method {
 	}}
 }
 
-// does makes a method of a driver's function that has nothing to answer.
-func does[Q any](call func(context.Context, *Q) error) method {
-	return takes(func(ctx context.Context, request *Q) (*struct{}, error) {
+// unanswered makes a method of a driver's function that has nothing to answer.
+func unanswered[Q any](call func(context.Context, *Q) error) method {
+	return answered(func(ctx context.Context, request *Q) (*struct{}, error) {
 		return &struct{}{}, call(ctx, request)
 	})
 }
 
-// ends makes a method of a driver's function that only takes away.
-func ends[Q any](call func(context.Context, *Q) error) method {
-	m := does(call)
-	m.ends = true
+// takingAway makes a method of a driver's function that only takes away.
+func takingAway[Q any](call func(context.Context, *Q) error) method {
+	m := unanswered(call)
+	m.takesAway = true
 	return m
 }
 
-// says makes a method of a driver's function that is asked nothing.
-func says[A any](call func(context.Context) (*A, error)) method {
+// unasked makes a method of a driver's function that is asked nothing.
+func unasked[A any](call func(context.Context) (*A, error)) method {
 	return method{bodiless: true, call: func(ctx context.Context, _ []byte) (any, error) { return call(ctx) }}
 }
 
-// decode refuses empty bodies: an engine posts the same method again without one
+// decodeRequest refuses empty bodies: an engine posts the same method again without one
 // when the plugin died in the middle of a call.
-func decode[Q any](body []byte) (*Q, error) {
+func decodeRequest[Q any](body []byte) (*Q, error) {
 	request := new(Q)
 	if len(body) == 0 {
 		return nil, errors.New("the request is empty: the call was lost when the plugin restarted; repeat the command")
@@ -79,26 +79,26 @@ func decode[Q any](body []byte) (*Q, error) {
 // methods are all that the engine may call.
 func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	return map[string]method{
-		"NetworkDriver.GetCapabilities":             says(n.GetCapabilities),
-		"NetworkDriver.CreateNetwork":               does(n.CreateNetwork),
-		"NetworkDriver.DeleteNetwork":               ends(n.DeleteNetwork),
-		"NetworkDriver.AllocateNetwork":             takes(n.AllocateNetwork),
-		"NetworkDriver.FreeNetwork":                 does(n.FreeNetwork),
-		"NetworkDriver.CreateEndpoint":              takes(n.CreateEndpoint),
-		"NetworkDriver.DeleteEndpoint":              ends(n.DeleteEndpoint),
-		"NetworkDriver.EndpointOperInfo":            takes(n.EndpointInfo),
-		"NetworkDriver.Join":                        takes(n.Join),
-		"NetworkDriver.Leave":                       ends(n.Leave),
-		"NetworkDriver.ProgramExternalConnectivity": does(n.ProgramExternalConnectivity),
-		"NetworkDriver.RevokeExternalConnectivity":  ends(n.RevokeExternalConnectivity),
-		"NetworkDriver.DiscoverNew":                 does(n.DiscoverNew),
-		"NetworkDriver.DiscoverDelete":              does(n.DiscoverDelete),
-		"IpamDriver.GetCapabilities":                says(i.GetCapabilities),
-		"IpamDriver.GetDefaultAddressSpaces":        says(i.GetDefaultAddressSpaces),
-		"IpamDriver.RequestPool":                    takes(i.RequestPool),
-		"IpamDriver.ReleasePool":                    ends(i.ReleasePool),
-		"IpamDriver.RequestAddress":                 takes(i.RequestAddress),
-		"IpamDriver.ReleaseAddress":                 ends(i.ReleaseAddress),
+		"NetworkDriver.GetCapabilities":             unasked(n.GetCapabilities),
+		"NetworkDriver.CreateNetwork":               unanswered(n.CreateNetwork),
+		"NetworkDriver.DeleteNetwork":               takingAway(n.DeleteNetwork),
+		"NetworkDriver.AllocateNetwork":             answered(n.AllocateNetwork),
+		"NetworkDriver.FreeNetwork":                 unanswered(n.FreeNetwork),
+		"NetworkDriver.CreateEndpoint":              answered(n.CreateEndpoint),
+		"NetworkDriver.DeleteEndpoint":              takingAway(n.DeleteEndpoint),
+		"NetworkDriver.EndpointOperInfo":            answered(n.EndpointInfo),
+		"NetworkDriver.Join":                        answered(n.Join),
+		"NetworkDriver.Leave":                       takingAway(n.Leave),
+		"NetworkDriver.ProgramExternalConnectivity": unanswered(n.ProgramExternalConnectivity),
+		"NetworkDriver.RevokeExternalConnectivity":  takingAway(n.RevokeExternalConnectivity),
+		"NetworkDriver.DiscoverNew":                 unanswered(n.DiscoverNew),
+		"NetworkDriver.DiscoverDelete":              unanswered(n.DiscoverDelete),
+		"IpamDriver.GetCapabilities":                unasked(i.GetCapabilities),
+		"IpamDriver.GetDefaultAddressSpaces":        unasked(i.GetDefaultAddressSpaces),
+		"IpamDriver.RequestPool":                    answered(i.RequestPool),
+		"IpamDriver.ReleasePool":                    takingAway(i.ReleasePool),
+		"IpamDriver.RequestAddress":                 answered(i.RequestAddress),
+		"IpamDriver.ReleaseAddress":                 takingAway(i.ReleaseAddress),
 	}
 }
 
@@ -137,7 +137,7 @@ type server struct {
 func (s *server) serve(l net.Listener, all map[string]method, stop <-chan struct{}, patience time.Duration) error {
 	handler := sdk.NewHandler(manifest)
 	for name, m := range all {
-		handler.HandleFunc("/"+name, s.handle(name, m))
+		handler.HandleFunc("/"+name, s.handlerOf(name, m))
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- handler.Serve(l) }()
@@ -160,8 +160,8 @@ func (s *server) serve(l net.Listener, all map[string]method, stop <-chan struct
 	return nil
 }
 
-// enter counts a call in; leave it with calls.Done.
-func (s *server) enter() bool {
+// countIn counts a call in; leave it with calls.Done.
+func (s *server) countIn() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stopping {
@@ -171,35 +171,35 @@ func (s *server) enter() bool {
 	return true
 }
 
-// outcome of a call.
-type outcome struct {
+// reply of a call.
+type reply struct {
 	answer any
 	err    error
 }
 
-// handle makes the one way in which every call is answered.
-func (s *server) handle(name string, m method) http.HandlerFunc {
+// handlerOf makes the one way in which every call is answered.
+func (s *server) handlerOf(name string, m method) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if !s.enter() {
+		if !s.countIn() {
 			sdk.EncodeResponse(w, refusal(errors.New("the plugin is stopping")), true)
 			return
 		}
 		defer s.calls.Done()
 		start := time.Now()
-		_ = http.NewResponseController(w).SetReadDeadline(start.Add(s.limits(m).deadline))
+		_ = http.NewResponseController(w).SetReadDeadline(start.Add(s.limitsOf(m).deadline))
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-		var out outcome
+		var out reply
 		if err != nil {
 			out.err = fmt.Errorf("read the request: %w", err)
 		} else {
-			out = s.run(name, m, body)
+			out = s.callMethod(name, m, body)
 		}
 		entry := s.log.WithFields(logrus.Fields{"method": name, "ms": time.Since(start).Milliseconds()})
 		if s.log.IsLevelEnabled(logrus.DebugLevel) {
 			answer, _ := json.Marshal(out.answer)
 			entry = entry.WithFields(logrus.Fields{"request": string(body), "answer": string(answer)})
 		} else {
-			entry = entry.WithFields(subject(body))
+			entry = entry.WithFields(requestFields(body))
 		}
 		if out.err != nil {
 			entry.WithError(out.err).Error("failed")
@@ -214,35 +214,35 @@ func (s *server) handle(name string, m method) http.HandlerFunc {
 // refusal is an error as the engine reads it.
 func refusal(err error) any { return struct{ Err string }{err.Error()} }
 
-func (s *server) limits(m method) limits {
-	if m.ends {
+func (s *server) limitsOf(m method) limits {
+	if m.takesAway {
 		return s.takeAway
 	}
 	return s.serving
 }
 
-// run calls m with a deadline, and answers for it when it hangs or panics.
-func (s *server) run(name string, m method, body []byte) outcome {
-	l := s.limits(m)
+// callMethod calls m with a deadline, and answers for it when it hangs or panics.
+func (s *server) callMethod(name string, m method, body []byte) reply {
+	l := s.limitsOf(m)
 	// Not the request's context: an engine that died must not cut a rollback short.
 	ctx, cancel := context.WithTimeout(context.Background(), l.deadline)
-	result := make(chan outcome, 1)
+	result := make(chan reply, 1)
 	go func() {
 		defer cancel()
 		defer func() {
 			if p := recover(); p != nil {
 				s.log.WithFields(logrus.Fields{"method": name, "stack": string(debug.Stack())}).Errorf("panic: %v", p)
-				result <- outcome{err: fmt.Errorf("%s: internal error: %v", name, p)}
+				result <- reply{err: fmt.Errorf("%s: internal error: %v", name, p)}
 			}
 		}()
-		if !m.bodiless && !m.ends {
+		if !m.bodiless && !m.takesAway {
 			if err := s.gate.wait(ctx); err != nil {
-				result <- outcome{err: err}
+				result <- reply{err: err}
 				return
 			}
 		}
 		answer, err := m.call(ctx, body)
-		result <- outcome{answer, err}
+		result <- reply{answer, err}
 	}()
 	hung := time.NewTimer(l.deadline + l.grace)
 	defer hung.Stop()
@@ -250,12 +250,12 @@ func (s *server) run(name string, m method, body []byte) outcome {
 	case out := <-result:
 		return out
 	case <-hung.C:
-		return outcome{err: fmt.Errorf("%s: no answer within %v: something on this host hangs; azure-vnet-plugin status may tell", name, l.deadline+l.grace)}
+		return reply{err: fmt.Errorf("%s: no answer within %v: something on this host hangs; azure-vnet-plugin status may tell", name, l.deadline+l.grace)}
 	}
 }
 
-// subject picks what a line of the log says of a request.
-func subject(body []byte) logrus.Fields {
+// requestFields picks what a line of the log says of a request.
+func requestFields(body []byte) logrus.Fields {
 	var about struct {
 		NetworkID, EndpointID, PoolID, Pool, Address string
 		Interface                                    struct{ Address string }
@@ -265,7 +265,7 @@ func subject(body []byte) logrus.Fields {
 		return fields
 	}
 	for key, value := range map[string]string{
-		"network": short(about.NetworkID), "endpoint": short(about.EndpointID), "pool": about.PoolID + about.Pool,
+		"network": shortID(about.NetworkID), "endpoint": shortID(about.EndpointID), "pool": about.PoolID + about.Pool,
 		"address": about.Address + about.Interface.Address,
 	} {
 		if value != "" {
@@ -275,4 +275,4 @@ func subject(body []byte) logrus.Fields {
 	return fields
 }
 
-func short(id string) string { return id[:min(len(id), 12)] }
+func shortID(id string) string { return id[:min(len(id), 12)] }

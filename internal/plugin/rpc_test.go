@@ -105,14 +105,14 @@ func echo(_ context.Context, p *ping) (*ping, error) { return p, nil }
 
 func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 	p := start(t, openGate(), map[string]method{
-		"T.Echo":  takes(echo),
-		"T.Does":  does(func(context.Context, *ping) error { return nil }),
-		"T.Says":  says(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
-		"T.Fails": does(func(context.Context, *ping) error { return errors.New(`no "address" left`) }),
-		"T.Panic": does(func(context.Context, *ping) error { panic("oh") }),
-		"T.Hangs": does(func(context.Context, *ping) error { select {} }),
-		"T.Ends":  ends(func(context.Context, *ping) error { select {} }),
-		"T.Waits": does(func(ctx context.Context, _ *ping) error { <-ctx.Done(); return fmt.Errorf("waited: %w", ctx.Err()) }),
+		"T.Echo":  answered(echo),
+		"T.Does":  unanswered(func(context.Context, *ping) error { return nil }),
+		"T.Says":  unasked(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
+		"T.Fails": unanswered(func(context.Context, *ping) error { return errors.New(`no "address" left`) }),
+		"T.Panic": unanswered(func(context.Context, *ping) error { panic("oh") }),
+		"T.Hangs": unanswered(func(context.Context, *ping) error { select {} }),
+		"T.Ends":  takingAway(func(context.Context, *ping) error { select {} }),
+		"T.Waits": unanswered(func(ctx context.Context, _ *ping) error { <-ctx.Done(); return fmt.Errorf("waited: %w", ctx.Err()) }),
 	})
 	for _, c := range []struct {
 		name, method, body string
@@ -143,7 +143,7 @@ func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 }
 
 func TestEveryCallIsOneLineOfTheLog(t *testing.T) {
-	p := start(t, openGate(), map[string]method{"T.Echo": takes(echo)})
+	p := start(t, openGate(), map[string]method{"T.Echo": answered(echo)})
 	p.call(t, "T.Echo", `{"NetworkID":"0123456789abcdef","Interface":{"Address":"10.240.0.7/16"}}`)
 	p.call(t, "T.Echo", ``)
 	lines := strings.Split(strings.TrimSpace(p.log.String()), "\n")
@@ -165,7 +165,7 @@ func TestParallelCallsDoNotWaitForEachOther(t *testing.T) {
 	var once sync.Once
 	var inside sync.WaitGroup
 	inside.Add(50)
-	p := start(t, openGate(), map[string]method{"T.Meet": does(func(ctx context.Context, _ *ping) error {
+	p := start(t, openGate(), map[string]method{"T.Meet": unanswered(func(ctx context.Context, _ *ping) error {
 		inside.Done()
 		once.Do(func() { go func() { inside.Wait(); close(together) }() })
 		select {
@@ -190,9 +190,9 @@ func TestParallelCallsDoNotWaitForEachOther(t *testing.T) {
 func TestCallsWaitForTheGate(t *testing.T) {
 	g := newGate("restoring azure0")
 	p := start(t, g, map[string]method{
-		"T.Echo": takes(echo),
-		"T.Says": says(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
-		"T.Ends": ends(func(context.Context, *ping) error { return nil }),
+		"T.Echo": answered(echo),
+		"T.Says": unasked(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
+		"T.Ends": takingAway(func(context.Context, *ping) error { return nil }),
 	})
 	p.takeAway.deadline = 10 * time.Second
 	if got, want := p.call(t, "T.Ends", `{}`), (answer{200, `{}`}); got != want {
@@ -216,8 +216,8 @@ func TestCallsWaitForTheGate(t *testing.T) {
 func TestStoppingLetsCallsFinish(t *testing.T) {
 	inside, leave := make(chan struct{}), make(chan struct{})
 	p := start(t, openGate(), map[string]method{
-		"T.Slow": does(func(context.Context, *ping) error { close(inside); <-leave; return nil }),
-		"T.Echo": takes(echo),
+		"T.Slow": unanswered(func(context.Context, *ping) error { close(inside); <-leave; return nil }),
+		"T.Echo": answered(echo),
 	})
 	p.serving.deadline = 10 * time.Second
 	p.call(t, "T.Echo", `{}`) // leaves a connection that is kept alive

@@ -41,7 +41,7 @@ func readSettings(getenv func(string) string, run string) (settings, error) {
 		if value == "" {
 			continue
 		}
-		if allowed := s.set(d.key, value, run); allowed != "" {
+		if allowed := s.parse(d.key, value, run); allowed != "" {
 			wrong = append(wrong, fmt.Sprintf("%s=%.200s (allowed: %s)", d.key, value, allowed))
 			mended = append(mended, d.key+"="+d.value)
 		}
@@ -54,8 +54,8 @@ func readSettings(getenv func(string) string, run string) (settings, error) {
 		strings.Join(wrong, ", "), strings.Join(mended, " "))
 }
 
-// set changes one setting, or says what is allowed in the place of a wrong value.
-func (s *settings) set(key, value, run string) (allowed string) {
+// parse changes one setting, or says what is allowed in the place of a wrong value.
+func (s *settings) parse(key, value, run string) (allowed string) {
 	switch key {
 	case "LOG_LEVEL":
 		level, known := map[string]logrus.Level{
@@ -66,7 +66,7 @@ func (s *settings) set(key, value, run string) (allowed string) {
 		}
 		s.level = level
 	case "SOURCE":
-		source, allowed := source(value, run)
+		source, allowed := parseSource(value, run)
 		if allowed != "" {
 			return allowed
 		}
@@ -97,9 +97,9 @@ func (s *settings) set(key, value, run string) (allowed string) {
 	return ""
 }
 
-// source takes a name, or the host's path of a file under /run, which is all that the
+// parseSource takes a name, or the host's path of a file under /run, which is all that the
 // plugin sees of the host. Of another value it says what is allowed.
-func source(value, run string) (name, allowed string) {
+func parseSource(value, run string) (name, allowed string) {
 	switch lower := strings.ToLower(value); lower {
 	case "auto", "wireserver", "imds":
 		return lower, ""
@@ -115,8 +115,8 @@ func source(value, run string) (name, allowed string) {
 // may be another process in another container, and must ask the same source.
 func settingsFile(run string) string { return filepath.Join(run, "azure-vnet", "plugin.json") }
 
-// leaveSettings writes the settings as they came.
-func leaveSettings(getenv func(string) string, run string) error {
+// writeSettings writes the settings as they came.
+func writeSettings(getenv func(string) string, run string) error {
 	env := map[string]string{}
 	for _, d := range defaultSettings {
 		env[d.key] = getenv(d.key)
@@ -131,8 +131,8 @@ func leaveSettings(getenv func(string) string, run string) error {
 	return nil
 }
 
-// leftSettings reads them; the defaults if no plugin has run since the boot.
-func leftSettings(run string) (settings, error) {
+// readLastSettings reads them; the defaults if no plugin has run since the boot.
+func readLastSettings(run string) (settings, error) {
 	env := map[string]string{}
 	if text, err := os.ReadFile(settingsFile(run)); err == nil {
 		_ = json.Unmarshal(text, &env) // only an edit by hand tears it: then the defaults hold

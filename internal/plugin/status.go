@@ -59,7 +59,7 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Networks, err = readNetworks(p)
 	note(err)
-	r.Containers = dockerd{socket: filepath.Join(p.run, "docker.sock")}.names(ctx, slices.Collect(maps.Keys(r.Networks)))
+	r.Containers = dockerd{socket: filepath.Join(p.run, "docker.sock")}.namesByAddress(ctx, slices.Collect(maps.Keys(r.Networks)))
 	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
 		if err := host.CheckReady(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
 			r.Broken = []string{err.Error()}
@@ -95,7 +95,7 @@ func (r report) usedNICs() (macs []string) {
 // readPool reads the pool with the settings of the plugin that ran last, as far as they
 // are right.
 func readPool(ctx context.Context, p places, host *bridge.Host) (pool.Status, error) {
-	s, wrong := leftSettings(p.run)
+	s, wrong := readLastSettings(p.run)
 	addresses, err := openPool(p, s, host)
 	if err != nil {
 		return pool.Status{}, err
@@ -185,7 +185,7 @@ func (r report) printTables(out io.Writer) error {
 	for _, id := range slices.Sorted(maps.Keys(r.Networks)) {
 		n := r.Networks[id]
 		mode := cmp.Or(n.Mode, bridge.ModeBridge)
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\n", short(id), n.Prefix, n.MAC, mode, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\n", shortID(id), n.Prefix, n.MAC, mode, map[bool]string{true: "on", false: "off"}[n.SNAT], len(n.Aux))
 	}
 	r.printAddresses(w)
 	for _, what := range r.Broken {

@@ -37,22 +37,22 @@ func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
-		l, err := open(path)
+		l, err := openLock(path)
 		if err != nil {
 			return nil, err
 		}
 		ok, err := l.TryLock()
 		if err == nil && !ok {
-			err = wait(ctx, l, turnAt(path))
+			err = waitForLock(ctx, l, turnAt(path))
 		}
 		if err != nil && ctx.Err() != nil {
-			return nil, fmt.Errorf("lock %s, which is held for %q: %w", path, holder(path), ctx.Err())
+			return nil, fmt.Errorf("lock %s, which is held for %q: %w", path, readHolder(path), ctx.Err())
 		} else if err != nil {
 			l.Close()
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
-		if current(l) {
-			return taken(l, who), nil
+		if isCurrent(l) {
+			return markTaken(l, who), nil
 		}
 		l.Close()
 	}
@@ -60,21 +60,21 @@ func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 
 // TryLock is Lock without the wait: false if another holds the lock.
 func TryLock(path, who string) (unlock func(), ok bool, err error) {
-	l, err := open(path)
+	l, err := openLock(path)
 	if err != nil {
 		return nil, false, err
 	}
-	if ok, err := l.TryLock(); err != nil || !ok || !current(l) {
+	if ok, err := l.TryLock(); err != nil || !ok || !isCurrent(l) {
 		l.Close()
 		if err != nil {
 			err = fmt.Errorf("lock %s: %w", path, err)
 		}
 		return nil, false, err
 	}
-	return taken(l, who), true, nil
+	return markTaken(l, who), true, nil
 }
 
-func open(path string) (*flock.Flock, error) {
+func openLock(path string) (*flock.Flock, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
@@ -90,9 +90,9 @@ func turnAt(path string) chan struct{} {
 	return turn.(chan struct{})
 }
 
-// wait blocks until the lock is taken or ctx is done. A thread that nobody waits
+// waitForLock blocks until the lock is taken or ctx is done. A thread that nobody waits
 // for any more gives up the lock, and its turn, as soon as it has it.
-func wait(ctx context.Context, l *flock.Flock, turn chan struct{}) error {
+func waitForLock(ctx context.Context, l *flock.Flock, turn chan struct{}) error {
 	select {
 	case turn <- struct{}{}:
 	case <-ctx.Done():
@@ -115,15 +115,15 @@ func wait(ctx context.Context, l *flock.Flock, turn chan struct{}) error {
 	}
 }
 
-func taken(l *flock.Flock, who string) (unlock func()) {
+func markTaken(l *flock.Flock, who string) (unlock func()) {
 	// A full disk may refuse the name; the lock holds all the same.
 	_ = os.WriteFile(l.Path(), []byte(who), 0o600)
 	return func() { l.Close() }
 }
 
-// current says that the lock is on the file that others will open, and not on
+// isCurrent says that the lock is on the file that others will open, and not on
 // one that was deleted in between.
-func current(l *flock.Flock) bool {
+func isCurrent(l *flock.Flock) bool {
 	mine, err := l.Stat()
 	if err != nil {
 		return false
@@ -132,8 +132,8 @@ func current(l *flock.Flock) bool {
 	return err == nil && os.SameFile(mine, there)
 }
 
-// holder is best effort: the name is written just after the lock is taken.
-func holder(path string) string {
+// readHolder is best effort: the name is written just after the lock is taken.
+func readHolder(path string) string {
 	who, _ := os.ReadFile(path)
 	return strings.TrimSpace(string(who))
 }

@@ -8,7 +8,7 @@ import (
 	"reflect"
 )
 
-// merge returns next with everything in raw that the program did not know: raw
+// mergeUnknown returns next with everything in raw that the program did not know: raw
 // is the file as another version wrote it, known what this program understood
 // of it, next what this program wants in its place. What known has and next has
 // not was deleted, and stays deleted with all that was below it.
@@ -16,7 +16,7 @@ import (
 // Objects are followed by key. Elements of a list have no name: one that did not
 // change is followed wherever it went, one that did only while the list keeps
 // its length. State whose unknown fields matter belongs in objects.
-func merge(raw, known, next []byte) ([]byte, error) {
+func mergeUnknown(raw, known, next []byte) ([]byte, error) {
 	var trees [3]any
 	for i, body := range [][]byte{raw, known, next} {
 		d := json.NewDecoder(bytes.NewReader(body))
@@ -25,10 +25,10 @@ func merge(raw, known, next []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	return json.Marshal(graft(trees[0], trees[1], trees[2]))
+	return json.Marshal(graftValue(trees[0], trees[1], trees[2]))
 }
 
-func graft(raw, known, next any) any {
+func graftValue(raw, known, next any) any {
 	switch next := next.(type) {
 	case map[string]any:
 		r, ok := raw.(map[string]any)
@@ -50,7 +50,7 @@ func graft(raw, known, next any) any {
 
 func graftObject(raw, known, next map[string]any) any {
 	for key, value := range next {
-		next[key] = graft(raw[key], known[key], value)
+		next[key] = graftValue(raw[key], known[key], value)
 	}
 	for key, value := range raw {
 		_, kept := next[key]
@@ -74,7 +74,7 @@ func graftList(raw, known, next []any) any {
 			}
 		}
 		if from >= 0 {
-			next[i] = graft(raw[from], known[from], value)
+			next[i] = graftValue(raw[from], known[from], value)
 		}
 	}
 	return next

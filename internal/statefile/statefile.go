@@ -44,7 +44,7 @@ type Checker interface{ Check() error }
 // Read returns the value in the file, the zero value if there is none. It takes
 // no lock.
 func Read[T any](path string) (T, error) {
-	v, _, err := load[T](path)
+	v, _, err := loadFile[T](path)
 	return v, err
 }
 
@@ -55,28 +55,28 @@ func Read[T any](path string) (T, error) {
 // for: whoever waits too long for it is told. A process may be killed at any
 // point: the lock goes with it and the file holds the old value or the new.
 func Update[T any](ctx context.Context, path, who string, change func(*T) error) error {
-	return update(ctx, path, who, false, change)
+	return updateFile(ctx, path, who, false, change)
 }
 
-// Durable is Update for a value that must outlive a power cut: when it returns,
+// UpdateDurably is Update for a value that must outlive a power cut: when it returns,
 // the file and its directory are on the disk.
-func Durable[T any](ctx context.Context, path, who string, change func(*T) error) error {
-	return update(ctx, path, who, true, change)
+func UpdateDurably[T any](ctx context.Context, path, who string, change func(*T) error) error {
+	return updateFile(ctx, path, who, true, change)
 }
 
-func update[T any](ctx context.Context, path, who string, durable bool, change func(*T) error) error {
+func updateFile[T any](ctx context.Context, path, who string, durable bool, change func(*T) error) error {
 	unlock, err := Lock(ctx, path+".lock", who)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	v, old, err := load[T](path)
+	v, old, err := loadFile[T](path)
 	if err != nil {
 		return err
 	}
 	var known []byte // what this program understood of old, if that was not all
 	if old.foreign {
-		if known, err = encode(&v); err != nil {
+		if known, err = encodeValue(&v); err != nil {
 			return fmt.Errorf("encode %s: %w", path, err)
 		}
 	}
@@ -85,19 +85,19 @@ func update[T any](ctx context.Context, path, who string, durable bool, change f
 	} else if err != nil {
 		return err
 	}
-	body, err := encode(&v)
+	body, err := encodeValue(&v)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", path, err)
 	}
 	if old.foreign {
-		if body, err = merge(old.body, known, body); err != nil {
+		if body, err = mergeUnknown(old.body, known, body); err != nil {
 			return fmt.Errorf("keep what others wrote in %s: %w", path, err)
 		}
 	}
 	if body = append(body, '\n'); bytes.Equal(body, old.body) {
 		return nil
 	}
-	return replace(path, body, durable)
+	return replaceFile(path, body, durable)
 }
 
 // SetAside moves an unreadable file to <path>.bad-<time>, of which only the
@@ -109,10 +109,10 @@ func SetAside[T any](ctx context.Context, path, who string) error {
 		return err
 	}
 	defer unlock()
-	if _, _, err := load[T](path); !errors.Is(err, ErrUnreadable) {
+	if _, _, err := loadFile[T](path); !errors.Is(err, ErrUnreadable) {
 		return err
 	}
-	before := Aside(path)
+	before := ListAside(path)
 	bad := path + ".bad-" + time.Now().UTC().Format("20060102T150405.000000000Z")
 	if err := os.Rename(path, bad); err != nil {
 		return fmt.Errorf("set %s aside: %w", path, err)
@@ -123,8 +123,8 @@ func SetAside[T any](ctx context.Context, path, who string) error {
 	return nil
 }
 
-// Aside lists the unreadable files that were set aside.
-func Aside(path string) []string {
+// ListAside lists the unreadable files that were set aside.
+func ListAside(path string) []string {
 	entries, _ := os.ReadDir(filepath.Dir(path)) // no directory: nothing in it
 	var bad []string
 	for _, e := range entries {
@@ -141,26 +141,26 @@ type content struct {
 	foreign bool // it holds keys that this program does not know
 }
 
-func load[T any](path string) (v T, c content, err error) {
+func loadFile[T any](path string) (v T, c content, err error) {
 	body, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return v, content{}, nil
 	} else if err != nil {
 		return v, content{}, fmt.Errorf("read state: %w", err)
 	}
-	v, foreign, err := decode[T](body)
+	v, foreign, err := decodeValue[T](body)
 	if err != nil {
 		return v, content{}, fmt.Errorf("%w: %s: %w", ErrUnreadable, path, err)
 	}
 	return v, content{body, foreign}, nil
 }
 
-// decode reads strictly first: when that succeeds, and it nearly always does,
+// decodeValue reads strictly first: when that succeeds, and it nearly always does,
 // there is nothing in the file that merge would have to keep.
-func decode[T any](body []byte) (v T, foreign bool, err error) {
-	if !strict(body, &v) {
+func decodeValue[T any](body []byte) (v T, foreign bool, err error) {
+	if !decodeStrict(body, &v) {
 		v, foreign = *new(T), true
-		if err := lenient(body, &v); err != nil {
+		if err := decodeLenient(body, &v); err != nil {
 			return *new(T), false, err
 		}
 	}
@@ -177,13 +177,13 @@ func decode[T any](body []byte) (v T, foreign bool, err error) {
 var format = json.JoinOptions(json.Deterministic(true), json.FormatNilSliceAsNull(true), json.FormatNilMapAsNull(true), jsonv1.FormatDurationAsNano(true), jsonv1.OmitEmptyWithLegacySemantics(true),
 	jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 
-func encode(v any) ([]byte, error) { return json.Marshal(v, format) }
+func encodeValue(v any) ([]byte, error) { return json.Marshal(v, format) }
 
-func strict(body []byte, v any) bool {
+func decodeStrict(body []byte, v any) bool {
 	return json.Unmarshal(body, v, format, json.RejectUnknownMembers(true)) == nil && !isNull(body)
 }
 
-func lenient(body []byte, v any) error {
+func decodeLenient(body []byte, v any) error {
 	switch {
 	case len(bytes.TrimSpace(body)) == 0:
 		return errors.New("it is empty")
@@ -195,10 +195,10 @@ func lenient(body []byte, v any) error {
 
 func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
 
-// replace writes a temporary file and renames it over path. The name is fixed:
+// replaceFile writes a temporary file and renames it over path. The name is fixed:
 // the lock is held, and what a killed writer left is overwritten. On failure
 // the old file stands.
-func replace(path string, body []byte, durable bool) (err error) {
+func replaceFile(path string, body []byte, durable bool) (err error) {
 	tmp := path + ".tmp"
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {

@@ -63,7 +63,7 @@ func TestAMissingFileIsTheZeroValueAndIsMade(t *testing.T) {
 	if s, err := Read[shelf](path); err != nil || !cmp.Equal(s, shelf{}) {
 		t.Fatalf("read %+v, %v", s, err)
 	}
-	for _, update := range []func(context.Context, string, string, func(*shelf) error) error{Update[shelf], Durable[shelf]} {
+	for _, update := range []func(context.Context, string, string, func(*shelf) error) error{Update[shelf], UpdateDurably[shelf]} {
 		if err := update(t.Context(), path, "test", func(s *shelf) error { s.Count++; return nil }); err != nil {
 			t.Fatal(err)
 		}
@@ -175,7 +175,7 @@ func TestSetAsideKeepsTheNewestUnreadableFile(t *testing.T) {
 			}
 		}
 	}
-	bad := Aside(path)
+	bad := ListAside(path)
 	if len(bad) != 1 || fileText(t, bad[0]) != "second" {
 		t.Errorf("set aside: %v", bad)
 	}

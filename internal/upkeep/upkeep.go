@@ -42,9 +42,9 @@ func leasesOf(ctx context.Context, host *bridge.Host, want func(bridge.Attachmen
 	return leases, err
 }
 
-// Release ends the leases that no container has any more, and deletes what the host still has of their
+// ReleaseLeaked ends the leases that no container has any more, and deletes what the host still has of their
 // addresses. It ends no lease on a host with containers of a former build, whose links cannot be read.
-func Release(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (released []pool.Lease, err error) {
+func ReleaseLeaked(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (released []pool.Lease, err error) {
 	released, err = addresses.Collect(ctx, host.AddrsInContainers)
 	for _, lease := range released {
 		err = errors.Join(err, host.DeleteFlows(lease.Addr))
@@ -52,8 +52,8 @@ func Release(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (rele
 	return released, err
 }
 
-// Adopt leases again the addresses that running containers have and nobody holds.
-func Adopt(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (adopted []pool.Lease, err error) {
+// AdoptLost leases again the addresses that running containers have and nobody holds.
+func AdoptLost(ctx context.Context, host *bridge.Host, addresses *pool.Pool) (adopted []pool.Lease, err error) {
 	return addresses.AdoptLost(ctx, func(ctx context.Context) ([]pool.Lease, error) {
 		return leasesOf(ctx, host, func(at bridge.Attachment) bool { return at.InContainer })
 	})
@@ -102,7 +102,7 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 	if _, err := host.AddrsInContainers(ctx); err != nil {
 		return nil, err
 	}
-	if err := refuseHeld(ctx, addresses, r.Keeps); err != nil {
+	if err := refuseLinkless(ctx, addresses, r.Keeps); err != nil {
 		return nil, err
 	}
 	attached, err := host.Attachments(ctx)
@@ -117,16 +117,16 @@ func Uninstall(ctx context.Context, host *bridge.Host, addresses *pool.Pool, r R
 		}
 	}
 	return host.RemoveAll(ctx, func() error {
-		if err := refuseHeld(ctx, addresses, r.Keeps); err != nil { // an ADD may have come before the lock
+		if err := refuseLinkless(ctx, addresses, r.Keeps); err != nil { // an ADD may have come before the lock
 			return err
 		}
 		return errors.Join(r.Files(), os.RemoveAll(filepath.Join(r.Run, "azure-vnet")))
 	})
 }
 
-// refuseHeld is an error while addresses are lent that no link proves. The others are their links',
+// refuseLinkless is an error while addresses are lent that no link proves. The others are their links',
 // which RemoveAll looks at.
-func refuseHeld(ctx context.Context, addresses *pool.Pool, keeps func(pool.Lease) bool) error {
+func refuseLinkless(ctx context.Context, addresses *pool.Pool, keeps func(pool.Lease) bool) error {
 	all, err := addresses.Leases(ctx)
 	if err != nil {
 		return err

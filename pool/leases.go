@@ -12,10 +12,10 @@ import (
 
 // Leases lists what is held, by address. No source is asked.
 func (p *Pool) Leases(ctx context.Context) ([]Lease, error) {
-	s, err := p.read(ctx, "list leases")
-	if err == nil && p.unadopted(&s) {
+	s, err := p.readState(ctx, "list leases")
+	if err == nil && p.needsAdoption(&s) {
 		if err = p.adoptLinks(ctx); err == nil {
-			s, err = p.read(ctx, "list leases")
+			s, err = p.readState(ctx, "list leases")
 		}
 	}
 	if err != nil {
@@ -23,7 +23,7 @@ func (p *Pool) Leases(ctx context.Context) ([]Lease, error) {
 	}
 	var all []Lease
 	for _, addr := range slices.SortedFunc(maps.Keys(s.Leases), netip.Addr.Compare) {
-		l, _ := s.lease(addr)
+		l, _ := s.leaseOf(addr)
 		all = append(all, l)
 	}
 	return all, nil

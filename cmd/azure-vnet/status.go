@@ -19,10 +19,10 @@ import (
 	"azurevnet/pool"
 )
 
-// tell prints what is broken, as far as it can be told, how many ipconfigs there are, and who has
+// printStatus prints what is broken, as far as it can be told, how many ipconfigs there are, and who has
 // which address, with the link that shows it. Something broken is an error; a container of
 // another plugin is not.
-func tell(ctx context.Context, out io.Writer) error {
+func printStatus(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	broken, err := host.Broken(ctx)
 	for _, what := range broken {
@@ -38,7 +38,7 @@ func tell(ctx context.Context, out io.Writer) error {
 	err = errors.Join(err, bad)
 	unleased, bad := p.Unleased(ctx)
 	err = errors.Join(err, bad)
-	counts, bad := p.Counts(ctx)
+	counts, bad := p.CountIPConfigs(ctx)
 	err = errors.Join(err, bad)
 	rows := map[netip.Addr][]string{} // owner, pod, link, bridge, published ports
 	for addr, link := range unleased {
