@@ -1,8 +1,7 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Command azure-vnet-ipam is the CNI IPAM plugin that lends addresses of the
-// Azure virtual network to whatever main plugin calls it. Under azure-vnet it
-// is not run: that lends by itself.
+// Command azure-vnet-ipam is the CNI IPAM plugin that lends addresses of the Azure virtual network to any main plugin.
+// The main plugin azure-vnet does not run it, because azure-vnet lends addresses in its own process.
 package main
 
 import (
@@ -29,8 +28,8 @@ func main() {
 	})
 }
 
-// add lends an address. A repeat is an error, for the first is in use: it is
-// left as it is.
+// add serves ADD: it leases an address. If the interface holds one already, that is an error, and the lease stays as it
+// is: the address may be in use.
 func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err := c.CheckOwner(); err != nil {
 		return nil, err
@@ -39,12 +38,12 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	held, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
+	leases, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
 	if err != nil {
 		return nil, err
 	}
-	if len(held) > 0 {
-		return nil, cni.Errorf(cni.CodeAttached, "interface %s of container %s holds %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, held[0].Addr)
+	if len(leases) > 0 {
+		return nil, cni.Errorf(cni.CodeAttached, "interface %s of container %s holds %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, leases[0].Addr)
 	}
 	lease, err := l.Lend(ctx, true)
 	if err != nil {
@@ -53,12 +52,12 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	return lender.Result(lease), nil
 }
 
-// del releases what the container holds. None is success.
+// del serves DEL: it releases all addresses of the interface. It is a success if there is none.
 func del(ctx context.Context, c *cni.Call) error {
 	return releaseAll(ctx, c, func(owner string) bool { return owner == c.Owner() })
 }
 
-// gc releases what the network's containers hold that are not listed.
+// gc serves GC: it releases the addresses of the network's interfaces that the runtime's list lacks.
 func gc(ctx context.Context, c *cni.Call) error {
 	stale, err := c.Stale()
 	if err != nil {
@@ -67,19 +66,19 @@ func gc(ctx context.Context, c *cni.Call) error {
 	return releaseAll(ctx, c, stale)
 }
 
-// releaseAll releases leases without a link only: one with a link is in use by
-// azure-vnet, which takes the link away first.
-func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) error {
+// releaseAll releases the linkless leases of the owners that are wanted. A lease with a link is azure-vnet's, which
+// removes the link before it releases the address.
+func releaseAll(ctx context.Context, c *cni.Call, wanted func(owner string) bool) error {
 	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
-	held, err := l.LeasesOf(ctx, of)
+	leases, err := l.LeasesOf(ctx, wanted)
 	if err != nil {
 		return err
 	}
 	var freed []string
-	for _, lease := range held {
+	for _, lease := range leases {
 		if !lease.Linkless {
 			continue
 		}
@@ -87,7 +86,7 @@ func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) er
 			return fmt.Errorf("%s: %w", lease.Holder(), err)
 		}
 		text := lease.Addr.String()
-		if lease.Owner != c.Owner() { // of GC, whose line names no container
+		if lease.Owner != c.Owner() { // GC releases: its line in the log does not name the container otherwise
 			text += " of " + lease.Holder()
 		}
 		freed = append(freed, text)
@@ -98,35 +97,35 @@ func releaseAll(ctx context.Context, c *cni.Call, of func(owner string) bool) er
 	return nil
 }
 
-// check tells whether the container holds the addresses that its result says.
+// check serves CHECK: it is an error if the interface does not hold the addresses that prevResult has.
 func check(ctx context.Context, c *cni.Call) error {
 	l, err := lender.Open(c)
 	if err != nil {
 		return err
 	}
-	held, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
+	leases, err := l.LeasesOf(ctx, func(owner string) bool { return owner == c.Owner() })
 	if err != nil {
 		return err
 	}
-	if len(held) == 0 {
+	if len(leases) == 0 {
 		return cni.Errorf(types.ErrUnknownContainer, "interface %s of container %s holds no address", c.IfName, c.ContainerID)
 	}
 	prev, err := c.PrevResult()
 	if err != nil {
 		return err
 	}
-	return checkLeases(held, prev)
+	return checkLeases(leases, prev)
 }
 
-// checkLeases wants every lease in the result, which may have other addresses too.
-func checkLeases(held []pool.Lease, prev *current.Result) error {
+// checkLeases is an error if prevResult lacks the address of a lease. prevResult may have addresses of other plugins too.
+func checkLeases(leases []pool.Lease, prev *current.Result) error {
 	told := map[netip.Addr]bool{}
 	for _, ip := range prev.IPs {
 		if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok {
 			told[addr.Unmap()] = true
 		}
 	}
-	for _, lease := range held {
+	for _, lease := range leases {
 		if !told[lease.Addr] {
 			return cni.Errorf(cni.CodeChanged, "the container holds %s, and prevResult does not say so", lease.Addr)
 		}
@@ -134,6 +133,7 @@ func checkLeases(held []pool.Lease, prev *current.Result) error {
 	return nil
 }
 
+// status serves STATUS: it is an error if no container could be given an address.
 func status(ctx context.Context, c *cni.Call) error {
 	l, err := lender.Open(c)
 	if err != nil {

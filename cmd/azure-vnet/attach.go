@@ -22,16 +22,15 @@ import (
 	"azurevnet/internal/cni"
 )
 
-// The words attach and detach are for containers that no runtime of CNI's made: those of
-// docker-run.sh. A runtime on the same host may have containers on the same network, and its
-// GC ends all that its list lacks. So these containers have two marks: their owner is
-// "attach/…", and libcni keeps what it knows of them in a directory of ours. In its own
-// directory the GC of a runtime's libcni would find them and call DEL for them.
+// The words attach and detach serve containers that no CNI runtime made: those of docker-run.sh. A runtime on the same
+// host may have containers on the same network, and its GC ends all containers that its list lacks. Two things keep the
+// GC off the containers of attach. Their owner begins with "attach/". And libcni keeps its results of them in a
+// directory of azure-vnet: in the directory that runtimes use, the GC of a runtime's libcni would find them and call DEL.
 
-// resultsIn is where libcni keeps files in its directory, one for each container's interface.
+// resultsIn is the directory of results in libcni's cache directory. It has a file for each interface of a container.
 const resultsIn = "results"
 
-// attach runs ADD for a container that no runtime of CNI's made.
+// attach serves the word attach: it runs ADD of a whole conflist, and prints the container's address.
 func attach(ctx context.Context, args []string, out io.Writer) error {
 	flags := flag.NewFlagSet("attach", flag.ContinueOnError)
 	name := flags.String("name", "", "of the pod")
@@ -42,7 +41,7 @@ func attach(ctx context.Context, args []string, out io.Writer) error {
 	if flags.NArg() != 3 {
 		return fmt.Errorf("attach wants a conflist, a container's id and its namespace\n\n%s", usage)
 	}
-	if err := moveEarlierResults(); err != nil { // which concerns other containers
+	if err := moveEarlierResults(); err != nil { // the error is about other containers, so this one is attached all the same
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
 	run, list, rt, err := openConflist(flags.Args())
@@ -65,7 +64,8 @@ func attach(ctx context.Context, args []string, out io.Writer) error {
 	return errors.New("ADD succeeded, and gave no address: the conflist needs a plugin that gives one, such as azure-vnet")
 }
 
-// detach runs DEL, with what libcni kept of ADD. Without a namespace it is gone.
+// detach serves the word detach: it runs DEL of a whole conflist, with the result of ADD that libcni kept. The namespace
+// may be missing from the arguments, if it is gone.
 func detach(ctx context.Context, args []string) error {
 	if len(args) == 2 {
 		args = append(args, "")
@@ -73,7 +73,7 @@ func detach(ctx context.Context, args []string) error {
 	if len(args) != 3 {
 		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
 	}
-	if err := moveEarlierResults(); err != nil { // which concerns other containers
+	if err := moveEarlierResults(); err != nil { // the error is about other containers, so this one is attached all the same
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
 	run, list, rt, err := openConflist(args)
@@ -83,8 +83,8 @@ func detach(ctx context.Context, args []string) error {
 	return run.DelNetworkList(ctx, list, rt)
 }
 
-// openConflist is libcni for a conflist and a container. The plugins lie where this one
-// does.
+// openConflist returns libcni for a conflist, a container's id and its namespace. libcni looks for plugins in the
+// directory of this program.
 func openConflist(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
 	if err := checkConflist(args[0]); err != nil {
 		return nil, nil, nil, err
@@ -104,10 +104,10 @@ func openConflist(args []string) (*libcni.CNIConfig, *libcni.NetworkConfigList, 
 	return libcni.NewCNIConfigWithCacheDir([]string{filepath.Dir(self)}, cni.StateDir, nil), list, rt, nil
 }
 
-// conflistMost is far above what a list of plugins needs, in bytes.
+// conflistMost bounds the size of a conflist, in bytes. It is far more than a list of plugins needs.
 const conflistMost = 1 << 20
 
-// checkConflist refuses at once what is no file: libcni would wait for somebody to write to a FIFO.
+// checkConflist refuses a path that is no regular file. libcni would wait for ever for somebody to write to a FIFO.
 func checkConflist(path string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -126,8 +126,8 @@ func checkConflist(path string) error {
 	return nil
 }
 
-// moveEarlierResults moves what earlier builds' attach had libcni keep in the directory that
-// runtimes use, into ours. Without that, a GC of a runtime's libcni ends these containers.
+// moveEarlierResults moves the results of earlier builds' attach out of the directory that runtimes use, and into
+// azure-vnet's. Without that, the GC of a runtime's libcni ends these containers.
 func moveEarlierResults() error {
 	files, err := os.ReadDir(filepath.Join(libcni.CacheDir, resultsIn))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -145,8 +145,8 @@ func moveEarlierResults() error {
 	return nil
 }
 
-// isEarlierAttach reports whether what libcni kept is of an earlier build's attach. Its CNI_ARGS
-// were these three and the namespace was a process's. A kubelet's runtime adds the sandbox's id.
+// isEarlierAttach reports whether a result of libcni's is of an earlier build's attach. Its CNI_ARGS had exactly three
+// keys, and its namespace was a process's. A kubelet's runtime has a fourth key, the sandbox's id.
 func isEarlierAttach(text []byte) bool {
 	var kept struct {
 		Kind    string
@@ -163,8 +163,8 @@ func isEarlierAttach(text []byte) bool {
 	return strings.HasPrefix(kept.NetNS, "/proc/") && slices.Equal(keys, []string{"IgnoreUnknown", "K8S_POD_NAMESPACE", "K8S_POD_NAME"})
 }
 
-// moveResult copies the file and then removes it. After a crash in between it is there twice, and
-// the next call repeats this.
+// moveResult copies the file into azure-vnet's directory, and then removes it. A crash in between leaves both files, and
+// the next call moves the file again.
 func moveResult(name string, text []byte) error {
 	dir := filepath.Join(cni.StateDir, resultsIn)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -179,8 +179,8 @@ func moveResult(name string, text []byte) error {
 	return nil
 }
 
-// hasOurResult reports whether a container with a runtime's owner is one that an earlier build's
-// attach attached.
+// hasOurResult reports whether an earlier build's attach attached the container with this owner, which looks like a
+// runtime's.
 func hasOurResult(owner string) bool {
 	name := strings.ReplaceAll(strings.TrimPrefix(owner, "cni/"), "/", "-")
 	_, err := os.Stat(filepath.Join(cni.StateDir, resultsIn, name))

@@ -106,10 +106,10 @@ func findList(c *cni.Call) (list *libcni.NetworkConfigList, path string) {
 	return nil, ""
 }
 
-// configuredKeys is a plugin's configuration without what libcni adds to it for STATUS.
+// configuredKeys returns the keys of a plugin's configuration, without those that libcni adds for STATUS.
 func configuredKeys(conf []byte) map[string]any {
 	var keys map[string]any
-	_ = json.Unmarshal(conf, &keys) // libcni or this call has read it already
+	_ = json.Unmarshal(conf, &keys) // this cannot fail: libcni or this call has parsed it before
 	delete(keys, "name")
 	delete(keys, "cniVersion")
 	return keys

@@ -22,8 +22,8 @@ import (
 	"azurevnet/internal/lender"
 )
 
-// check changes nothing and believes nothing: it looks at the host's side of the
-// interface, into the container, and at the lease.
+// check serves CHECK: it compares the host's side of the interface, the container's side and the lease with what ADD
+// made. It changes nothing.
 func check(ctx context.Context, c *cni.Call) error {
 	l, err := lender.Open(c)
 	if err != nil {
@@ -59,14 +59,15 @@ func check(ctx context.Context, c *cni.Call) error {
 	return nil
 }
 
-// remedy says what to do about any fault that CHECK finds.
+// remedy is what an operator can do about any fault that CHECK finds.
 const remedy = "azure-vnet reconcile mends what is the host's; else end the container and start it again"
 
+// changed returns the error of CHECK about something that is not as ADD left it.
 func changed(format string, args ...any) error {
 	return types.NewError(cni.CodeChanged, fmt.Sprintf(format, args...), remedy)
 }
 
-// checkInside compares the container's interface with what ADD's result says.
+// checkInside compares the interface in the container's namespace with the result of ADD.
 func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error {
 	in, err := openContainer(c.Netns)
 	if err != nil {
@@ -87,7 +88,7 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
 		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)
 	}
-	if !slices.Equal(l.Attrs().HardwareAddr, at.MAC) { // whatever a chained plugin told the runtime
+	if !slices.Equal(l.Attrs().HardwareAddr, at.MAC) { // this holds even if a chained plugin told the runtime another MAC
 		return changed("interface %s in %s has the MAC %s, and not %s: all that it sends is dropped", c.IfName, c.Netns, l.Attrs().HardwareAddr, at.MAC)
 	}
 	has, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
@@ -111,9 +112,9 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	return errors.Join(checkRoutes(in, l, c, prev.Routes), checkGateway(in, l, c, at, prev))
 }
 
-// checkGateway compares the MAC that the container has for its gateway with that of the
-// bridge or, without one, of the host end. All that a container sends goes there. An
-// entry that is gone is no error: the host answers ARP for the gateway.
+// checkGateway compares the MAC that the container has for its gateway with the MAC of the bridge, or in transparent mode
+// with that of the host end. All that a container sends goes to this MAC. A missing neighbour entry is no error, because
+// the host answers ARP for the gateway.
 func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Attachment, prev *current.Result) error {
 	next, err := netlink.LinkByName(cmp.Or(at.Bridge, at.Link))
 	if err != nil {
@@ -133,6 +134,7 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Att
 	return nil
 }
 
+// checkRoutes is an error if the container lacks an IPv4 route of its main table that the result of ADD has.
 func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {
 	has, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
 	if err != nil {
@@ -152,7 +154,7 @@ func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.
 	return nil
 }
 
-// prefixOf reads a route's destination, of which none is everything.
+// prefixOf returns the destination of a route. A route without one leads to every address.
 func prefixOf(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)

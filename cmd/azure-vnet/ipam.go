@@ -15,28 +15,30 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 
+	"azurevnet/bridge"
 	"azurevnet/internal/cni"
 	"azurevnet/internal/lender"
 	"azurevnet/pool"
 )
 
-// grant is what IPAM gave for a container, and how it is given back.
+// grant is the address that an IPAM plugin gave for a container.
 type grant struct {
-	nic     string   // its MAC
-	primary bool     // the VM's primary NIC
-	nics    []string // the MACs of all NICs of the VM, as far as known
-	addr    netip.Prefix
+	nic     string       // MAC of the NIC that has the address
+	primary bool         // that NIC is the VM's primary NIC
+	nics    []string     // MACs of all NICs of the VM, as far as they are known
+	addr    netip.Prefix // the address with its subnet's mask
 	gateway netip.Addr
-	routes  []*types.Route
+	routes  []*types.Route // the default route first
 	dns     types.DNS
 
-	confirm func(context.Context) error // it is still held
-	release func(context.Context) error
+	confirm func(context.Context) error // is an error if the container does not hold the address any more
+	release func(context.Context) error // gives the address back
 }
 
-// lendsHere tells whether the address is lent in this process.
+// lendsHere reports whether the address is lent in this process, and not by a program of another IPAM plugin.
 func lendsHere(c *cni.Call) bool { return c.Conf.IPAM.Type == cni.IPAMType }
 
+// getAddress gets an address for the container: here, or from the IPAM plugin that the configuration names.
 func getAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
 	if lendsHere(c) {
 		return lendAddress(ctx, c, l)
@@ -44,7 +46,7 @@ func getAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, err
 	return delegateAddress(ctx, c, l)
 }
 
-// lendAddress lends an address in this process.
+// lendAddress leases an address of the pool.
 func lendAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
 	lease, err := l.Lend(ctx, false)
 	if err != nil {
@@ -55,7 +57,7 @@ func lendAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, er
 		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
 		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
 		release: func(ctx context.Context) error {
-			_, err := l.Return(ctx, lease) // and no other that the owner may have got since
+			_, err := l.Return(ctx, lease) // this very lease: the owner may have got another one since
 			return err
 		},
 	}
@@ -69,7 +71,7 @@ func lendAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, er
 	return g, nil
 }
 
-// noteNICs notes the VM's NICs.
+// noteNICs takes the VM's NICs down, and whether the address's NIC is the primary one.
 func (g *grant) noteNICs(nics []pool.NIC) {
 	for _, nic := range nics {
 		g.primary = g.primary || nic.Primary && nic.MAC == g.nic
@@ -77,8 +79,8 @@ func (g *grant) noteNICs(nics []pool.NIC) {
 	}
 }
 
-// delegateAddress has another IPAM plugin give an address. It reads our configuration
-// as it came, with all that the runtime added.
+// delegateAddress has another IPAM plugin give an address. That plugin is given the configuration as it came, with all
+// that the runtime added.
 func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, error) {
 	nic, primary, err := findMaster(ctx, c, l.Host)
 	if err != nil {
@@ -95,7 +97,7 @@ func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant
 		nic: nic, primary: primary, confirm: func(context.Context) error { return nil },
 		release: func(ctx context.Context) error { return delegateVerb(ctx, c, invoke.DelegateDel) },
 	}
-	if nics, err := l.KnownNICs(ctx); err == nil { // or nobody has asked: another gives the addresses
+	if nics, err := l.KnownNICs(ctx); err == nil { // where another IPAM gives all addresses, maybe no call ever asked for the NICs
 		g.noteNICs(nics)
 	}
 	if err := g.readResult(raw); err != nil {
@@ -108,7 +110,21 @@ func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant
 	return g, nil
 }
 
-// readResult takes the one address that an interface has, and the routes.
+// findMaster returns the MAC of the NIC of a network whose addresses come from another IPAM: the NIC that the
+// configuration names, or else the NIC that the default route leaves by.
+func findMaster(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, primary bool, err error) {
+	_, mac, err = host.NIC(ctx, "")
+	if c.Conf.Master == "" {
+		return mac, true, err
+	}
+	_, named, err := host.NIC(ctx, c.Conf.Master)
+	if err != nil {
+		return "", false, cni.Errorf(types.ErrInvalidNetworkConfig, "master: %v", err)
+	}
+	return named, named == mac, nil
+}
+
+// readResult takes the address and the routes from the result of another IPAM plugin. An interface has one address.
 func (g *grant) readResult(raw types.Result) error {
 	r, err := current.NewResultFromResult(raw)
 	if err != nil {
@@ -123,7 +139,7 @@ func (g *grant) readResult(raw types.Result) error {
 		return fmt.Errorf("it gave %s, and IPv6 is not served yet: configure it to give IPv4", r.IPs[0].Address.IP)
 	}
 	g.addr = netip.PrefixFrom(addr, bits)
-	g.gateway = g.addr.Masked().Addr().Next() // Azure's
+	g.gateway = g.addr.Masked().Addr().Next() // Azure's gateway is the first address of a subnet
 	if gw, ok := netip.AddrFromSlice(r.IPs[0].Gateway); ok {
 		g.gateway = gw.Unmap()
 	}
@@ -137,7 +153,7 @@ func (g *grant) readResult(raw types.Result) error {
 	return nil
 }
 
-// delegateVerb calls the IPAM plugin for a verb without a result.
+// delegateVerb calls another IPAM plugin with a verb that has no result: DEL, CHECK, GC or STATUS.
 func delegateVerb(ctx context.Context, c *cni.Call, call func(context.Context, string, []byte, invoke.Exec) error) error {
 	if err := checkInstalled(c); err != nil {
 		return err
@@ -148,7 +164,7 @@ func delegateVerb(ctx context.Context, c *cni.Call, call func(context.Context, s
 	return nil
 }
 
-// checkInstalled refuses a configuration whose IPAM plugin is not there.
+// checkInstalled is an error if the program of the IPAM plugin is missing.
 func checkInstalled(c *cni.Call) error {
 	if _, err := invoke.FindInPath(c.Conf.IPAM.Type, filepath.SplitList(os.Getenv("CNI_PATH"))); err != nil {
 		return cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err)
@@ -156,6 +172,7 @@ func checkInstalled(c *cni.Call) error {
 	return nil
 }
 
+// ipNet returns an IPv4 prefix as package net has it.
 func ipNet(p netip.Prefix) net.IPNet {
 	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
 }

@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Command azure-vnet is the CNI main plugin: a container gets an interface with an
-// address of the virtual network, which the host routes to the VM's NIC. The address
-// is lent in this process, or by another IPAM plugin that the configuration names.
+// Command azure-vnet is the CNI main plugin. It gives a container an interface with an address of the virtual network,
+// and the host routes the address between the container and the VM's NIC. The address is lent in this process, or by
+// another IPAM plugin that the configuration names. With an argument, the command serves an operator: see words.go.
 package main
 
 import (
@@ -16,7 +16,7 @@ import (
 var version = "devel"
 
 func main() {
-	if len(os.Args) > 1 { // no runtime gives an argument
+	if len(os.Args) > 1 { // a runtime gives no argument
 		os.Exit(serveWord(os.Args[1:]))
 	}
 	cni.Main(cni.Plugin{

@@ -3,76 +3,64 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"fmt"
-	"io"
-	"maps"
-	"net/netip"
 	"slices"
-	"strings"
-	"text/tabwriter"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 	"azurevnet/pool"
 )
 
-// printStatus prints what is broken, as far as it can be told, how many ipconfigs there are, and who has
-// which address, with the link that shows it. Something broken is an error; a container of
-// another plugin is not.
-func printStatus(ctx context.Context, out io.Writer) error {
-	host := bridge.New(bridge.Config{})
-	broken, err := host.Broken(ctx)
-	for _, what := range broken {
-		fmt.Fprintln(out, "broken:", what)
+// status serves STATUS: it is an error if no ADD could succeed. Several reasons may hold at once, and the answer names
+// one. A missing right to change the network comes first. A NIC in another bridge comes next, and then a bridge of others
+// that has the name of the NIC's bridge: no other remedy helps before these are gone.
+func status(ctx context.Context, c *cni.Call) error {
+	l, err := lender.Open(c)
+	if err != nil {
+		return err
 	}
-	p, bad := pool.New(pool.Config{Dir: cni.StateDir})
-	if bad != nil {
-		return errors.Join(err, bad)
+	if err := l.Host.CheckPermitted(); err != nil {
+		return err
 	}
-	leases, bad := p.Leases(ctx)
-	err = errors.Join(err, bad)
-	attached, bad := host.Attachments(ctx)
-	err = errors.Join(err, bad)
-	unleased, bad := p.Unleased(ctx)
-	err = errors.Join(err, bad)
-	counts, bad := p.CountIPConfigs(ctx)
-	err = errors.Join(err, bad)
-	rows := map[netip.Addr][]string{} // owner, pod, link, bridge, published ports
-	for addr, link := range unleased {
-		rows[addr] = []string{"nobody: another plugin's container has it", "", link, "", ""}
+	nic, primary, err := checkCanAddress(ctx, c, l)
+	var macs []string // if it stays empty, Ready looks at the NICs that were asked for since the boot
+	if nic != "" {
+		macs = []string{nic}
 	}
-	for _, lease := range leases {
-		rows[lease.Addr] = []string{lease.Owner, lease.Pod, "", "", ""}
+	if taken := l.Host.CheckReady(ctx, macs...); taken != nil {
+		return taken
 	}
-	for _, at := range attached {
-		var ports []string
-		for _, p := range at.Ports {
-			ports = append(ports, p.String())
-		}
-		owner, pod := at.Owner, at.Pod
-		if row, lent := rows[at.Addr.Addr()]; lent {
-			owner, pod = row[0], cmp.Or(row[1], pod)
-		}
-		rows[at.Addr.Addr()] = []string{owner, pod, at.Link, cmp.Or(at.Bridge, string(bridge.ModeTransparent)), strings.Join(ports, ", ")}
-	}
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	if len(counts) > 0 {
-		fmt.Fprintln(w, "NIC\tSUBNET\tIPCONFIGS")
-	}
-	for _, nic := range counts {
-		for _, s := range nic.Subnets {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", nic.MAC, s.Prefix, s.Census)
+	if nic != "" {
+		if bad := l.Host.CheckPresent(ctx, nic); bad != nil {
+			return cni.Errorf(types.ErrPluginNotAvailable, "%v", bad)
 		}
 	}
-	fmt.Fprintln(w, "\nADDRESS\tLENT TO\tPOD\tLINK\tBRIDGE\tPUBLISHED")
-	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
-		fmt.Fprintf(w, "%s\t%s\n", addr, strings.Join(rows[addr], "\t"))
+	if nic != "" && c.Conf.Mode != cni.ModeTransparent {
+		_, bad := l.Host.BridgeName(ctx, bridge.Spec{MAC: nic, Name: c.Conf.Bridge, Primary: primary})
+		if errors.Is(bad, bridge.ErrNameTaken) {
+			return bad
+		}
 	}
-	if len(broken) > 0 {
-		err = cmp.Or(err, errors.New("not all is as it should be: azure-vnet reconcile mends what can be mended"))
+	if err != nil {
+		return err
 	}
-	return errors.Join(w.Flush(), err)
+	return checkChained(ctx, c)
+}
+
+// checkCanAddress is an error if no container can be given an address. nic is the MAC of the NIC that an ADD would take,
+// "" if it is not known. primary reports whether it is the VM's primary NIC.
+func checkCanAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (nic string, primary bool, err error) {
+	if lendsHere(c) {
+		nic, err = l.CheckCanLend(ctx)
+		nics, _ := l.KnownNICs(ctx) // if this fails, CheckCanLend has failed too, and says why
+		primary = slices.ContainsFunc(nics, func(n pool.NIC) bool { return n.MAC == nic && n.Primary })
+		return nic, primary, err
+	}
+	nic, primary, err = findMaster(ctx, c, l.Host)
+	return nic, primary, errors.Join(err, delegateVerb(ctx, c, invoke.DelegateStatus))
 }

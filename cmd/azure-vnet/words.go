@@ -32,10 +32,10 @@ const usage = `azure-vnet is a CNI plugin: a runtime starts it without an argume
   azure-vnet version
 `
 
-// wordTime bounds a word. It is above the deadlines of what it calls.
+// wordTime bounds a word, except hold. It is longer than the deadlines of all that a word calls.
 const wordTime = 90 * time.Second
 
-// serveWord does what the arguments say and returns the exit status.
+// serveWord runs the word that the arguments begin with, and returns the exit status.
 func serveWord(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
@@ -46,6 +46,7 @@ func serveWord(args []string) int {
 	return 0
 }
 
+// runWord runs a word, and prints to out.
 func runWord(ctx context.Context, name string, args []string, out io.Writer) error {
 	if name == "hold" {
 		<-ctx.Done()
@@ -74,10 +75,9 @@ func runWord(ctx context.Context, name string, args []string, out io.Writer) err
 	return fmt.Errorf("unknown word %.40q\n\n%s", name, usage)
 }
 
-// reconcile does what the managed plugin does every 30 s, for hosts that have no
-// plugin. It mends the host, then releases leases that no container has any more, and
-// leases again what running containers have and nobody holds. It prints what it mended,
-// and nothing if all stood.
+// reconcile does on a host without the managed plugin what the plugin does every 30 s. It mends the host, ends the leases
+// that no container has any more, and leases again the addresses that running containers have and nobody holds. It
+// prints what it changed, so nothing if all was as it should be.
 func reconcile(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	mended, err := host.Reconcile(ctx)
@@ -101,9 +101,9 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	return errors.Join(err, bad, refreshNICs(ctx, p))
 }
 
-// refreshNICs keeps what is known young, with more patience for a slow source than an
-// ADD has. A host where these sources never answered has others, if any: only
-// its networks' configurations name them.
+// refreshNICs asks the sources for the VM's addresses if the last answer is old. It waits longer for a slow source than
+// an ADD does, so ADDs find a fresh answer. If the sources never answered on this host, it asks nothing: the host's
+// networks have other sources, which only their configurations name.
 func refreshNICs(ctx context.Context, p *pool.Pool) error {
 	_, err := p.KnownNICs(ctx)
 	if errors.Is(err, pool.ErrSource) {
@@ -115,8 +115,8 @@ func refreshNICs(ctx context.Context, p *pool.Pool) error {
 	return err
 }
 
-// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. A network of
-// Docker's that holds an auxiliary address keeps everything too, because the address would be lent again.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. An auxiliary address of a Docker network keeps
+// everything too, because without its lease the address would be lent to a container.
 func uninstall(ctx context.Context, out io.Writer) error {
 	p, err := pool.New(pool.Config{Dir: cni.StateDir})
 	if err != nil {
