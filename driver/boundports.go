@@ -15,16 +15,20 @@ import (
 	"azurevnet/bridge"
 )
 
-// boundPorts are sockets that are bound to the ports of the host that lead to containers of Docker's. Nothing listens
-// at them. Without one, the engine would give the port to a container of its own bridge too, without a word, and
-// nobody would reach that container there. The plugin's end closes them, and its start binds them again.
+// boundPorts has a socket for each port of the host that leads to a container of Docker's. The socket is bound to the port,
+// and nothing listens at it. Without the socket, the engine would give the same port to a container of its own bridge
+// too. No error would say so, and nobody would reach that container at the port. When the plugin ends, its sockets close.
+// When it starts, it binds them again.
+//
+// The lock is also held while published ports change in the kernel. Otherwise a round could bind a port that was taken
+// back a moment ago.
 type boundPorts struct {
-	sync.Mutex                                         // held by those who change what is published too, so that no round binds what was just taken back
-	sockets    map[string]map[bridge.PublishedPort]int // by owner: the file descriptor of each port's socket
+	sync.Mutex
+	sockets map[string]map[bridge.PublishedPort]int // by owner: the file descriptor of each port's socket
 }
 
-// bindOwner binds the owner's ports, and closes the sockets of those that it has no more. It goes on after an error, which
-// names the ports that somebody else is bound to. The caller holds the lock.
+// bindOwner binds the owner's ports, and closes the sockets of the ports that the owner has no more. If a port cannot be
+// bound, bindOwner goes on with the others, and the error names the port. The caller holds the lock.
 func (h *boundPorts) bindOwner(owner string, ports []bridge.PublishedPort) error {
 	has, wanted := h.sockets[owner], map[bridge.PublishedPort]int{}
 	var errs []error
@@ -51,8 +55,8 @@ func (h *boundPorts) bindOwner(owner string, ports []bridge.PublishedPort) error
 	return errors.Join(errs...)
 }
 
-// bindPort makes the socket. It has no SO_REUSEADDR, so nobody else can bind to the port; and what reaches it by a way that
-// is not led to the container, it does not keep.
+// bindPort makes the socket of a port. The socket has no SO_REUSEADDR, so nobody else can bind to the port. A datagram may
+// reach the socket by a way that does not lead to the container. The socket has no buffer to keep it.
 func bindPort(p bridge.PublishedPort) (fd int, err error) {
 	kind := unix.SOCK_STREAM
 	if p.Proto == "udp" {
@@ -61,18 +65,19 @@ func bindPort(p bridge.PublishedPort) (fd int, err error) {
 	if fd, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC, 0); err != nil {
 		return -1, err
 	}
-	at := &unix.SockaddrInet4{Port: int(p.HostPort)}
+	addr := &unix.SockaddrInet4{Port: int(p.HostPort)}
 	if p.HostAddr.IsValid() {
-		at.Addr = p.HostAddr.As4()
+		addr.Addr = p.HostAddr.As4()
 	}
-	if err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 0), unix.Bind(fd, at)); err != nil {
+	if err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 0), unix.Bind(fd, addr)); err != nil {
 		_ = unix.Close(fd)
 		return -1, err
 	}
 	return fd, nil
 }
 
-// BindPorts binds what is published of Docker's containers: after the plugin's start, and where a call died halfway.
+// BindPorts binds the published ports of all of Docker's containers, and closes all other sockets. After the plugin's start
+// no port is bound, and a call that died halfway may have left the wrong ones.
 func (d *Driver) BindPorts(ctx context.Context) error {
 	d.ports.Lock()
 	defer d.ports.Unlock()
@@ -82,10 +87,10 @@ func (d *Driver) BindPorts(ctx context.Context) error {
 	}
 	gone := maps.Clone(d.ports.sockets)
 	var errs []error
-	for _, at := range all {
-		if strings.HasPrefix(at.Owner, OwnerPrefix) {
-			delete(gone, at.Owner)
-			errs = append(errs, d.ports.bindOwner(at.Owner, at.Ports))
+	for _, attached := range all {
+		if strings.HasPrefix(attached.Owner, OwnerPrefix) {
+			delete(gone, attached.Owner)
+			errs = append(errs, d.ports.bindOwner(attached.Owner, attached.Ports))
 		}
 	}
 	for owner := range gone {

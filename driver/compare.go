@@ -13,14 +13,15 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// missingAge is how long an engine must leave a network out of its lists before
-// it is forgotten: longer than any CreateNetwork, after which the engine lists it.
+// missingAge is how long an engine's lists must lack a network before it is forgotten. An engine lists a network only
+// after CreateNetwork, and no CreateNetwork takes that long.
 const missingAge = time.Minute
 
-// ForgetUnlisted takes the ids of all networks that the engine has, and forgets those
-// that it has left out for a minute, in two lists at least: their DeleteNetwork
-// was lost. It returns their ids, ascending. What a list left out is remembered
-// in memory alone, so a restart only makes it wait longer.
+// ForgetUnlisted forgets the networks that the engine does not have any more: the engine removed them while the plugin was
+// away. listed has the ids of all networks in the engine's list. A network is forgotten when two lists or more, a minute
+// apart, lack it. ForgetUnlisted returns the forgotten ids, ascending.
+//
+// What the lists lack is kept in memory only, so after a restart of the plugin the minute begins anew.
 func (d *Driver) ForgetUnlisted(ctx context.Context, listed map[string]bool) ([]string, error) {
 	gone := map[string]Network{}
 	err := d.changeNetworks(ctx, "compare networks", func(all map[string]Network) error {
@@ -61,8 +62,7 @@ func (d *Driver) ForgetUnlisted(ctx context.Context, listed map[string]bool) ([]
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
-// unmarkMissing ends what Compare holds against a network: swarm creates one again
-// by the same id.
+// unmarkMissing says that a network is not missing: it is being created. Swarm creates a network again by the same id.
 func (d *Driver) unmarkMissing(id string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

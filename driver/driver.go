@@ -1,13 +1,12 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package driver is libnetwork's NetworkDriver over the bridge: it turns Docker's
-// networks and endpoints into bridges and attachments. It is not the pool: the
-// addresses come leased by the IpamDriver, and are only checked here.
+// Package driver is libnetwork's NetworkDriver: it translates Docker's networks and endpoints for package bridge. It
+// chooses no address. The IpamDriver leases the addresses, and this driver checks the leases.
 //
-// Docker tells a network once and never again, so networks.json outlives the
-// boot. Of endpoints nothing is remembered: the kernel's links tell.
+// An engine tells each network once and never again, not even after a reboot. So networks.json keeps the networks, and
+// outlives the boot. Nothing is kept about endpoints: the kernel's links say which are attached.
 //
-// Errors do not name the call, for the engine puts its name before them.
+// Errors do not name the call, because the engine puts its name before them.
 package driver
 
 import (
@@ -29,34 +28,33 @@ import (
 // OwnerPrefix begins the owner of every lease and every link of Docker's.
 const OwnerPrefix = "docker/"
 
-// Config says what the driver works on.
+// Config says what the driver works on. The fields from NetworkMade on may be nil.
 type Config struct {
-	Dir          string // directory of networks.json, which must outlive a reboot; made if missing
-	OnHost       string // Dir as an operator finds it on the host, for errors; empty: Dir
+	Dir          string // directory of networks.json; it must outlive a reboot, and is made if missing
+	OnHost       string // the same directory as an operator finds it on the host, for errors; empty: Dir
 	Host         *bridge.Host
 	Pool         *pool.Pool
-	AddressSpace string // the IpamDriver's: a pool of any other is not ours
+	AddressSpace string // the IpamDriver's address space; a network whose pool is in another one is refused
 
-	// Used is told that a network was made of the subnet, on that MAC's NIC; may be nil.
+	// NetworkMade is called after a network was made of the subnet, on the NIC with the MAC.
 	NetworkMade func(subnet netip.Prefix, mac string)
 
-	// Agrees returns an error if the pool that a network of the subnet is to have
-	// is known to be of another NIC than that MAC's; may be nil.
+	// CheckNIC returns an error if the IpamDriver gave the network of the subnet a pool of another NIC than that with
+	// the MAC.
 	CheckNIC func(subnet netip.Prefix, mac string) error
 
-	Engine Engine // asked for names in errors; may be nil
+	Engine Engine // tells names for errors
 
-	Warn func(text string) // told what is no failure, but worth knowing; may be nil
+	Warn func(text string) // is called with what is no failure, but worth a line in the log
 }
 
-// Driver answers the NetworkDriver calls. Its methods are safe for parallel use
-// and repeatable.
+// Driver answers the NetworkDriver calls. Its methods are safe for parallel use, and may be repeated.
 type Driver struct {
 	cfg   Config
 	ports boundPorts
 
-	mu      sync.Mutex           // taken within networks.json's lock; guards missing
-	missing map[string]time.Time // by id: since when the engine's lists lack a network; see Compare
+	mu      sync.Mutex           // guards missing; taken while the lock of networks.json is held
+	missing map[string]time.Time // by id: since when the engine's lists lack a network; see ForgetUnlisted
 }
 
 // New returns a driver.
@@ -76,14 +74,15 @@ func New(cfg Config) *Driver {
 	return &Driver{cfg: cfg}
 }
 
-// GetCapabilities: networks are of this host, and reach others.
+// GetCapabilities says that a network is of this host alone, and that its containers reach other hosts.
 func (d *Driver) GetCapabilities(context.Context) (*network.CapabilitiesResponse, error) {
 	return &network.CapabilitiesResponse{Scope: network.LocalScope, ConnectivityScope: network.GlobalScope}, nil
 }
 
-// idShape is what Docker's ids look like, so that no id is ever a path.
+// idShape matches the ids of Docker's networks and endpoints. An id becomes part of owners, so it must have no slash.
 var idShape = regexp.MustCompile(`^[0-9a-zA-Z]{1,64}$`)
 
+// checkIDs refuses ids that no engine sends.
 func checkIDs(ids ...string) error {
 	for _, id := range ids {
 		if !idShape.MatchString(id) {
@@ -93,8 +92,8 @@ func checkIDs(ids ...string) error {
 	return nil
 }
 
-// CreateNetwork checks the network, writes it to disk and ensures its bridge. A
-// repeat with the same content is success.
+// CreateNetwork checks the network, writes it to networks.json and ensures its bridge. A repeat with the same options is
+// a success. After an error the network is not in networks.json.
 func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequest) error {
 	n, err := d.planNetwork(ctx, r)
 	if err != nil {
@@ -123,7 +122,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 		err = fmt.Errorf("-o mtu=%d: the NIC %s has an MTU of %d bytes, and larger packets would vanish: ask for at most that, or leave -o mtu out", n.MTU, br.NIC, br.MTU)
 	}
 	if err == nil {
-		err = ctx.Err() // an answer after the deadline reaches nobody
+		err = ctx.Err() // after the deadline, the answer reaches nobody
 	}
 	if err != nil {
 		if added {
@@ -137,9 +136,8 @@ func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequ
 	return nil
 }
 
-// withSharedBridge is n with the bridge name that another network of its NIC asked for, if n asks
-// for none itself. After a boot either network may be restored first, and both must
-// make the same bridge. A transparent network has no bridge.
+// withSharedBridge returns n with the bridge name that another network of the same NIC asks for, if n asks for none. After
+// a boot either network may be restored first, and both must make the same bridge. A transparent network has no bridge.
 func (n Network) withSharedBridge(all map[string]Network) Network {
 	for _, other := range all {
 		if !n.Transparent() && n.Bridge == "" && other.MAC == n.MAC {
@@ -149,7 +147,7 @@ func (n Network) withSharedBridge(all map[string]Network) Network {
 	return n
 }
 
-// checkSharedBridge refuses a network that wants another name of a bridge that it shares.
+// checkSharedBridge refuses a network that asks for another name of the bridge that it shares with a network of its NIC.
 func (n Network) checkSharedBridge(all map[string]Network) error {
 	for id, other := range all {
 		if !n.Transparent() && other.MAC == n.MAC && other.Bridge != "" && other.Bridge != n.Bridge {
@@ -159,8 +157,8 @@ func (n Network) checkSharedBridge(all map[string]Network) error {
 	return nil
 }
 
-// planNetwork checks a request and says what it asks for. It keeps auxiliary addresses,
-// which is repeatable, and changes nothing else.
+// planNetwork checks a request, and returns the network that it asks for. It marks the leases of auxiliary addresses as
+// linkless, which may be repeated, and changes nothing else.
 func (d *Driver) planNetwork(ctx context.Context, r *network.CreateNetworkRequest) (Network, error) {
 	if err := checkIDs(r.NetworkID); err != nil {
 		return Network{}, err
@@ -221,7 +219,7 @@ func (d *Driver) planNetwork(ctx context.Context, r *network.CreateNetworkReques
 	return n, nil
 }
 
-// nicWith is the MAC of the NIC whose own address addr is, "" if it is none's.
+// nicWith returns the MAC of the NIC whose own address addr is. It is "" if addr is the own address of no NIC.
 func nicWith(nics []pool.NICStatus, addr netip.Addr) string {
 	for _, nic := range nics {
 		if slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Primary == addr }) {
@@ -231,7 +229,7 @@ func nicWith(nics []pool.NICStatus, addr netip.Addr) string {
 	return ""
 }
 
-// findNIC is the NIC that has the subnet, and must be master if that is given.
+// findNIC returns the NIC that has the subnet. If master names a NIC, it must be that one.
 func (d *Driver) findNIC(ctx context.Context, master string, prefix netip.Prefix) (pool.NIC, error) {
 	mac := ""
 	if master != "" {
@@ -244,9 +242,9 @@ func (d *Driver) findNIC(ctx context.Context, master string, prefix netip.Prefix
 	return nic, err
 }
 
-// DeleteNetwork forgets the network and releases its auxiliary addresses, which a
-// round of Restore may have leased again since ReleasePool. Its bridge stays: other
-// networks and CNI may use it. Uninstall removes it. An unknown network is success.
+// DeleteNetwork forgets the network, and releases its auxiliary addresses: a round of Restore may have leased them again
+// since ReleasePool. The bridge stays until an uninstall, because other networks and CNI may use it. It is a success if
+// the network is not known.
 func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequest) error {
 	if err := checkIDs(r.NetworkID); err != nil {
 		return err
@@ -254,6 +252,7 @@ func (d *Driver) DeleteNetwork(ctx context.Context, r *network.DeleteNetworkRequ
 	return d.forgetNetwork(ctx, r.NetworkID)
 }
 
+// forgetNetwork takes a network out of networks.json, and releases its auxiliary addresses.
 func (d *Driver) forgetNetwork(ctx context.Context, id string) error {
 	var n Network
 	err := d.changeNetworks(ctx, "forget network "+id, func(all map[string]Network) error {
@@ -270,20 +269,20 @@ func (d *Driver) forgetNetwork(ctx context.Context, id string) error {
 // swarmIDShape matches the ids of swarm networks. Those of other networks have 64 hex digits.
 var swarmIDShape = regexp.MustCompile(`^[0-9a-z]{25}$`)
 
-// swarmWay says how to make a swarm network, as docs/docker.md does.
+// swarmWay is the remedy in errors about swarm networks. docs/docker.md says the same.
 const swarmWay = "create a configuration on each node, docker network create --config-only --subnet SUBNET --ipam-driver azure-vnet:latest CONFIG, and the network on a manager, docker network create --scope swarm -d azure-vnet:latest --config-from CONFIG NAME"
 
-// AllocateNetwork asks a driver to choose a network's addresses for all nodes of a swarm. An engine asks only drivers of
-// global scope.
+// AllocateNetwork is an error: it asks for a network's addresses on all nodes of a swarm. Engines send it only to drivers
+// of global scope, which this driver is not.
 func (d *Driver) AllocateNetwork(context.Context, *network.AllocateNetworkRequest) (*network.AllocateNetworkResponse, error) {
 	return nil, errors.New("a swarm's manager cannot choose the addresses of a network, for each address belongs to one VM: " + swarmWay)
 }
 
-// FreeNetwork has nothing to free.
+// FreeNetwork does nothing, because AllocateNetwork allocates nothing.
 func (d *Driver) FreeNetwork(context.Context, *network.FreeNetworkRequest) error { return nil }
 
-// DiscoverNew has no use for other nodes: Azure routes to them.
+// DiscoverNew does nothing: Azure routes to other nodes, so the driver need not know them.
 func (d *Driver) DiscoverNew(context.Context, *network.DiscoveryNotification) error { return nil }
 
-// DiscoverDelete has no use for other nodes either.
+// DiscoverDelete does nothing, as DiscoverNew.
 func (d *Driver) DiscoverDelete(context.Context, *network.DiscoveryNotification) error { return nil }

@@ -17,87 +17,88 @@ import (
 	"azurevnet/pool"
 )
 
-// attachTime bounds CreateEndpoint: a container that starts keeps an engine from
-// ending, which gives up after 15 s.
+// attachTime bounds CreateEndpoint and the publishing of ports. A container that starts keeps an engine from ending, and
+// an engine that ends waits 15 s at most.
 const attachTime = 9 * time.Second
 
-// undoTime bounds a rollback, which runs after the call's own deadline too.
+// undoTime bounds the undoing of a failed CreateEndpoint. It runs even if the call's own deadline has passed.
 const undoTime = 10 * time.Second
 
-// CreateEndpoint attaches a container's interface: all that can fail of a
-// docker run is here, since an engine from 29 leaves a container without network
-// when Join fails. A failure leaves nothing, for the engine sends no DeleteEndpoint
-// after one.
+// CreateEndpoint attaches a container: it finds the lease that the IpamDriver made, ensures the bridge, makes the
+// interface, and confirms the lease. Everything that can fail in a docker run is here and in RequestAddress: an engine
+// from 29 leaves a container without any network if Join fails. After an error the engine sends no DeleteEndpoint, so
+// CreateEndpoint leaves nothing.
 func (d *Driver) CreateEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (*network.CreateEndpointResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, attachTime)
 	defer cancel()
-	attached, err := d.attachEndpoint(ctx, r)
+	attached, err := d.createEndpoint(ctx, r)
 	if err != nil {
 		return nil, d.inDockersWords(ctx, r.EndpointID, err)
 	}
-	answer := &network.EndpointInterface{} // an address that is echoed is an error to the engine
+	answer := &network.EndpointInterface{} // the engine refuses an answer that repeats the address or the MAC that it sent
 	if r.Interface.MacAddress == "" {
 		answer.MacAddress = attached.MAC.String()
 	}
 	return &network.CreateEndpointResponse{Interface: answer}, nil
 }
 
-func (d *Driver) attachEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (bridge.Attachment, error) {
-	none := bridge.Attachment{}
-	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
-		return none, err
-	}
-	ports, err := parseEndpointOptions(r.Options)
+// createEndpoint has the steps of CreateEndpoint.
+func (d *Driver) createEndpoint(ctx context.Context, r *network.CreateEndpointRequest) (bridge.Attachment, error) {
+	w, err := d.readWish(r)
 	if err != nil {
-		return none, err
+		return bridge.Attachment{}, err
 	}
-	n, err := d.findNetwork(r.NetworkID)
+	lease, err := d.findLease(ctx, w.network, w.addr.Addr())
 	if err != nil {
-		return none, err
+		return bridge.Attachment{}, err
 	}
-	if n.Internal && len(ports) > 0 {
-		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s, whose network %.12s is internal: another network of its container may", portsText(ports), r.EndpointID, r.NetworkID))
-		ports = nil // as Docker's own internal networks do: the container may publish by another network of its
-	}
-	addr, mac, err := n.readInterface(r.Interface)
+	br, err := d.ensureBridge(ctx, w.network)
 	if err != nil {
-		return none, err
+		return bridge.Attachment{}, err
 	}
-	lease, err := d.findLease(ctx, n, addr.Addr())
+	attached, err := d.attachContainer(ctx, w, lease, br)
 	if err != nil {
-		return none, err
+		return bridge.Attachment{}, err
 	}
-	br, err := d.cfg.Host.Ensure(ctx, n.bridgeSpec())
-	if err != nil {
-		return none, err
-	}
-	for _, what := range br.Mended {
-		d.cfg.Warn("mended: " + what)
-	}
-	for i := range ports {
-		ports[i].Idle = true // until ProgramExternalConnectivity says that they lead here
-	}
-	owner := OwnerPrefix + r.EndpointID
-	attached, err := d.cfg.Host.Attach(ctx, bridge.Endpoint{
-		Owner: owner, Lease: lease.Owner, NIC: n.MAC, Bridge: br.Name, Addr: addr, Gateway: n.Gateway, MAC: mac, MTU: n.MTU,
-		Policy: n.bridgePolicy(), Ports: ports,
-	})
-	if err != nil {
-		return none, err // and nothing was attached
-	}
-	if err = d.cfg.Pool.Confirm(ctx, lease); err == nil {
-		err = ctx.Err() // an answer after the deadline reaches nobody
-	}
-	if err != nil {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
-		defer cancel()
-		return none, errors.Join(err, d.cfg.Host.Detach(undo, owner))
+	if err := d.confirmLease(ctx, w, lease); err != nil {
+		return bridge.Attachment{}, err
 	}
 	return attached, nil
 }
 
-// readInterface reads the interface that the engine wants: an address of the network,
-// and a MAC (nil: ours to choose).
+// endpointWish is what an engine asks for with CreateEndpoint.
+type endpointWish struct {
+	owner   string
+	network Network
+	addr    netip.Prefix           // with the mask of the network's subnet
+	mac     net.HardwareAddr       // nil: the bridge chooses it
+	ports   []bridge.PublishedPort // published ports
+}
+
+// readWish reads the request.
+func (d *Driver) readWish(r *network.CreateEndpointRequest) (w endpointWish, err error) {
+	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
+		return w, err
+	}
+	w.owner = OwnerPrefix + r.EndpointID
+	if w.ports, err = parseEndpointOptions(r.Options); err != nil {
+		return w, err
+	}
+	if w.network, err = d.findNetwork(r.NetworkID); err != nil {
+		return w, err
+	}
+	if w.network.Internal && len(w.ports) > 0 { // Docker's own internal networks ignore published ports too
+		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s, whose network %.12s is internal: another network of its container may", portsText(w.ports), r.EndpointID, r.NetworkID))
+		w.ports = nil
+	}
+	for i := range w.ports {
+		w.ports[i].Idle = true // claimed now; ProgramExternalConnectivity has them lead to the container
+	}
+	w.addr, w.mac, err = w.network.readInterface(r.Interface)
+	return w, err
+}
+
+// readInterface reads the address and the MAC that the engine asks for. The MAC is nil if the engine asks for none.
 func (n Network) readInterface(want *network.EndpointInterface) (netip.Prefix, net.HardwareAddr, error) {
 	switch {
 	case want == nil || want.Address == "":
@@ -115,8 +116,8 @@ func (n Network) readInterface(want *network.EndpointInterface) (netip.Prefix, n
 	if want.MacAddress == "" {
 		return addr, nil, nil
 	}
-	mac, err := net.ParseMAC(want.MacAddress)
-	if err != nil || len(mac) != 6 {
+	mac, ok := parseMAC(want.MacAddress)
+	if !ok {
 		return netip.Prefix{}, nil, fmt.Errorf("%.80q is not a MAC address", want.MacAddress)
 	}
 	if mac[0]&1 != 0 {
@@ -125,7 +126,8 @@ func (n Network) readInterface(want *network.EndpointInterface) (netip.Prefix, n
 	return addr, mac, nil
 }
 
-// findLease is the one that the IpamDriver made for the endpoint.
+// findLease returns the lease that the IpamDriver made of the endpoint's address. It is an error if the address is not
+// leased, is kept for something else, or belongs to another NIC than the network.
 func (d *Driver) findLease(ctx context.Context, n Network, addr netip.Addr) (pool.Lease, error) {
 	lease, held, err := d.cfg.Pool.FindLease(ctx, addr)
 	switch {
@@ -141,11 +143,12 @@ func (d *Driver) findLease(ctx context.Context, n Network, addr netip.Addr) (poo
 	return lease, nil
 }
 
-// withoutIP says what to do if the address that --ip asks for cannot be had.
+// withoutIP is the remedy if the address that --ip asks for cannot be had.
 const withoutIP = "leave out --ip to get any free address"
 
-// whyNotLeased says why addr has no lease. The IpamDriver refuses no address that this VM cannot lend: an engine asks for
-// --ip and for --aux-address in the same words, and an auxiliary address need not be this VM's.
+// whyNotLeased returns the error that says why addr has no lease. The IpamDriver does not refuse an address that this VM
+// cannot lend: an engine asks for --ip and for --aux-address in the same words, and an auxiliary address need not be this
+// VM's. So the refusal comes here.
 func (d *Driver) whyNotLeased(ctx context.Context, n Network, addr netip.Addr) error {
 	if aux := d.describeAux(ctx, func(a Aux) bool { return a.Addr == addr }); aux != "" {
 		return fmt.Errorf("%s is %s: %s", addr, aux, withoutIP)
@@ -156,7 +159,45 @@ func (d *Driver) whyNotLeased(ctx context.Context, n Network, addr netip.Addr) e
 	return fmt.Errorf("%s is not leased, for its lease has ended: start the container again", addr)
 }
 
-// DeleteEndpoint removes the endpoint's link; one that is not there is success.
+// ensureBridge makes the network's bridge and the host's rules, as far as they are missing.
+func (d *Driver) ensureBridge(ctx context.Context, n Network) (bridge.Bridge, error) {
+	br, err := d.cfg.Host.Ensure(ctx, n.bridgeSpec())
+	if err != nil {
+		return br, err
+	}
+	for _, what := range br.Mended {
+		d.cfg.Warn("mended: " + what)
+	}
+	return br, nil
+}
+
+// attachContainer makes the container's interface. The engine moves it into the container after Join. After an error no
+// interface is left.
+func (d *Driver) attachContainer(ctx context.Context, w endpointWish, lease pool.Lease, br bridge.Bridge) (bridge.Attachment, error) {
+	n := w.network
+	return d.cfg.Host.Attach(ctx, bridge.Endpoint{
+		Owner: w.owner, Lease: lease.Owner, NIC: n.MAC, Bridge: br.Name, Addr: w.addr, Gateway: n.Gateway, MAC: w.mac, MTU: n.MTU,
+		Policy: n.bridgePolicy(), Ports: w.ports,
+	})
+}
+
+// confirmLease confirms the lease of an interface that stands. If the lease has ended, or the engine has given up
+// waiting, it detaches the interface and is an error.
+func (d *Driver) confirmLease(ctx context.Context, w endpointWish, lease pool.Lease) error {
+	err := d.cfg.Pool.Confirm(ctx, lease)
+	if err == nil {
+		err = ctx.Err() // after the deadline, the answer reaches nobody
+	}
+	if err == nil {
+		return nil
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	defer cancel()
+	return errors.Join(err, d.cfg.Host.Detach(undo, w.owner))
+}
+
+// DeleteEndpoint detaches the container. It is a success if the container is not attached. The lease stays: the engine
+// sends ReleaseAddress next.
 func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRequest) error {
 	if err := checkIDs(r.EndpointID); err != nil {
 		return err
@@ -167,119 +208,4 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r *network.DeleteEndpointRe
 	d.ports.Lock()
 	defer d.ports.Unlock()
 	return d.ports.bindOwner(OwnerPrefix+r.EndpointID, nil)
-}
-
-// Join tells the engine which link to move into the container, and the routes of
-// that link. The answer always has the gateway, or declines the service of one: else
-// the engine adds an interface of its own.
-func (d *Driver) Join(ctx context.Context, r *network.JoinRequest) (*network.JoinResponse, error) {
-	if err := checkIDs(r.NetworkID, r.EndpointID); err != nil {
-		return nil, err
-	}
-	n, err := d.findNetwork(r.NetworkID)
-	if err != nil {
-		return nil, err
-	}
-	all, err := d.cfg.Host.Attachments(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, at := range all {
-		if at.Owner != OwnerPrefix+r.EndpointID {
-			continue
-		}
-		if at.Peer == "" {
-			return nil, fmt.Errorf("endpoint %.12s is in a container already", r.EndpointID)
-		}
-		answer := &network.JoinResponse{
-			InterfaceName: network.InterfaceName{SrcName: at.Peer, DstPrefix: "eth"},
-			StaticRoutes:  routesByGateway(n.Prefix, n.Gateway),
-		}
-		if answer.DisableGatewayService = n.Internal; !n.Internal {
-			answer.Gateway = n.Gateway.String()
-		}
-		return answer, nil
-	}
-	return nil, fmt.Errorf("endpoint %.12s is not attached: start the container again", r.EndpointID)
-}
-
-// The kinds of an engine's static routes (its types.NEXTHOP and types.CONNECTED).
-const (
-	routeNextHop   = 0
-	routeConnected = 1
-)
-
-// routesByGateway are the routes that lead a container to its own subnet by the
-// gateway: so the container holds one neighbour entry, and all that it sends passes
-// the host's IP layer. The engine gives the interface a route to the whole subnet as
-// well, so the subnet goes in two halves, which are more specific. The gateway's own
-// route comes first, for the engine looks up the way to a next hop.
-func routesByGateway(subnet netip.Prefix, gateway netip.Addr) []*network.StaticRoute {
-	subnet = subnet.Masked()
-	routes := []*network.StaticRoute{{Destination: netip.PrefixFrom(gateway, gateway.BitLen()).String(), RouteType: routeConnected}}
-	bits := subnet.Bits() + 1
-	if bits >= gateway.BitLen() {
-		return routes // the halves of two addresses are these addresses
-	}
-	upper := subnet.Addr().As4()
-	upper[subnet.Bits()/8] |= 0x80 >> (subnet.Bits() % 8)
-	for _, half := range []netip.Addr{subnet.Addr(), netip.AddrFrom4(upper)} {
-		routes = append(routes, &network.StaticRoute{Destination: netip.PrefixFrom(half, bits).String(), RouteType: routeNextHop, NextHop: gateway.String()})
-	}
-	return routes
-}
-
-// Leave ends what is published, where the engine forgot to revoke it. The engine has brought the link back, and
-// DeleteEndpoint removes it.
-func (d *Driver) Leave(ctx context.Context, r *network.LeaveRequest) error {
-	return d.inDockersWords(ctx, r.EndpointID, d.publishPorts(ctx, r.EndpointID, nil))
-}
-
-// EndpointInfo tells which ports of the host lead to the endpoint. An engine asks,
-// but shows only those of its own drivers.
-func (d *Driver) EndpointInfo(ctx context.Context, r *network.InfoRequest) (*network.InfoResponse, error) {
-	info := &network.InfoResponse{Value: map[string]string{}}
-	all, err := d.cfg.Host.Attachments(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, at := range all {
-		if at.Owner == OwnerPrefix+r.EndpointID && len(at.Ports) > 0 {
-			info.Value["ports"] = portsText(at.Ports)
-		}
-	}
-	return info, nil
-}
-
-// ProgramExternalConnectivity publishes the container's ports, for its default route leads here now. Those that came
-// with CreateEndpoint were claimed there, since an engine from 29 leaves a container without network when this
-// fails. Others come where the container was connected to this network after another one; if somebody has such a
-// port by now, the container goes on without it, and the log says so.
-func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r *network.ProgramExternalConnectivityRequest) error {
-	ports, err := parseEndpointOptions(r.Options)
-	if err == nil && len(ports) > 0 {
-		err = d.publishPorts(ctx, r.EndpointID, ports)
-	}
-	if err != nil {
-		d.cfg.Warn(fmt.Sprintf("%s: not published for endpoint %.12s: %v", portsText(ports), r.EndpointID, d.inDockersWords(ctx, r.EndpointID, err)))
-	}
-	return nil
-}
-
-// RevokeExternalConnectivity takes the container's ports back, for its default route leads to another network now,
-// which publishes them. They stay claimed.
-func (d *Driver) RevokeExternalConnectivity(ctx context.Context, r *network.RevokeExternalConnectivityRequest) error {
-	return d.inDockersWords(ctx, r.EndpointID, d.publishPorts(ctx, r.EndpointID, nil))
-}
-
-func (d *Driver) publishPorts(ctx context.Context, endpoint string, ports []bridge.PublishedPort) error {
-	if err := checkIDs(endpoint); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, attachTime)
-	defer cancel()
-	d.ports.Lock()
-	defer d.ports.Unlock()
-	published, err := d.cfg.Host.Publish(ctx, OwnerPrefix+endpoint, ports)
-	return errors.Join(err, d.ports.bindOwner(OwnerPrefix+endpoint, published))
 }

@@ -13,9 +13,9 @@ import (
 	"azurevnet/pool"
 )
 
-// Engine tells the names of containers and networks, which this driver knows by their ids. The driver asks for a name
-// only to word an error, while the engine waits for the driver's answer. An engine may answer nobody meanwhile. So a
-// question must give up soon.
+// Engine tells the names of containers and networks, of which this driver knows only the ids. The driver asks for a name
+// to word an error, while the engine waits for the driver's answer. An engine that waits may answer nobody. So each
+// method must give up soon.
 type Engine interface {
 	// Container returns the name of the container that has the endpoint, and that of the endpoint's network.
 	Container(ctx context.Context, endpoint string) (container, network string, err error)
@@ -23,7 +23,7 @@ type Engine interface {
 	Network(ctx context.Context, id string) (string, error)
 }
 
-// WhoHas says in Docker's words who has a leased address: "is held by …" or "is …".
+// WhoHas says in Docker's words who has a leased address. The text goes on after the address: "is held by …" or "is …".
 func (d *Driver) WhoHas(ctx context.Context, l pool.Lease) string {
 	if !strings.HasPrefix(l.Owner, OwnerPrefix) {
 		return "is held by " + d.nameOwner(ctx, l.Owner)
@@ -31,16 +31,16 @@ func (d *Driver) WhoHas(ctx context.Context, l pool.Lease) string {
 	if aux := d.describeAux(ctx, Aux{Addr: l.Addr, Owner: l.Owner}.same); aux != "" {
 		return "is " + aux
 	}
-	all, _ := d.cfg.Host.Attachments(ctx) // unreadable: the link is not known
-	for _, at := range all {
-		if at.Addr.Addr() == l.Addr {
-			return "is held by " + d.nameOwner(ctx, at.Owner)
+	all, _ := d.cfg.Host.Attachments(ctx) // if they cannot be read, the container is not known
+	for _, attached := range all {
+		if attached.Addr.Addr() == l.Addr {
+			return "is held by " + d.nameOwner(ctx, attached.Owner)
 		}
 	}
 	return "is held by a container or a network of Docker that is being made or removed just now"
 }
 
-// nameOwner names the container that owner stands for: an endpoint of Docker's, or what a CNI runtime calls it.
+// nameOwner names the container that has the owner: by Docker's name if it is Docker's, by its id if it is CNI's.
 func (d *Driver) nameOwner(ctx context.Context, owner string) string {
 	if endpoint, ok := strings.CutPrefix(owner, OwnerPrefix); ok {
 		if d.cfg.Engine != nil {
@@ -56,10 +56,10 @@ func (d *Driver) nameOwner(ctx context.Context, owner string) string {
 	return owner
 }
 
-// describeAux names the describeAux address for which meant is true: "describeAux address NAME of network NET". It is "" if no
-// network has such an address.
+// describeAux names the auxiliary address for which meant is true, as in "auxiliary address NAME of network NET". It
+// returns "" if no network has such an address.
 func (d *Driver) describeAux(ctx context.Context, meant func(Aux) bool) string {
-	file, _ := d.readNetworks() // unreadable: none is known
+	file, _ := d.readNetworks() // if it cannot be read, no auxiliary address is known
 	for id, n := range file.Networks {
 		if i := slices.IndexFunc(n.Aux, meant); i >= 0 {
 			return n.Aux[i].describe(d.networkName(ctx, id))
@@ -68,15 +68,15 @@ func (d *Driver) describeAux(ctx context.Context, meant func(Aux) bool) string {
 	return ""
 }
 
-// describe names the auxiliary address of the network of that name.
+// describe names the auxiliary address. network is the name of the network that has it.
 func (a Aux) describe(network string) string {
-	if a.Name == "" { // written down by a release that did not keep the name
+	if a.Name == "" { // earlier releases did not keep the name
 		return "an auxiliary address of network " + network
 	}
 	return fmt.Sprintf("auxiliary address %.40s of network %s", a.Name, network)
 }
 
-// networkName is the engine's, or the beginning of the id where the engine does not answer.
+// networkName returns the engine's name of a network. If the engine does not answer, it returns the beginning of the id.
 func (d *Driver) networkName(ctx context.Context, id string) string {
 	if d.cfg.Engine != nil {
 		if name, err := d.cfg.Engine.Network(ctx, id); err == nil {

@@ -22,13 +22,13 @@ const (
 	keyInternal = "com.docker.network.internal"
 )
 
-// keyMode is the option mode as Azure's own plugin names it.
+// keyMode is the name that Azure's own plugin has for the option mode.
 const keyMode = "com.microsoft.azure.network.mode"
 
-// keyMTU is the option mtu as Docker's own bridge names it.
+// keyMTU is the name that Docker's own bridge has for the option mtu.
 const keyMTU = "com.docker.network.driver.mtu"
 
-// parsedOptions are what -o may say of a network.
+// parsedOptions are the options of a network, as docker network create -o gives them.
 type parsedOptions struct {
 	master string      // NIC by name or MAC; empty: the one that has the subnet
 	mode   bridge.Mode // empty: bridge.ModeBridge
@@ -37,8 +37,7 @@ type parsedOptions struct {
 	policy bridge.Policy
 }
 
-// optionParsers are the options of docker network create -o. Each parses its
-// value into o.
+// optionParsers has, by name, each option of docker network create -o. A parser reads the option's value into o.
 var optionParsers = map[string]func(o *parsedOptions, value string) error{
 	"master": func(o *parsedOptions, v string) error { return parseNICName(&o.master, v) },
 	"mode":   func(o *parsedOptions, v string) error { return parseMode(&o.mode, v) },
@@ -56,7 +55,7 @@ var optionParsers = map[string]func(o *parsedOptions, value string) error{
 	},
 }
 
-// leavingOptions say what leaves a network by the NIC.
+// leavingOptions are the options about what leaves a network by the NIC. They contradict --internal.
 var leavingOptions = []string{"snat", "direct", "metadata"}
 
 // parseNetworkOptions reads the Options of CreateNetwork.
@@ -100,8 +99,7 @@ func parseNetworkOptions(all map[string]any) (parsedOptions, error) {
 	return o, nil
 }
 
-// isTrue reads a flag that the engine sends as a boolean, or as a string in old
-// releases.
+// isTrue reads a flag of the engine's. Engines send a boolean, and old releases a string.
 func isTrue(v any) bool {
 	if s, ok := v.(string); ok {
 		on, _ := strconv.ParseBool(s)
@@ -111,15 +109,21 @@ func isTrue(v any) bool {
 	return on
 }
 
-// parseBridgeName takes the name of a bridge.
+// parseBridgeName reads the name of a bridge.
 func parseBridgeName(to *string, v string) error {
 	*to = v
 	return bridge.CheckBridgeName(v)
 }
 
-// parseNICName takes an interface name or a MAC.
+// parseMAC reads the MAC of an interface: six bytes.
+func parseMAC(text string) (net.HardwareAddr, bool) {
+	mac, err := net.ParseMAC(text)
+	return mac, err == nil && len(mac) == 6
+}
+
+// parseNICName reads the name or the MAC of a NIC.
 func parseNICName(to *string, v string) error {
-	if mac, err := net.ParseMAC(v); err == nil && len(mac) == 6 {
+	if mac, ok := parseMAC(v); ok {
 		*to = mac.String()
 		return nil
 	}
@@ -127,7 +131,7 @@ func parseNICName(to *string, v string) error {
 	return bridge.CheckLinkName(v)
 }
 
-// parseMTU takes what IPv4 can work with (RFC 791) up to what a link can carry.
+// parseMTU reads an MTU in bytes. IPv4 needs 68 (RFC 791), and a link can have 65535.
 func parseMTU(to *int, v string) error {
 	n, err := strconv.Atoi(v)
 	if err != nil || n < 68 || n > 65535 {
@@ -137,6 +141,7 @@ func parseMTU(to *int, v string) error {
 	return nil
 }
 
+// parseOnOff reads a switch.
 func parseOnOff(to *bool, v string) error {
 	if v != "on" && v != "off" {
 		return fmt.Errorf("write on or off")
@@ -145,6 +150,7 @@ func parseOnOff(to *bool, v string) error {
 	return nil
 }
 
+// parsePrefixes reads IPv4 prefixes with commas between them, sorts them, and drops duplicates.
 func parsePrefixes(to *[]netip.Prefix, v string) error {
 	for field := range strings.SplitSeq(v, ",") {
 		p, err := netip.ParsePrefix(strings.TrimSpace(field))
@@ -158,7 +164,7 @@ func parsePrefixes(to *[]netip.Prefix, v string) error {
 	return nil
 }
 
-// parseMode takes a mode. The option has two names, which must not contradict each other.
+// parseMode reads a mode. The option has two names. If both are given, they must not contradict each other.
 func parseMode(to *bridge.Mode, v string) error {
 	m := bridge.Mode(v)
 	switch {

@@ -18,23 +18,21 @@ import (
 // Keys of the engine's protocol.
 const (
 	keyPortMap    = "com.docker.network.portmap"
-	engineOptions = "com.docker.network." // the engine's own endpoint options begin so
+	engineOptions = "com.docker.network." // begins the endpoint options that the engine serves itself
 	keyIfName     = "com.docker.network.endpoint.ifname"
 )
 
-// portBinding is one of the published ports that the engine tells with an
-// endpoint (its types.PortBinding).
+// portBinding is a published port as the engine sends it with an endpoint (its types.PortBinding).
 type portBinding struct {
 	Proto       uint8
 	Port        uint16
 	HostIP      string
-	HostPort    uint16 // 0: any
-	HostPortEnd uint16 // last of a range of which any will do
+	HostPort    uint16 // 0: any free one
+	HostPortEnd uint16 // the last port of a range, any of which will do; 0: no range
 }
 
-// parseEndpointOptions reads the published ports out of the Options of
-// CreateEndpoint, and refuses what would be ignored: any --driver-opt that the engine does not
-// serve by itself.
+// parseEndpointOptions reads the published ports from the Options of CreateEndpoint. It refuses a --driver-opt that the
+// engine does not serve itself, because nobody would serve it.
 func parseEndpointOptions(all map[string]any) ([]bridge.PublishedPort, error) {
 	for _, key := range slices.Sorted(maps.Keys(all)) {
 		if !strings.HasPrefix(key, engineOptions) {
@@ -68,6 +66,7 @@ func parseEndpointOptions(all map[string]any) ([]bridge.PublishedPort, error) {
 	return ports, nil
 }
 
+// bridgePort returns the published port as package bridge takes it.
 func (b portBinding) bridgePort() (bridge.PublishedPort, error) {
 	p := bridge.PublishedPort{HostPort: b.HostPort, HostPortEnd: b.HostPortEnd, Port: b.Port}
 	switch b.Proto {
@@ -93,7 +92,7 @@ func (b portBinding) bridgePort() (bridge.PublishedPort, error) {
 	return p, nil
 }
 
-// portsText is what is published, as docker ps writes it.
+// portsText returns published ports as docker ps writes them.
 func portsText(ports []bridge.PublishedPort) string {
 	var words []string
 	for _, p := range ports {

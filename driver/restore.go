@@ -15,13 +15,12 @@ import (
 	"azurevnet/pool"
 )
 
-// ensureTime bounds the restoring of one network, so that one whose NIC is gone
-// does not keep the others waiting.
+// ensureTime bounds the restoring of one network, so that a network whose NIC is gone does not keep the others waiting.
 const ensureTime = 15 * time.Second
 
-// Restore makes the bridges of all networks stand and their auxiliary addresses
-// held, as after a reboot. It goes on past a network that fails: the error joins
-// those of each, and a call for such a network tries again by itself.
+// Restore ensures the bridges of all networks, and leases their auxiliary addresses, as it is needed after a reboot. If a
+// network fails, Restore goes on with the others, and its error joins those of all. The calls for a network that failed
+// ensure its bridge again.
 func (d *Driver) Restore(ctx context.Context) error {
 	file, err := d.readNetworks()
 	if err != nil {
@@ -36,8 +35,8 @@ func (d *Driver) Restore(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// restoreOrder is that in which networks are restored: those that name their NIC's bridge
-// before those that take it as it is.
+// restoreOrder lists the networks' ids in the order in which Restore takes them: first the networks that name their NIC's
+// bridge, then those that use the bridge that the NIC has.
 func (f Networks) restoreOrder() []string {
 	var named, unnamed []string
 	for _, id := range slices.Sorted(maps.Keys(f.Networks)) {
@@ -50,6 +49,7 @@ func (f Networks) restoreOrder() []string {
 	return append(named, unnamed...)
 }
 
+// restoreNetwork restores one network. It goes on after an error.
 func (d *Driver) restoreNetwork(ctx context.Context, id string, n Network) error {
 	ctx, cancel := context.WithTimeout(ctx, ensureTime)
 	defer cancel()
@@ -62,7 +62,7 @@ func (d *Driver) restoreNetwork(ctx context.Context, id string, n Network) error
 	return err
 }
 
-// nameHolder adds to hold's error who has the address.
+// nameHolder adds to an error of holdAux who has the auxiliary address.
 func (d *Driver) nameHolder(ctx context.Context, id string, aux Aux, err error) error {
 	var held *auxHeldError
 	if !errors.As(err, &held) {
@@ -71,16 +71,16 @@ func (d *Driver) nameHolder(ctx context.Context, id string, aux Aux, err error) 
 	return fmt.Errorf("%s, %s: %w: it %s", aux.describe(d.networkName(ctx, id)), aux.Addr, pool.ErrInUse, d.WhoHas(ctx, held.lease))
 }
 
-// auxHeldError says that somebody else has an auxiliary address. It names nobody, for that costs a question to the
-// engine, and Reserve goes on without the address.
+// auxHeldError is the error of holdAux if somebody else has the auxiliary address. It does not name the holder: that costs
+// a question to the engine, and HoldAllAux does not need the name.
 type auxHeldError struct{ lease pool.Lease }
 
 func (e *auxHeldError) Error() string { return pool.ErrInUse.Error() }
 func (e *auxHeldError) Unwrap() error { return pool.ErrInUse }
 
-// holdAux leases an auxiliary address anew if it is not held. The network may be removed
-// meanwhile, after which nobody would release it: so it is looked for again. known says
-// that no source is asked.
+// holdAux leases an auxiliary address if it is not leased, and marks its lease as linkless. known says that no source is
+// asked. The network may be removed while holdAux runs, and then nobody would release the lease. So holdAux looks for the
+// network once more, after it leased the address.
 func (d *Driver) holdAux(ctx context.Context, id string, n Network, aux Aux, known bool) error {
 	if aux.Owner == "" {
 		return nil
@@ -107,10 +107,9 @@ func (d *Driver) holdAux(ctx context.Context, id string, n Network, aux Aux, kno
 	return err
 }
 
-// HoldAllAux leases every auxiliary address that is not leased and can be. The IpamDriver calls
-// HoldAllAux before it lends any address. If the source was silent when Restore ran, an auxiliary
-// address may have no lease, and would be lent to a container. HoldAllAux skips an auxiliary
-// address that cannot be leased: nobody else can lease it either.
+// HoldAllAux leases every auxiliary address that is not leased and can be. The IpamDriver calls it before it lends an
+// address. Without that, an auxiliary address could be lent to a container, if the source was silent when Restore ran. An
+// auxiliary address that cannot be leased is skipped: nobody else can lease it either.
 func (d *Driver) HoldAllAux(ctx context.Context) error {
 	file, err := d.readNetworks()
 	if err != nil {
@@ -130,7 +129,7 @@ func (d *Driver) HoldAllAux(ctx context.Context) error {
 				continue
 			}
 			_, err := d.cfg.Pool.KnownNICs(ctx)
-			known := err == nil // else the source is asked, as the lease would
+			known := err == nil // without a known answer of a source, the lease has to ask the source
 			err = d.holdAux(ctx, id, n, aux, known)
 			if err != nil && !errors.Is(err, pool.ErrNotOurs) && !errors.Is(err, pool.ErrInUse) {
 				return fmt.Errorf("hold %s, %s, first: %w", aux.describe(d.networkName(ctx, id)), aux.Addr, err)
@@ -140,7 +139,7 @@ func (d *Driver) HoldAllAux(ctx context.Context) error {
 	return nil
 }
 
-// releaseAux releases the auxiliary addresses of a network that is no more.
+// releaseAux releases the auxiliary addresses of a network that was removed.
 func (d *Driver) releaseAux(ctx context.Context, n Network) error {
 	var errs []error
 	for _, aux := range n.Aux {
@@ -154,18 +153,18 @@ func (d *Driver) releaseAux(ctx context.Context, n Network) error {
 	return errors.Join(errs...)
 }
 
-// strayAge is how old an auxiliary lease must be before a network that does not
-// list it says that it leaked: longer than any CreateNetwork.
+// strayAge is how old the lease of an auxiliary address must be before it counts as leaked because no network lists it. No
+// CreateNetwork takes that long between the lease and networks.json.
 const strayAge = 5 * time.Minute
 
-// CollectAux releases auxiliary addresses that no network has, and returns them:
-// what is left of a network whose removal was lost, or whose creation was.
+// CollectAux releases the auxiliary addresses that no network has, and returns their leases. A network leaves such
+// addresses if the call that created or removed it was lost halfway.
 func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 	status, err := d.cfg.Pool.Status(ctx)
 	if err != nil {
 		return nil, err
 	}
-	file, err := d.readNetworks() // after the leases: a network lists what it has before it is old enough
+	file, err := d.readNetworks() // read after the leases, so that it lists every address whose lease is old enough
 	if err != nil {
 		return nil, err
 	}
@@ -191,13 +190,13 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 	return released, nil
 }
 
-// keepAux makes the leases of the auxiliary addresses ones that no link needs to
-// prove. RequestAddress could not know: to it they look like a container's --ip.
-// What it did not lease is not this VM's to lend, and is written down.
+// keepAux makes the leases of a new network's auxiliary addresses linkless. RequestAddress leased them like a container's
+// --ip, since it cannot tell one from the other. An address that RequestAddress did not lease is not this VM's to lend: it
+// is listed with the network, without an owner.
 func (d *Driver) keepAux(ctx context.Context, n Network, nic pool.NIC, asked map[string]any) ([]Aux, error) {
 	var all []Aux
 	for name, value := range asked {
-		text, _ := value.(string)
+		text, _ := value.(string) // another kind of value is refused as an address
 		prefix, err := netip.ParsePrefix(text)
 		if err != nil {
 			return nil, fmt.Errorf("--aux-address %.40s: %.80q is not an address", name, text)
