@@ -11,31 +11,33 @@ import (
 	"strings"
 
 	"azurevnet/driver"
+	"azurevnet/internal/statefile"
 )
 
-// dataDir is where networks.json lies when this is no managed plugin.
+// dataDir is the directory of networks.json if no engine manages this program as a plugin.
 const dataDir = "/var/lib/azure-vnet"
 
-// inEngine is where an engine that is configured in no other way keeps this program.
+// inEngine matches this program where an engine keeps it, unless the engine is configured otherwise.
 const inEngine = "/var/lib/docker/plugins/*/rootfs/azure-vnet-plugin"
 
-// errNoData is the error of status and uninstall, which then speak of no network.
+// errNoData is the error of status and uninstall if networks.json is not found. They then say nothing of networks.
 var errNoData = errors.New("networks.json, which lists Docker's networks, is not found: no plugin has run since the boot, and no engine keeps one in /var/lib/docker. " +
 	"If the engine keeps its files elsewhere, say where, with these words at the end of the command: " +
 	"-data \"$(docker info -f '{{.DockerRootDir}}')/plugins/$(docker plugin inspect -f '{{.Id}}' azure-vnet:latest)/propagated-mount\". " +
 	"If the plugin was removed, the file is gone with it")
 
-// mount is a line of proc_pid_mountinfo(5), as far as it is used here.
+// mount is a line of /proc/self/mountinfo: see proc_pid_mountinfo(5).
 type mount struct {
 	device string // major:minor of the file system
 	root   string // directory of the file system that is mounted
 	point  string // where this process sees it
 }
 
+// parseMounts reads a mountinfo file.
 func parseMounts(mountinfo string) (all []mount) {
 	plain := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	for line := range strings.Lines(mountinfo) {
-		// id, parent, device, root, mount point
+		// The fields are: id, parent, device, root, mount point, and others.
 		if field := strings.Fields(line); len(field) > 4 {
 			all = append(all, mount{field[2], plain.Replace(field[3]), plain.Replace(field[4])})
 		}
@@ -43,15 +45,15 @@ func parseMounts(mountinfo string) (all []mount) {
 	return all
 }
 
-// place names a directory so that processes with different mounts find it, such as the plugin and a shell of
-// the host. In every mount namespace, a mount of one directory has the same device and root.
+// place names a directory so that processes with other mounts can find it, such as the plugin and a shell of the host.
+// It works because all mounts of one file system have the same device, in every mount namespace.
 type place struct {
 	Device string `json:"device"` // major:minor of its file system
 	Dir    string `json:"dir"`    // in that file system
 }
 
-// placeOf is the place of a directory. Its mount is that with the longest mount point that contains dir, and of equal
-// mount points the last, which hides the earlier ones.
+// placeOf returns the place of a directory. The directory lies in the mount with the longest mount point that contains
+// it. If two mounts have this mount point, the last one hides the other.
 func placeOf(mounts []mount, dir string) (p place) {
 	longest := -1
 	for _, m := range mounts {
@@ -63,7 +65,7 @@ func placeOf(mounts []mount, dir string) (p place) {
 	return p
 }
 
-// findPath is a path of the place, "" if no mount shows it.
+// findPath returns a path of the place. It is "" if no mount shows the place.
 func (p place) findPath(mounts []mount) string {
 	for _, m := range mounts {
 		below, ok := cutDir(p.Dir, m.root)
@@ -74,26 +76,26 @@ func (p place) findPath(mounts []mount) string {
 	return ""
 }
 
-// cutDir is path relative to dir. ok is false if path does not lie in dir.
+// cutDir returns path relative to dir. ok is false if path does not lie in dir.
 func cutDir(path, dir string) (below string, ok bool) {
 	below, ok = strings.CutPrefix(path, strings.TrimSuffix(dir, "/"))
 	return below, ok && (below == "" || below[0] == '/')
 }
 
-// readMounts reads those of this process; none if they cannot be read.
+// readMounts reads the mounts of this process. If they cannot be read, there are none.
 func readMounts() []mount {
 	mountinfo, _ := os.ReadFile("/proc/self/mountinfo")
 	return parseMounts(string(mountinfo))
 }
 
-// placeFile is where a running plugin leaves the place of networks.json.
+// placeFile is the file to which a plugin that starts writes the place of networks.json.
 func placeFile(run string) string { return filepath.Join(run, "azure-vnet", "data.json") }
 
-// writePlace writes placeFile for status and uninstall, which see the host's files at other paths.
+// writePlace writes the place of networks.json for status and uninstall, which see the host's files at other paths.
 func writePlace(p places) error {
 	text, err := json.Marshal(placeOf(readMounts(), p.data))
 	if err == nil {
-		err = leave(placeFile(p.run), text)
+		err = statefile.Replace(placeFile(p.run), text)
 	}
 	if err != nil {
 		return fmt.Errorf("leave word of where networks.json lies, for status: %w", err)
@@ -101,36 +103,29 @@ func writePlace(p places) error {
 	return nil
 }
 
-// leave writes a file for other processes, whole or not at all.
-func leave(path string, text []byte) error {
-	err := os.MkdirAll(filepath.Dir(path), 0o755)
-	if err == nil {
-		err = os.WriteFile(path+".tmp", text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(path+".tmp", path)
-	}
-	return err
-}
-
-// findData is the directory of networks.json. It is the first of these: the one that -data names, the one whose place a
-// plugin recorded since the boot, one that has the file, and one where an engine or this program would keep the file.
-// The file may be missing: then there are no networks, or the plugin was removed since the boot.
+// findData returns the directory of networks.json. It takes the first of these:
+//
+//   - the directory that -data names
+//   - the directory whose place a plugin wrote since the boot
+//   - a directory that has the file
+//   - a directory in which an engine or this program would keep the file
+//
+// The file itself may be missing: then there are no networks, or the plugin was removed since the boot.
 func findData(p places) (string, error) {
 	if p.data != "" {
 		return p.data, nil
 	}
-	var left place
+	var written place
 	if text, err := os.ReadFile(placeFile(p.run)); err == nil {
-		_ = json.Unmarshal(text, &left) // only an edit by hand tears it: then the directory is sought elsewhere
+		_ = json.Unmarshal(text, &written) // if somebody damaged the file, the directory is sought elsewhere
 	}
-	recorded := left.findPath(readMounts())
+	recorded := written.findPath(readMounts())
 	if _, err := os.Stat(recorded); err == nil {
 		return recorded, nil
 	}
-	programs, _ := filepath.Glob(inEngine) // the pattern is right
+	programs, _ := filepath.Glob(inEngine) // the pattern is valid, so this cannot fail
 	if self, err := os.Executable(); err == nil && filepath.Base(filepath.Dir(self)) == "rootfs" {
-		programs = append([]string{self}, programs...) // docs/docker.md runs the program there
+		programs = append([]string{self}, programs...) // docs/docker.md has an operator run the program in the engine's directory
 	}
 	var all []string
 	for _, program := range programs {

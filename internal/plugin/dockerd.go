@@ -24,23 +24,23 @@ import (
 )
 
 const (
-	compareEvery = 30 * time.Second
-	nameTime     = 300 * time.Millisecond // longest that anything waits for a name
-	compareTime  = 10 * time.Second       // longest that one comparison may take: an engine that starts does not answer
+	compareEvery = 30 * time.Second       // from one comparison of the networks to the next
+	compareTime  = 10 * time.Second       // bounds one comparison, since an engine that starts does not answer
+	nameTime     = 300 * time.Millisecond // bounds the wait for a name
 )
 
 // dockerd is the engine that runs this plugin. The engine may answer nobody while it waits for the plugin's answer to a
-// call. So the plugin asks it in the background. Within a call it asks for names only, for no longer than nameTime.
+// call. So the plugin asks it in the background. Within a call it asks for names only, and waits for nameTime at most.
 type dockerd struct {
-	socket string
-	plugin string // id of this plugin there
+	socket string // of the engine's API
+	plugin string // the engine's id of this plugin; empty: no engine manages it
 }
 
-// propagated is where an engine keeps the propagated mount of a plugin.
+// propagated matches the directory in which an engine keeps the propagated mount of a plugin.
 var propagated = regexp.MustCompile(`/plugins/([0-9a-f]{64})/propagated-mount$`)
 
-// pluginID reads off a process's mounts under which id an engine runs it with
-// the propagated mount data; "" if none does.
+// pluginID returns the id under which an engine runs this process. The root of the mount at data, the propagated mount,
+// has the id in its path. pluginID returns "" if no engine runs this process as a plugin.
 func pluginID(mounts []mount, data string) string {
 	for _, m := range mounts {
 		if found := propagated.FindStringSubmatch(m.root); found != nil && m.point == data {
@@ -50,15 +50,14 @@ func pluginID(mounts []mount, data string) string {
 	return ""
 }
 
-// findDockerd is false where the plugin is not managed by an engine.
-func findDockerd(p places) (dockerd, bool) {
+// findDockerd returns the engine that runs this process. ok is false if no engine runs it as a plugin.
+func findDockerd(p places) (engine dockerd, ok bool) {
 	id := pluginID(readMounts(), p.data)
 	return dockerd{socket: filepath.Join(p.run, "docker.sock"), plugin: id}, id != ""
 }
 
-// propagatedMount is where the host has the plugin's propagated mount, in words of its shell
-// since only the engine knows where it keeps its files; "" where the plugin is not
-// managed.
+// propagatedMount returns the directory of the plugin's propagated mount on the host. It is an expression for the
+// host's shell, because only the engine knows where it keeps its files. It is "" if no engine manages the plugin.
 func (e dockerd) propagatedMount() string {
 	if e.plugin == "" {
 		return ""
@@ -66,10 +65,10 @@ func (e dockerd) propagatedMount() string {
 	return "$(docker info -f '{{.DockerRootDir}}')/plugins/" + e.plugin + "/propagated-mount"
 }
 
-// errNoEngine says that nobody can be asked: the engine listens elsewhere.
+// errNoEngine is the error if the engine does not listen at the usual path, or another engine does.
 var errNoEngine = errors.New("the engine that runs this plugin does not listen there")
 
-// dialEngine returns a client of the engine, which the caller closes.
+// dialEngine returns a client of the engine. The caller closes it.
 func (e dockerd) dialEngine() (*client.Client, error) {
 	if _, err := os.Stat(e.socket); errors.Is(err, fs.ErrNotExist) {
 		return nil, errNoEngine
@@ -77,7 +76,8 @@ func (e dockerd) dialEngine() (*client.Client, error) {
 	return client.NewClientWithOpts(client.WithHost("unix://"+e.socket), client.WithAPIVersionNegotiation())
 }
 
-// Container looks the endpoint up among the running containers.
+// Container returns the name of the running container that has the endpoint, and the name of the endpoint's network. It
+// implements driver.Engine.
 func (e dockerd) Container(ctx context.Context, endpoint string) (name, network string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
@@ -95,8 +95,8 @@ func (e dockerd) Container(ctx context.Context, endpoint string) (name, network 
 	return "", "", fmt.Errorf("no running container has endpoint %.12s", endpoint)
 }
 
-// listRunning lists the listRunning containers that have a name and networks. The engine answers this question while it starts a
-// container.
+// listRunning lists the running containers that have a name and networks. The engine answers this question even while
+// it starts a container.
 func (e dockerd) listRunning(ctx context.Context) ([]container.Summary, error) {
 	docker, err := e.dialEngine()
 	if err != nil {
@@ -115,7 +115,7 @@ func (e dockerd) listRunning(ctx context.Context) ([]container.Summary, error) {
 	return slices.DeleteFunc(all, func(c container.Summary) bool { return c.NetworkSettings == nil || len(c.Names) == 0 }), nil
 }
 
-// Network looks the name of a network up.
+// Network returns the name of the network with the id. It implements driver.Engine.
 func (e dockerd) Network(ctx context.Context, id string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
 	defer cancel()
@@ -136,14 +136,15 @@ func (e dockerd) Network(ctx context.Context, id string) (string, error) {
 	return "", fmt.Errorf("the engine has no network %.12s", id)
 }
 
-// listNetworks are the ids of all listNetworks of the engine, of every driver.
+// listNetworks returns the set of the ids of all networks of the engine, of all drivers. It is an error if the engine
+// does not run this plugin, or if its list is not complete.
 func (e dockerd) listNetworks(ctx context.Context) (map[string]bool, error) {
 	docker, err := e.dialEngine()
 	if err != nil {
 		return nil, err
 	}
 	defer docker.Close()
-	// Another engine knows nothing of our networks.
+	// An engine that does not run this plugin has other networks, and its list would have ours forgotten.
 	if _, _, err := docker.PluginInspectWithRaw(ctx, e.plugin); errdefs.IsNotFound(err) {
 		return nil, errNoEngine
 	} else if err != nil {
@@ -163,8 +164,8 @@ func (e dockerd) listNetworks(ctx context.Context) (map[string]bool, error) {
 	return ids, nil
 }
 
-// namesByAddress are the names of the running containers on these networks, by address. There are none if the engine
-// does not answer in time: status then shows the addresses without names.
+// namesByAddress returns the names of the running containers on the networks, by address. If the engine does not answer
+// in time, it returns none, and status shows the addresses without names.
 func (e dockerd) namesByAddress(ctx context.Context, networks []string) map[netip.Addr]string {
 	names := map[netip.Addr]string{}
 	ctx, cancel := context.WithTimeout(ctx, nameTime)
@@ -183,8 +184,8 @@ func (e dockerd) namesByAddress(ctx context.Context, networks []string) map[neti
 	return names
 }
 
-// compareNetworks forgets networks that the engine removed while the plugin was away,
-// until ctx is done.
+// compareNetworks forgets the networks that the engine removed while the plugin was away. It compares every 30 s, until
+// ctx is done.
 func (r *reconciler) compareNetworks(ctx context.Context, e dockerd) {
 	for ctx.Err() == nil {
 		forgotten, err := r.compareNetworksOnce(ctx, e)
@@ -201,6 +202,7 @@ func (r *reconciler) compareNetworks(ctx context.Context, e dockerd) {
 	}
 }
 
+// compareNetworksOnce compares once, and returns the ids of the networks that were forgotten.
 func (r *reconciler) compareNetworksOnce(ctx context.Context, e dockerd) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, compareTime)
 	defer cancel()

@@ -7,21 +7,21 @@ import (
 	"fmt"
 )
 
-// gate keeps calls waiting until the plugin is ready, and tells those that wait
-// too long for what.
+// gate has calls wait until the plugin is ready. A call that waits too long gets an error that says what it waited for.
 type gate struct {
-	waiting string        // what the gate waits for
-	opened  chan struct{} // closed when it is open
+	waiting string        // what the calls wait for, for the error
+	opened  chan struct{} // is closed when the gate opens
 }
 
+// newGate returns a closed gate.
 func newGate(waiting string) *gate {
 	return &gate{waiting: waiting, opened: make(chan struct{})}
 }
 
-// open lets all calls through. It is called once.
+// open lets all calls pass. It is called once.
 func (g *gate) open() { close(g.opened) }
 
-// wait returns nil when the gate is open.
+// wait returns nil when the gate is open, and an error when ctx is done.
 func (g *gate) wait(ctx context.Context) error {
 	select {
 	case <-g.opened:

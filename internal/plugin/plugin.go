@@ -1,9 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package plugin is the process of the managed Docker plugin. It serves both of libnetwork's drivers on
-// one socket, until SIGTERM. The words status and uninstall read and change the kernel and the files
-// themselves, so they work while no plugin runs. The package decides nothing about addresses or
-// containers: pool and bridge do.
+// Package plugin is the process of the managed Docker plugin. It serves both of libnetwork's drivers on one socket,
+// until SIGTERM. Its words status and uninstall read and change the kernel and the files themselves, so they work while
+// no plugin runs. It decides nothing about addresses and containers: packages pool and bridge do.
 package plugin
 
 import (
@@ -30,17 +29,17 @@ import (
 	"azurevnet/pool"
 )
 
-// An engine's shutdown waits for DeleteEndpoint and then ReleaseAddress of each
-// container, in parallel, and then for the plugin; after 15 s in all it gives up and
-// leaves its files as they are. It ignores the errors of calls that only take away, and
-// what they leave heals: so both may hang, and the plugin still ends in time.
+// The times of calls. An engine that ends waits for DeleteEndpoint and then for ReleaseAddress of each container, in
+// parallel, and then for the plugin. After 15 s in all it gives up, and does not write its files. So a call that only
+// takes away has 4 s, and even if both calls of a container hang, the engine ends in time. The engine ignores the
+// errors of these calls, and what they leave heals.
 var (
-	serving  = limits{deadline: 18 * time.Second, grace: 2 * time.Second} // within the 20 s that an engine may be kept waiting
+	serving  = limits{deadline: 18 * time.Second, grace: 2 * time.Second} // 20 s in all: an engine waits 30 s for an answer
 	takeAway = limits{deadline: 4 * time.Second, grace: time.Second}
 )
 
-// stopPatience is as long as calls that only take away may take. An engine kills a
-// plugin 10 s after SIGTERM.
+// stopPatience is how long the plugin waits for calls in flight after SIGTERM. An engine kills a plugin 10 s after
+// SIGTERM.
 const stopPatience = 5 * time.Second
 
 const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure virtual network.
@@ -53,17 +52,17 @@ const usage = `azure-vnet-plugin gives Docker containers addresses of the Azure 
 Flags say where things of the host are, as this process sees them:
 `
 
-// places are where things of the host are, as this process sees them.
+// places are the paths of the host's things, as this process sees them.
 type places struct {
 	run    string // the host's /run
 	sysctl string // the host's /proc/sys/net
-	data   string // directory of networks.json; empty: found
-	socket string
+	data   string // directory of networks.json; empty: findData looks for it
+	socket string // that the engine calls
 
 	version string // of this program
 }
 
-// Run does what the arguments say, and prints to out. version is the program's.
+// Run runs the word that the arguments begin with, serve if there is none, and prints to out. version is the program's.
 func Run(version string, args []string, out io.Writer) error {
 	p := places{version: version}
 	flags := flag.NewFlagSet("azure-vnet-plugin", flag.ContinueOnError)
@@ -101,7 +100,8 @@ func Run(version string, args []string, out io.Writer) error {
 	return fmt.Errorf("unknown word %q: status, uninstall, version, or none to serve", word)
 }
 
-// serve listens first, restores what stood before, and answers until ctx is done.
+// serve serves the engine until ctx is done. It listens before anything slow, because an engine does not wait long for
+// the socket. Calls then wait at the gate until the networks are restored.
 func serve(ctx context.Context, p places, out io.Writer) error {
 	log := logrus.New()
 	log.SetOutput(out) // the engine logs stderr as errors
@@ -125,18 +125,18 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	}
 
 	if err := errors.Join(writeSettings(os.Getenv, p.run), writePlace(p)); err != nil {
-		log.Warn(err) // an engine that starts would disable for good a plugin that ends
+		log.Warn(err) // this is no reason to end: an engine that starts disables a plugin that ends, for good
 	}
 	e, managed := findDockerd(p)
 	networks, ipam := newDrivers(p, log, host, addresses, e)
 	gate := newGate("the networks of before the restart are being restored")
-	mend := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
-	mend.logFailure(ctx, checkNIC, host.CheckReady(ctx)) // and listen on: calls that need the NIC say the same
-	end := mend.start(ctx, p, func(ctx context.Context) {
+	rounds := &reconciler{log: log, host: host, pool: addresses, networks: networks, reclaim: s.reclaim}
+	rounds.logFailure(ctx, checkNIC, host.CheckReady(ctx)) // the plugin goes on: calls that need the NIC fail with the same words
+	end := rounds.start(ctx, p, func(ctx context.Context) {
 		gate.open()
 		log.Info("ready")
 		if managed {
-			go mend.compareNetworks(ctx, e)
+			go rounds.compareNetworks(ctx, e)
 		}
 	})
 	defer end()
@@ -152,7 +152,7 @@ func serve(ctx context.Context, p places, out io.Writer) error {
 	return nil
 }
 
-// newDrivers makes the two drivers, each of which asks the other.
+// newDrivers makes the two drivers. Each of them calls the other.
 func newDrivers(p places, log *logrus.Logger, host *bridge.Host, addresses *pool.Pool, e dockerd) (networks *driver.Driver, ipam *ipamdriver.Driver) {
 	warn := func(text string) { log.Warn(text) }
 	ipam = ipamdriver.New(ipamdriver.Config{
@@ -173,8 +173,8 @@ func newDrivers(p places, log *logrus.Logger, host *bridge.Host, addresses *pool
 	return networks, ipam
 }
 
-// lockPlugin takes the lock by which uninstall sees that the plugin runs. It waits for an
-// uninstall that runs. The plugin then makes again what the uninstall removed.
+// lockPlugin takes the lock that shows uninstall that the plugin runs. If an uninstall runs, it waits for it. The
+// plugin then makes again what the uninstall removed.
 func lockPlugin(ctx context.Context, log *logrus.Logger, p places) (unlock func()) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
@@ -188,6 +188,7 @@ func lockPlugin(ctx context.Context, log *logrus.Logger, p places) (unlock func(
 	return unlock
 }
 
+// openPool opens the pool with the plugin's settings.
 func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
 	return pool.New(pool.Config{
 		Dir: filepath.Join(p.run, "azure-vnet"), Source: s.source, QueryURL: s.queryURL, CoolDown: s.coolDown, Reclaim: s.reclaim, Remedy: reclaimRemedy(s.reclaim),
@@ -195,7 +196,7 @@ func openPool(p places, s settings, host *bridge.Host) (*pool.Pool, error) {
 	})
 }
 
-// listen makes the socket, in place of one that a killed plugin left.
+// listen makes the socket. A plugin that was killed may have left one at the same path, which is replaced.
 func listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
@@ -213,15 +214,15 @@ func listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// findLink is the host link that holds addr, "" if none does.
+// findLink returns the name of the host end that has the address. It is "" if none has.
 func findLink(ctx context.Context, host *bridge.Host, addr netip.Addr) (string, error) {
 	all, err := host.Attachments(ctx)
 	if err != nil {
 		return "", err
 	}
-	for _, at := range all {
-		if at.Addr.Addr() == addr {
-			return at.Link, nil
+	for _, link := range all {
+		if link.Addr.Addr() == addr {
+			return link.Link, nil
 		}
 	}
 	return "", nil

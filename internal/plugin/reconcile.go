@@ -4,7 +4,6 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"strings"
 	"sync"
@@ -14,32 +13,31 @@ import (
 
 	"azurevnet/bridge"
 	"azurevnet/driver"
-	"azurevnet/internal/failure"
 	"azurevnet/internal/upkeep"
 	"azurevnet/pool"
 )
 
 const (
-	mendEvery = 30 * time.Second       // without any event
-	mendQuiet = 500 * time.Millisecond // events that come in a bunch are one
-	mendTime  = 60 * time.Second       // bounds one round
-	watchWait = 5 * time.Second        // before a watch that ended is begun again
+	roundEvery = 30 * time.Second       // a round begins this often without any event
+	roundQuiet = 500 * time.Millisecond // a round begins this long after an event, since events come in bunches
+	roundTime  = 60 * time.Second       // bounds one round
+	watchWait  = 5 * time.Second        // before a watch that ended begins again
 )
 
-// reconciler makes the host what it should be, on the kernel's events and now and then.
+// reconciler does the rounds of the plugin: at its start, on events of the kernel, and every 30 s.
 type reconciler struct {
 	log      *logrus.Logger
 	host     *bridge.Host
 	pool     *pool.Pool
 	networks *driver.Driver
-	reclaim  bool
+	reclaim  bool // the setting RECLAIM
 
-	mu       sync.Mutex            // guards said
-	failures map[string]failureRow // by what failed, so that a lasting failure is told once
+	mu       sync.Mutex            // guards failures
+	failures map[string]failureRow // by the part of a round that fails: see logFailure
 }
 
-// start restores the networks in the background, calls restored, and then mends until end is called. end waits one second
-// at most, because a disk may hang.
+// start restores the networks in the background, calls restored, and then does rounds until end is called. end waits
+// for the round that runs, 1 s at most, because a disk may hang.
 func (r *reconciler) start(ctx context.Context, p places, restored func(context.Context)) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
@@ -59,11 +57,11 @@ func (r *reconciler) start(ctx context.Context, p places, restored func(context.
 	}
 }
 
-// runRounds mends until ctx is done.
+// runRounds does rounds until ctx is done.
 func (r *reconciler) runRounds(ctx context.Context) {
 	events := make(chan struct{}, 1)
 	go r.watchKernel(ctx, events)
-	tick := time.NewTicker(mendEvery)
+	tick := time.NewTicker(roundEvery)
 	defer tick.Stop()
 	for {
 		r.runRound(ctx)
@@ -74,7 +72,7 @@ func (r *reconciler) runRounds(ctx context.Context) {
 		case <-events:
 			select {
 			case <-ctx.Done():
-			case <-time.After(mendQuiet):
+			case <-time.After(roundQuiet):
 			}
 			select {
 			case <-events:
@@ -84,7 +82,8 @@ func (r *reconciler) runRounds(ctx context.Context) {
 	}
 }
 
-// watchKernel turns the kernel's events into one that is waiting to be taken.
+// watchKernel sends to events when the kernel reports a change. The channel has room for one event, so a bunch of
+// changes causes one round.
 func (r *reconciler) watchKernel(ctx context.Context, events chan<- struct{}) {
 	for ctx.Err() == nil {
 		err := r.host.Watch(ctx, func() {
@@ -103,34 +102,38 @@ func (r *reconciler) watchKernel(ctx context.Context, events chan<- struct{}) {
 	}
 }
 
-// checkNIC names the look for a NIC that somebody else's bridge has.
+// checkNIC names a part of the round in the log: the check whether a NIC is a port of a bridge of somebody else.
 const checkNIC = "look at the NIC"
 
-// runRound is one round. Each part stands alone: a part that fails keeps no other part
-// from being done. Restore comes last, for each network whose NIC is gone may take up
-// to 15 s of the round.
+// runRound does one round. If a part fails, the parts after it are done all the same. Restore comes last, because each
+// network whose NIC is gone may take 15 s.
 func (r *reconciler) runRound(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, mendTime)
+	ctx, cancel := context.WithTimeout(ctx, roundTime)
 	defer cancel()
-	mended, err := r.host.Reconcile(ctx)
-	for _, what := range mended {
-		r.log.WithField("what", what).Warn("mended")
-	}
-	r.logFailure(ctx, "reconcile the host", err)
+	r.logFailure(ctx, "reconcile the host", r.mendHost(ctx))
 	r.logFailure(ctx, "collect leaked leases", r.collectLeases(ctx))
-	r.logFailure(ctx, "hold published ports", r.networks.BindPorts(ctx)) // after links that nobody took are gone
+	r.logFailure(ctx, "hold published ports", r.networks.BindPorts(ctx)) // collectLeases has removed links that no container took
 	r.logFailure(ctx, "collect auxiliary addresses", r.collectAux(ctx))
-	// Asked here too, and with patience, for a lease does not wait for a slow source.
-	nics, err := r.pool.NICs(ctx)
+	nics, err := r.pool.NICs(ctx) // a lease does not wait for a slow source, so the sources are asked here too, and with more time
 	r.logFailure(ctx, checkNIC, r.host.CheckReady(ctx, primaryOf(nics)...))
-	if r.logFailure(ctx, "ask for addresses", err); err == nil && r.reclaim {
+	r.logFailure(ctx, "ask for addresses", err)
+	if err == nil && r.reclaim {
 		r.logFailure(ctx, "reclaim addresses", r.reclaimAll(ctx, nics))
 	}
 	r.logFailure(ctx, "restore networks", r.networks.Restore(ctx))
 }
 
-// primaryOf is the MAC of the primary NIC; none: it is not known. Restore looks at the
-// other NICs, as far as networks use them.
+// mendHost has package bridge mend what is not as it should be.
+func (r *reconciler) mendHost(ctx context.Context) error {
+	mended, err := r.host.Reconcile(ctx)
+	for _, what := range mended {
+		r.log.WithField("what", what).Warn("mended")
+	}
+	return err
+}
+
+// primaryOf returns the MAC of the primary NIC, and none if the primary NIC is not known. Ready need not look at the
+// other NICs: Restore does, if networks use them.
 func primaryOf(nics []pool.NIC) (macs []string) {
 	for _, nic := range nics {
 		if nic.Primary {
@@ -140,7 +143,8 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collectLeases makes the leases agree with the links of containers.
+// collectLeases ends the leases that no container has any more, leases again the addresses that running containers have
+// and nobody holds, and removes the links that no container took.
 func (r *reconciler) collectLeases(ctx context.Context) error {
 	released, err := upkeep.ReleaseLeaked(ctx, r.host, r.pool)
 	for _, lease := range released {
@@ -159,30 +163,30 @@ func (r *reconciler) collectLeases(ctx context.Context) error {
 	return r.collectLinks(ctx)
 }
 
-// collectLinks removes Docker's links that no container has and no lease speaks for.
+// collectLinks removes the links of Docker's that are in no container and have no lease.
 func (r *reconciler) collectLinks(ctx context.Context) error {
 	all, err := r.host.Attachments(ctx)
 	if err != nil {
 		return err
 	}
-	for _, at := range all {
-		if at.InContainer || !strings.HasPrefix(at.Owner, driver.OwnerPrefix) {
+	for _, link := range all {
+		if link.InContainer || !strings.HasPrefix(link.Owner, driver.OwnerPrefix) {
 			continue
 		}
-		if lease, held, err := r.pool.FindLease(ctx, at.Addr.Addr()); err != nil {
+		if lease, held, err := r.pool.FindLease(ctx, link.Addr.Addr()); err != nil {
 			return err
-		} else if held && lease.Owner == at.Lease {
-			continue // on its way into a container, or not old enough
+		} else if held && lease.Owner == link.Lease {
+			continue // the engine is about to move it into a container, or its lease is too young to have leaked
 		}
-		if err := r.host.Detach(ctx, at.Owner); err != nil {
+		if err := r.host.Detach(ctx, link.Owner); err != nil {
 			return err
 		}
-		r.log.WithFields(logrus.Fields{"address": at.Addr.Addr(), "owner": at.Owner, "link": at.Link}).Warn("removed a link that no container had any more")
+		r.log.WithFields(logrus.Fields{"address": link.Addr.Addr(), "owner": link.Owner, "link": link.Link}).Warn("removed a link that no container had any more")
 	}
 	return nil
 }
 
-// leaseFields are what a line of the log says of a lease.
+// leaseFields returns what a line of the log says of a lease.
 func leaseFields(lease pool.Lease) logrus.Fields {
 	fields := logrus.Fields{"address": lease.Addr, "owner": lease.Owner}
 	if lease.Pod != "" {
@@ -191,7 +195,7 @@ func leaseFields(lease pool.Lease) logrus.Fields {
 	return fields
 }
 
-// collectAux releases the auxiliary addresses of networks that are no more.
+// collectAux releases the auxiliary addresses that no network has any more.
 func (r *reconciler) collectAux(ctx context.Context) error {
 	released, err := r.networks.CollectAux(ctx)
 	for _, lease := range released {
@@ -200,7 +204,7 @@ func (r *reconciler) collectAux(ctx context.Context) error {
 	return err
 }
 
-// reclaimRemedy words for Docker's users what helps while the host holds secondary addresses.
+// reclaimRemedy returns the words about RECLAIM in errors, for an address that the host's NIC has. on is the setting.
 func reclaimRemedy(on bool) string {
 	if on {
 		return "RECLAIM=on takes them back within 30 s"
@@ -208,55 +212,9 @@ func reclaimRemedy(on bool) string {
 	return "docker plugin disable -f azure-vnet:latest && docker plugin set azure-vnet:latest RECLAIM=on && docker plugin enable azure-vnet:latest"
 }
 
-// reclaimAll takes secondary addresses off the host's NICs, where they would be
-// answered by the host.
+// reclaimAll takes secondary addresses off the host's NICs, where the host would answer in the place of a container.
 func (r *reconciler) reclaimAll(ctx context.Context, nics []pool.NIC) error {
 	return upkeep.Reclaim(ctx, r.host, nics, func(nic string, addrs []netip.Addr) {
 		r.log.WithFields(logrus.Fields{"nic": nic, "addresses": addrs}).Warn("took secondary addresses off the host")
 	})
-}
-
-// failureRow is a failure that came again and again.
-type failureRow struct {
-	text  string // as it was told
-	since time.Time
-	times int
-}
-
-// isRepeatedBy reports whether text is the row's failure again. Ports, ages and counts in it may differ.
-func (w failureRow) isRepeatedBy(text string) bool {
-	return failure.Reason(w.text) == failure.Reason(text)
-}
-
-// logFailure logs an error when it comes, changes and goes, and not at every round. When the error goes or
-// changes, tell logs how often it came. An error that the plugin's own stop causes is no failure.
-func (r *reconciler) logFailure(ctx context.Context, what string, err error) {
-	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
-		r.log.WithField("what", what).WithError(err).Debug("broken off: the plugin stops")
-		return
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.failures == nil {
-		r.failures = map[string]failureRow{}
-	}
-	before, failed := r.failures[what]
-	text := ""
-	if err != nil {
-		text = strings.ReplaceAll(err.Error(), "\n", "; ")
-	}
-	if failed && err != nil && before.isRepeatedBy(text) {
-		before.times++
-		r.failures[what] = before
-		return
-	}
-	if failed {
-		now := map[bool]string{true: "works again", false: "fails in another way now"}[err == nil]
-		r.log.WithFields(logrus.Fields{"what": what, "times": before.times, "since": before.since.Format(time.RFC3339)}).Info(now)
-		delete(r.failures, what)
-	}
-	if err != nil {
-		r.log.WithField("what", what).Error(text)
-		r.failures[what] = failureRow{text: text, since: time.Now(), times: 1}
-	}
 }

@@ -26,14 +26,14 @@ const (
 	maxBody  = 1 << 20 // bytes; the engine's largest request is a few KB
 )
 
-// method answers one call: body is the request's JSON.
+// method answers one call of the engine. body is the JSON of the request.
 type method struct {
 	call      func(ctx context.Context, body []byte) (any, error)
-	bodiless  bool // comes without a body, and is answered before the gate opens
-	takesAway bool // only takes away: is given less time, and needs nothing that the gate waits for
+	bodiless  bool // the request has no body, and is answered before the gate opens
+	takesAway bool // the call only takes away: it has less time, and does not wait at the gate
 }
 
-// answered makes a method of a driver's function that answers.
+// answered makes a method of a driver's function that has a request and an answer.
 func answered[Q, A any](call func(context.Context, *Q) (*A, error)) method {
 	return method{call: func(ctx context.Context, body []byte) (any, error) {
 		request, err := decodeRequest[Q](body)
@@ -44,7 +44,7 @@ func answered[Q, A any](call func(context.Context, *Q) (*A, error)) method {
 	}}
 }
 
-// unanswered makes a method of a driver's function that has nothing to answer.
+// unanswered makes a method of a driver's function that has a request and no answer.
 func unanswered[Q any](call func(context.Context, *Q) error) method {
 	return answered(func(ctx context.Context, request *Q) (*struct{}, error) {
 		return &struct{}{}, call(ctx, request)
@@ -58,13 +58,13 @@ func takingAway[Q any](call func(context.Context, *Q) error) method {
 	return m
 }
 
-// unasked makes a method of a driver's function that is asked nothing.
+// unasked makes a method of a driver's function that has an answer and no request.
 func unasked[A any](call func(context.Context) (*A, error)) method {
 	return method{bodiless: true, call: func(ctx context.Context, _ []byte) (any, error) { return call(ctx) }}
 }
 
-// decodeRequest refuses empty bodies: an engine posts the same method again without one
-// when the plugin died in the middle of a call.
+// decodeRequest decodes a request. It refuses an empty body: if the plugin dies in the middle of a call, the engine
+// sends the call again without its body.
 func decodeRequest[Q any](body []byte) (*Q, error) {
 	request := new(Q)
 	if len(body) == 0 {
@@ -76,7 +76,7 @@ func decodeRequest[Q any](body []byte) (*Q, error) {
 	return request, nil
 }
 
-// methods are all that the engine may call.
+// methods has every call of the plugin protocol, by its name.
 func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	return map[string]method{
 		"NetworkDriver.GetCapabilities":             unasked(n.GetCapabilities),
@@ -102,9 +102,9 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	}
 }
 
-// refuseMaking answers every call that begins a network or an endpoint with why. All other calls are served. They end or
-// finish networks and endpoints that were begun before. An engine from 29 leaves a container without any network if Join
-// or ProgramExternalConnectivity fails.
+// refuseMaking answers every call that begins a network or an endpoint with the error why. All other calls are served:
+// they end or finish what was begun before. An engine from 29 leaves a container without any network if Join or
+// ProgramExternalConnectivity fails.
 func refuseMaking(all map[string]method, why error) {
 	for _, name := range []string{
 		"IpamDriver.RequestPool", "IpamDriver.RequestAddress",
@@ -114,26 +114,26 @@ func refuseMaking(all map[string]method, why error) {
 	}
 }
 
-// limits are how long a call may take.
+// limits are the times of a call.
 type limits struct {
-	deadline time.Duration // told to it
-	grace    time.Duration // after the deadline a call that hangs is answered for
+	deadline time.Duration // of the call's context
+	grace    time.Duration // after the deadline; if the call still hangs then, the plugin answers with an error
 }
 
 // server serves the methods on one socket.
 type server struct {
 	log      *logrus.Logger
 	gate     *gate
-	serving  limits // of a call, for which an engine waits 30 s, or for ever
-	takeAway limits // of one that only takes away
+	serving  limits // of most calls
+	takeAway limits // of calls that only take away
 
 	calls    sync.WaitGroup // in flight
-	mu       sync.Mutex     // guards stopping, and calls.Add against calls.Wait
+	mu       sync.Mutex     // guards stopping, and keeps calls.Add from running after calls.Wait
 	stopping bool
 }
 
-// serve answers on l until stop is done, then lets the calls in flight finish
-// for as long as a call may take in all, and no longer than patience.
+// serve answers calls on l until stop is closed. It then waits until the calls in flight have ended, for patience at
+// most.
 func (s *server) serve(l net.Listener, all map[string]method, stop <-chan struct{}, patience time.Duration) error {
 	handler := sdk.NewHandler(manifest)
 	for name, m := range all {
@@ -160,7 +160,7 @@ func (s *server) serve(l net.Listener, all map[string]method, stop <-chan struct
 	return nil
 }
 
-// countIn counts a call in; leave it with calls.Done.
+// countIn counts a call in. It is false if the server is stopping. The caller counts the call out with calls.Done.
 func (s *server) countIn() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,13 +171,14 @@ func (s *server) countIn() bool {
 	return true
 }
 
-// reply of a call.
+// reply is what a call ended with.
 type reply struct {
 	answer any
 	err    error
 }
 
-// handlerOf makes the one way in which every call is answered.
+// handlerOf returns the HTTP handler of a method. It reads the request, runs the method, logs one line, and writes the
+// answer.
 func (s *server) handlerOf(name string, m method) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if !s.countIn() {
@@ -211,9 +212,10 @@ func (s *server) handlerOf(name string, m method) http.HandlerFunc {
 	}
 }
 
-// refusal is an error as the engine reads it.
+// refusal returns an error as the plugin protocol has errors.
 func refusal(err error) any { return struct{ Err string }{err.Error()} }
 
+// limitsOf returns the times of a method.
 func (s *server) limitsOf(m method) limits {
 	if m.takesAway {
 		return s.takeAway
@@ -221,10 +223,11 @@ func (s *server) limitsOf(m method) limits {
 	return s.serving
 }
 
-// callMethod calls m with a deadline, and answers for it when it hangs or panics.
+// callMethod calls the method with a deadline. If the call hangs or panics, callMethod answers with an error in its
+// place.
 func (s *server) callMethod(name string, m method, body []byte) reply {
 	l := s.limitsOf(m)
-	// Not the request's context: an engine that died must not cut a rollback short.
+	// The request's context is not used: it ends when the engine dies, and a rollback must then go on.
 	ctx, cancel := context.WithTimeout(context.Background(), l.deadline)
 	result := make(chan reply, 1)
 	go func() {
@@ -254,7 +257,7 @@ func (s *server) callMethod(name string, m method, body []byte) reply {
 	}
 }
 
-// requestFields picks what a line of the log says of a request.
+// requestFields returns what a line of the log says of a request.
 func requestFields(body []byte) logrus.Fields {
 	var about struct {
 		NetworkID, EndpointID, PoolID, Pool, Address string
@@ -275,4 +278,5 @@ func requestFields(body []byte) logrus.Fields {
 	return fields
 }
 
+// shortID returns the first 12 characters of an id, as docker shows it.
 func shortID(id string) string { return id[:min(len(id), 12)] }

@@ -11,28 +11,30 @@ import (
 	"strings"
 	"time"
 
+	"azurevnet/internal/statefile"
+
 	"github.com/sirupsen/logrus"
 )
 
-// settings are what docker plugin set may change; they come in the environment.
+// settings are what docker plugin set may change. They come in the environment.
 type settings struct {
 	level    logrus.Level
 	source   string        // auto, wireserver, imds, or a file's path as this process sees it
 	queryURL string        // empty: the source's own
-	coolDown time.Duration // negative: none
+	coolDown time.Duration // how long a released address rests; negative: not at all
 	reclaim  bool
 }
 
-// defaultSettings are those of config.json, in the order in which they are told.
+// defaultSettings has the keys and defaults of config.json, in the order in which errors name them.
 var defaultSettings = []struct{ key, value string }{
 	{"LOG_LEVEL", "info"}, {"SOURCE", "auto"}, {"QUERY_URL", ""}, {"COOL_DOWN", "30s"}, {"RECLAIM", "off"},
 }
 
-// hostRun is where the host's files that the plugin may read lie, on the host.
+// hostRun is the directory on the host that has all files of the host that the plugin may read.
 const hostRun = "/run"
 
-// readSettings reads the environment. run is the host's /run as this process sees it.
-// The error names all settings that are wrong. Their defaults are returned in their place.
+// readSettings reads the settings from the environment. run is the host's /run as this process sees it. The error names
+// all settings that are wrong. Each of them has its default in the result.
 func readSettings(getenv func(string) string, run string) (settings, error) {
 	s := settings{level: logrus.InfoLevel, source: "auto", coolDown: 30 * time.Second}
 	var wrong, mended []string
@@ -54,7 +56,7 @@ func readSettings(getenv func(string) string, run string) (settings, error) {
 		strings.Join(wrong, ", "), strings.Join(mended, " "))
 }
 
-// parse changes one setting, or says what is allowed in the place of a wrong value.
+// parse reads the value of one key. For a wrong value it returns which values are allowed.
 func (s *settings) parse(key, value, run string) (allowed string) {
 	switch key {
 	case "LOG_LEVEL":
@@ -97,8 +99,8 @@ func (s *settings) parse(key, value, run string) (allowed string) {
 	return ""
 }
 
-// parseSource takes a name, or the host's path of a file under /run, which is all that the
-// plugin sees of the host. Of another value it says what is allowed.
+// parseSource reads the value of SOURCE: a name, or the path of a file under /run on the host. It returns the file's
+// path as this process sees it. For a wrong value it returns which values are allowed.
 func parseSource(value, run string) (name, allowed string) {
 	switch lower := strings.ToLower(value); lower {
 	case "auto", "wireserver", "imds":
@@ -111,11 +113,11 @@ func parseSource(value, run string) (name, allowed string) {
 	return filepath.Join(run, below), ""
 }
 
-// settingsFile is where a running plugin leaves its settings for status, which
-// may be another process in another container, and must ask the same source.
+// settingsFile is the file to which a plugin that starts writes its settings. status may run in another container,
+// without these settings, and must ask the same source.
 func settingsFile(run string) string { return filepath.Join(run, "azure-vnet", "plugin.json") }
 
-// writeSettings writes the settings as they came.
+// writeSettings writes the settings as they came in the environment.
 func writeSettings(getenv func(string) string, run string) error {
 	env := map[string]string{}
 	for _, d := range defaultSettings {
@@ -123,7 +125,7 @@ func writeSettings(getenv func(string) string, run string) error {
 	}
 	text, err := json.Marshal(env)
 	if err == nil {
-		err = leave(settingsFile(run), text)
+		err = statefile.Replace(settingsFile(run), text)
 	}
 	if err != nil {
 		return fmt.Errorf("leave the settings for status: %w", err)
@@ -131,11 +133,12 @@ func writeSettings(getenv func(string) string, run string) error {
 	return nil
 }
 
-// readLastSettings reads them; the defaults if no plugin has run since the boot.
+// readLastSettings reads the settings of the plugin that started last. They are the defaults if no plugin has run since
+// the boot.
 func readLastSettings(run string) (settings, error) {
 	env := map[string]string{}
 	if text, err := os.ReadFile(settingsFile(run)); err == nil {
-		_ = json.Unmarshal(text, &env) // only an edit by hand tears it: then the defaults hold
+		_ = json.Unmarshal(text, &env) // if somebody damaged the file, the defaults hold
 	}
 	return readSettings(func(key string) string { return env[key] }, run)
 }

@@ -24,22 +24,23 @@ import (
 	"azurevnet/pool"
 )
 
-// errBroken ends what status prints of a host that has faults: its exit status is then 1.
+// errBroken is added to the errors of status if the host has faults, so that the exit status is 1.
 var errBroken = errors.New("not all is as it should be: a plugin that runs mends within 30 s what can be mended")
 
-// report is what status prints: read from files and the kernel alone. What
-// cannot be read is named in Errors, and the rest stands.
+// report is what status prints. It is read from files and the kernel, so it needs no plugin that runs. A part that
+// cannot be read is empty, and Errors says why.
 type report struct {
 	Version     string                    `json:"version"`
 	Pool        pool.Status               `json:"pool"`
 	Bridges     []bridge.Bridge           `json:"bridges"`
 	Attachments []bridge.Attachment       `json:"attachments"`
 	Networks    map[string]driver.Network `json:"networks"`             // by Docker's id
-	Containers  map[netip.Addr]string     `json:"containers,omitempty"` // names of Docker's, by address, as far as the engine tells them
-	Broken      []string                  `json:"broken,omitempty"`     // what is not as it should be
+	Containers  map[netip.Addr]string     `json:"containers,omitempty"` // names of Docker's containers, by address; empty if the engine does not answer
+	Broken      []string                  `json:"broken,omitempty"`     // the faults of the host
 	Errors      []string                  `json:"errors,omitempty"`
 }
 
+// readReport reads all parts of the report.
 func readReport(ctx context.Context, p places) report {
 	r := report{Version: p.version}
 	note := func(err error) {
@@ -61,13 +62,14 @@ func readReport(ctx context.Context, p places) report {
 	note(err)
 	r.Containers = dockerd{socket: filepath.Join(p.run, "docker.sock")}.namesByAddress(ctx, slices.Collect(maps.Keys(r.Networks)))
 	if macs := r.usedNICs(); len(r.Broken) == 0 && len(macs) > 0 {
-		if err := host.CheckReady(ctx, macs...); err != nil { // Broken knows the NICs of attachments since the boot alone
+		if err := host.CheckReady(ctx, macs...); err != nil { // Broken looks at the NICs that were used since the boot, and a network may use another one
 			r.Broken = []string{err.Error()}
 		}
 	}
 	return r
 }
 
+// readNetworks reads the networks, from networks.json wherever it is.
 func readNetworks(p places) (map[string]driver.Network, error) {
 	dir, err := findData(p)
 	if err != nil {
@@ -77,8 +79,8 @@ func readNetworks(p places) (map[string]driver.Network, error) {
 	return file.Networks, err
 }
 
-// usedNICs are the MACs of the networks' NICs. Without a network, the primary NIC is
-// the one that would be used.
+// usedNICs returns the MACs of the networks' NICs. If there is no network, it returns the primary NIC, which a network
+// would use.
 func (r report) usedNICs() (macs []string) {
 	for _, n := range r.Networks {
 		macs = append(macs, n.MAC)
@@ -92,8 +94,8 @@ func (r report) usedNICs() (macs []string) {
 	return slices.Compact(macs)
 }
 
-// readPool reads the pool with the settings of the plugin that ran last, as far as they
-// are right.
+// readPool reads the status of the pool, with the settings of the plugin that started last. A setting that is wrong has
+// its default, and the error says so.
 func readPool(ctx context.Context, p places, host *bridge.Host) (pool.Status, error) {
 	s, wrong := readLastSettings(p.run)
 	addresses, err := openPool(p, s, host)
@@ -104,6 +106,7 @@ func readPool(ctx context.Context, p places, host *bridge.Host) (pool.Status, er
 	return status, errors.Join(wrong, err)
 }
 
+// printStatus prints the report. Its error has the parts that could not be read, and errBroken if the host has faults.
 func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) error {
 	r := readReport(ctx, p)
 	if asJSON {
@@ -124,8 +127,8 @@ func printStatus(ctx context.Context, p places, asJSON bool, out io.Writer) erro
 	return nil
 }
 
-// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. If networks.json is not
-// found, all else is removed, and the error says so.
+// uninstall removes every trace of azure-vnet: see upkeep.Uninstall. If networks.json is not found, it removes
+// everything else, and the error says so.
 func uninstall(ctx context.Context, p places, out io.Writer) error {
 	host := bridge.New(bridge.Config{Run: p.run, Sysctl: p.sysctl})
 	addresses, err := openPool(p, settings{}, host)
@@ -135,7 +138,7 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	data, missing := findData(p)
 	removed, err := upkeep.Uninstall(ctx, host, addresses, upkeep.Removal{
 		Run:   p.run,
-		Keeps: func(lease pool.Lease) bool { return !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) }, // Docker's go with its networks
+		Keeps: func(lease pool.Lease) bool { return !strings.HasPrefix(lease.Owner, driver.OwnerPrefix) }, // Docker's leases end with its networks, whose file is removed too
 		Files: func() error {
 			if missing != nil {
 				return nil
@@ -150,7 +153,7 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 		return fmt.Errorf("uninstall: %w", err)
 	}
 	if data == dataDir {
-		_ = os.Remove(data) // only if it is empty now
+		_ = os.Remove(data) // this fails if the directory is not empty, and then it stays
 	}
 	if missing != nil {
 		return fmt.Errorf("uninstall: all else is removed, but %w", missing)
@@ -158,6 +161,7 @@ func uninstall(ctx context.Context, p places, out io.Writer) error {
 	return nil
 }
 
+// printTables prints the report for people.
 func (r report) printTables(out io.Writer) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "azure-vnet %s\n\nSOURCE\tANSWERED\tFAILURE\n", r.Version)
@@ -197,29 +201,29 @@ func (r report) printTables(out io.Writer) error {
 	return w.Flush()
 }
 
-// printAddresses prints what is lent, and what is attached without being lent.
+// printAddresses prints the addresses that are leased, and those that are attached without a lease.
 func (r report) printAddresses(w io.Writer) {
 	links := map[netip.Addr]bridge.Attachment{}
 	rows := maps.Clone(r.Pool.Leases)
 	if rows == nil {
 		rows = map[netip.Addr]pool.Lease{}
 	}
-	for _, at := range r.Attachments {
-		addr := at.Addr.Addr()
-		links[addr] = at
+	for _, link := range r.Attachments {
+		addr := link.Addr.Addr()
+		links[addr] = link
 		if _, lent := rows[addr]; !lent {
-			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody", Pod: at.Pod}
+			rows[addr] = pool.Lease{Addr: addr, Owner: "nobody", Pod: link.Pod}
 		}
 	}
 	fmt.Fprintf(w, "\nADDRESS\tLENT TO\tPOD OR CONTAINER\tLINK\tBRIDGE\tMAC\tSTATE\tPUBLISHED\n")
 	for _, addr := range slices.SortedFunc(maps.Keys(rows), netip.Addr.Compare) {
-		at, attached := links[addr]
-		state, in := "not attached", at.Bridge
+		link, attached := links[addr]
+		state, in := "not attached", link.Bridge
 		if attached && in == "" {
 			in = "transparent"
 		}
 		switch {
-		case attached && at.InContainer:
+		case attached && link.InContainer:
 			state = "in a container"
 		case attached:
 			state = "attached, no container"
@@ -227,9 +231,9 @@ func (r report) printAddresses(w io.Writer) {
 			state = "kept"
 		}
 		var ports []string
-		for _, p := range at.Ports {
+		for _, p := range link.Ports {
 			ports = append(ports, p.String())
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, cmp.Or(rows[addr].Pod, at.Pod, r.Containers[addr]), at.Link, in, at.MAC, state, strings.Join(ports, ", "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", addr, rows[addr].Owner, cmp.Or(rows[addr].Pod, link.Pod, r.Containers[addr]), link.Link, in, link.MAC, state, strings.Join(ports, ", "))
 	}
 }

@@ -14,19 +14,18 @@ import (
 	"github.com/gofrs/flock"
 )
 
-// patience is the longest wait for a lock when ctx has no deadline.
+// patience is how long Lock waits if its ctx has no deadline.
 const patience = 10 * time.Second
 
-// Lock takes the lock file at path, made with its directory if missing, and
-// returns what gives it back. It waits until ctx is done, at most 10 s if ctx
-// has no deadline; the error then names the holder, which is what it passed as
-// who: a pid would mean nothing in another pid namespace. The kernel frees the
-// lock of a process that dies.
+// Lock takes the lock on the file at path, and returns a function that gives it back. It makes the file and its
+// directory if they are missing. It waits until ctx is done, and 10 s at most if ctx has no deadline. The error then
+// names the holder by its who. A pid would not do, because it means nothing in another pid namespace. If the holder
+// dies, the kernel frees the lock.
 //
-// The wait is in the kernel, which queues: of 200 processes that try again and
-// again instead, most starve. Of one process only one caller waits there, and the
-// others for their turn to: nothing calls a thread back from flock(2), and those
-// of callers that gave up would pile up behind a holder that is stopped.
+// The kernel queues those who wait in flock(2). If 200 processes tried again and again instead, most of them would
+// starve. Of one process, only one caller waits in the kernel, and the others wait for their turn to do so: a thread
+// cannot be called back from flock(2). Without turns, the threads of callers that gave up would pile up behind a holder
+// that does not go on.
 func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -58,7 +57,7 @@ func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 	}
 }
 
-// TryLock is Lock without the wait: false if another holds the lock.
+// TryLock is Lock without the wait. ok is false if another process holds the lock.
 func TryLock(path, who string) (unlock func(), ok bool, err error) {
 	l, err := openLock(path)
 	if err != nil {
@@ -74,6 +73,7 @@ func TryLock(path, who string) (unlock func(), ok bool, err error) {
 	return markTaken(l, who), true, nil
 }
 
+// openLock prepares the lock on the file, and makes its directory.
 func openLock(path string) (*flock.Flock, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
@@ -81,17 +81,18 @@ func openLock(path string) (*flock.Flock, error) {
 	return flock.New(path, flock.SetFlag(os.O_CREATE|os.O_RDWR), flock.SetPermissions(0o600)), nil
 }
 
-// turns are, by path, what a caller fills to wait in the kernel. A process locks
-// few files, so none is ever removed.
-var turns sync.Map // string → chan struct{} with room for one
+// turns has a channel with room for one element for each path. The caller that filled the channel waits in the kernel.
+// No channel is ever removed, because a process locks few files.
+var turns sync.Map // string → chan struct{}
 
+// turnAt returns the channel of a path.
 func turnAt(path string) chan struct{} {
 	turn, _ := turns.LoadOrStore(path, make(chan struct{}, 1))
 	return turn.(chan struct{})
 }
 
-// waitForLock blocks until the lock is taken or ctx is done. A thread that nobody waits
-// for any more gives up the lock, and its turn, as soon as it has it.
+// waitForLock waits until the lock is taken or ctx is done. When ctx is done, the thread in flock(2) still waits. As
+// soon as that thread has the lock, it gives back both the lock and its turn.
 func waitForLock(ctx context.Context, l *flock.Flock, turn chan struct{}) error {
 	select {
 	case turn <- struct{}{}:
@@ -115,14 +116,15 @@ func waitForLock(ctx context.Context, l *flock.Flock, turn chan struct{}) error 
 	}
 }
 
+// markTaken writes the holder into the lock file, and returns a function that gives the lock back.
 func markTaken(l *flock.Flock, who string) (unlock func()) {
-	// A full disk may refuse the name; the lock holds all the same.
+	// If the disk is full, the name is missing. The lock holds all the same.
 	_ = os.WriteFile(l.Path(), []byte(who), 0o600)
 	return func() { l.Close() }
 }
 
-// isCurrent says that the lock is on the file that others will open, and not on
-// one that was deleted in between.
+// isCurrent reports whether the locked file is still the file at its path. If it was deleted meanwhile, others lock
+// another file.
 func isCurrent(l *flock.Flock) bool {
 	mine, err := l.Stat()
 	if err != nil {
@@ -132,7 +134,8 @@ func isCurrent(l *flock.Flock) bool {
 	return err == nil && os.SameFile(mine, there)
 }
 
-// readHolder is best effort: the name is written just after the lock is taken.
+// readHolder returns the name of the holder. It may be the one before: the holder writes its name just after it took
+// the lock.
 func readHolder(path string) string {
 	who, _ := os.ReadFile(path)
 	return strings.TrimSpace(string(who))

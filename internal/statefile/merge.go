@@ -8,14 +8,13 @@ import (
 	"reflect"
 )
 
-// mergeUnknown returns next with everything in raw that the program did not know: raw
-// is the file as another version wrote it, known what this program understood
-// of it, next what this program wants in its place. What known has and next has
-// not was deleted, and stays deleted with all that was below it.
+// mergeUnknown returns next with the keys in raw that the program does not know. raw is the file as a program of
+// another version wrote it. known is the part of raw that this program understood. next is the new value. A key that
+// known has and next lacks was deleted: it stays deleted, with everything below it.
 //
-// Objects are followed by key. Elements of a list have no name: one that did not
-// change is followed wherever it went, one that did only while the list keeps
-// its length. State whose unknown fields matter belongs in objects.
+// Objects are compared key by key. The elements of a list have no name. An element that did not change is found
+// wherever it is now. An element that changed is found only if the list kept its length. So state whose unknown keys
+// matter should be in objects.
 func mergeUnknown(raw, known, next []byte) ([]byte, error) {
 	var trees [3]any
 	for i, body := range [][]byte{raw, known, next} {
@@ -28,6 +27,7 @@ func mergeUnknown(raw, known, next []byte) ([]byte, error) {
 	return json.Marshal(graftValue(trees[0], trees[1], trees[2]))
 }
 
+// graftValue is mergeUnknown for one value of any kind.
 func graftValue(raw, known, next any) any {
 	switch next := next.(type) {
 	case map[string]any:
@@ -35,7 +35,7 @@ func graftValue(raw, known, next any) any {
 		if !ok {
 			return next
 		}
-		k, _ := known.(map[string]any) // nil: all that was known in it was empty
+		k, _ := known.(map[string]any) // nil if this program knows no key of raw
 		return graftObject(r, k, next)
 	case []any:
 		r, _ := raw.([]any)
@@ -48,6 +48,7 @@ func graftValue(raw, known, next any) any {
 	return next
 }
 
+// graftObject is mergeUnknown for objects.
 func graftObject(raw, known, next map[string]any) any {
 	for key, value := range next {
 		next[key] = graftValue(raw[key], known[key], value)
@@ -61,6 +62,7 @@ func graftObject(raw, known, next map[string]any) any {
 	return next
 }
 
+// graftList is mergeUnknown for lists.
 func graftList(raw, known, next []any) any {
 	for i, value := range next {
 		from := -1

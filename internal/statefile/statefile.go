@@ -1,12 +1,11 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package statefile is one Go value in one JSON file, shared by every process
-// of the host. It is not a database: the file is read whole, changed by one
-// process at a time and replaced whole by a rename, so a reader needs no lock
-// and a process killed between any two lines leaves the old value or the new.
+// Package statefile keeps one Go value in one JSON file, which all processes of a host share. It is not a database. A
+// process reads the file whole. It changes the value under the file's lock, and replaces the file whole by a rename. So
+// a reader needs no lock, and a process that is killed between any two lines leaves the old value or the new one.
 //
-// Processes of several versions may share a file. What a program does not know
-// in it survives the program's changes; see merge.go.
+// Programs of several versions may share a file. If a program does not know a key in it, the key survives the program's
+// changes: see merge.go.
 package statefile
 
 import (
@@ -26,44 +25,41 @@ import (
 )
 
 var (
-	// ErrUnreadable is in the error of a file that is there but is no such
-	// value: empty, truncated, full of NULs, or refused by its Check. The file
-	// is left as it is; SetAside moves it out of the way where that is wanted.
+	// ErrUnreadable is in the error of a file that exists and has no such value: it is empty, truncated or full of
+	// NULs, or its Check refuses it. The file stays as it is. SetAside renames it.
 	ErrUnreadable = errors.New("unreadable state")
 
-	// ErrUnchanged is returned by a change that has nothing to write. It ends the
-	// update as a success.
+	// ErrUnchanged is returned by a change that has nothing to write. The update then ends as a success.
 	ErrUnchanged = errors.New("unchanged")
 )
 
-// Checker is a value that knows whether it can be used, such as by its version.
-// An error makes the file ErrUnreadable. A missing file is not checked: it is
-// the zero value.
+// Checker is a value that can say whether it is of use, for example by its version. If Check returns an error, the file
+// counts as ErrUnreadable. The zero value of a missing file is not checked.
 type Checker interface{ Check() error }
 
-// Read returns the value in the file, the zero value if there is none. It takes
-// no lock.
+// Read returns the value in the file, and the zero value if there is no file. It takes no lock.
 func Read[T any](path string) (T, error) {
 	v, _, err := loadFile[T](path)
 	return v, err
 }
 
-// Update reads the value, lets change alter it, and writes it back if it came
-// out different, all under the file's lock. The zero value is given to change
-// if there is no file; missing directories are made. An error of change is
-// returned as it is, and nothing is written. who says what the lock is held
-// for: whoever waits too long for it is told. A process may be killed at any
-// point: the lock goes with it and the file holds the old value or the new.
+// Update reads the value, has change alter it, and writes it back if it differs, all under the file's lock. If there is
+// no file, change is given the zero value. Missing directories are made. If change returns an error, Update returns the
+// same error and writes nothing.
+//
+// who says what the lock is held for: a process that waits for it in vain names it in its error. If the process is
+// killed, the kernel frees the lock, and the file has the old value or the new one.
 func Update[T any](ctx context.Context, path, who string, change func(*T) error) error {
 	return updateFile(ctx, path, who, false, change)
 }
 
-// UpdateDurably is Update for a value that must outlive a power cut: when it returns,
-// the file and its directory are on the disk.
+// UpdateDurably is Update for a value that must outlive a power cut: when it returns, the file and its directory entry
+// are on the disk.
 func UpdateDurably[T any](ctx context.Context, path, who string, change func(*T) error) error {
 	return updateFile(ctx, path, who, true, change)
 }
 
+// updateFile is Update, or UpdateDurably if durable is true.
 func updateFile[T any](ctx context.Context, path, who string, durable bool, change func(*T) error) error {
 	unlock, err := Lock(ctx, path+".lock", who)
 	if err != nil {
@@ -74,7 +70,7 @@ func updateFile[T any](ctx context.Context, path, who string, durable bool, chan
 	if err != nil {
 		return err
 	}
-	var known []byte // what this program understood of old, if that was not all
+	var known []byte // the part of the old value that this program knows; nil: it knows all of it
 	if old.foreign {
 		if known, err = encodeValue(&v); err != nil {
 			return fmt.Errorf("encode %s: %w", path, err)
@@ -100,9 +96,18 @@ func updateFile[T any](ctx context.Context, path, who string, durable bool, chan
 	return replaceFile(path, body, durable)
 }
 
-// SetAside moves an unreadable file to <path>.bad-<time>, of which only the
-// newest is kept, so that the next Update starts anew. It looks again under the
-// lock: a file that can be read, or none, is left alone.
+// Replace writes body to the file at path, whole or not at all. Missing directories are made. It takes no lock: of several
+// writers, the last one counts.
+func Replace(path string, body []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("write state: %w", err)
+	}
+	return replaceFile(path, body, false)
+}
+
+// SetAside renames an unreadable file to <path>.bad-<time>, so that the next Update begins with the zero value. It
+// keeps the newest such file, and removes the others. It reads the file again under the lock: if the file can be read
+// by then, or is missing, SetAside does nothing.
 func SetAside[T any](ctx context.Context, path, who string) error {
 	unlock, err := Lock(ctx, path+".lock", who)
 	if err != nil {
@@ -118,14 +123,14 @@ func SetAside[T any](ctx context.Context, path, who string) error {
 		return fmt.Errorf("set %s aside: %w", path, err)
 	}
 	for _, b := range before {
-		os.Remove(b) // a second copy harms nobody
+		os.Remove(b) // if this fails, an old copy stays, which harms nobody
 	}
 	return nil
 }
 
-// ListAside lists the unreadable files that were set aside.
+// ListAside lists the paths of the files that SetAside renamed.
 func ListAside(path string) []string {
-	entries, _ := os.ReadDir(filepath.Dir(path)) // no directory: nothing in it
+	entries, _ := os.ReadDir(filepath.Dir(path)) // a directory that cannot be read counts as empty
 	var bad []string
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), filepath.Base(path)+".bad-") {
@@ -135,12 +140,13 @@ func ListAside(path string) []string {
 	return bad
 }
 
-// content is a file as it was read.
+// content is a file as it was read. It is zero if there is no file.
 type content struct {
 	body    []byte
-	foreign bool // it holds keys that this program does not know
+	foreign bool // the body has keys that this program does not know
 }
 
+// loadFile reads the file, and decodes the value. If there is no file, both are zero.
 func loadFile[T any](path string) (v T, c content, err error) {
 	body, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -155,8 +161,8 @@ func loadFile[T any](path string) (v T, c content, err error) {
 	return v, content{body, foreign}, nil
 }
 
-// decodeValue reads strictly first: when that succeeds, and it nearly always does,
-// there is nothing in the file that merge would have to keep.
+// decodeValue decodes a file. foreign reports whether the body has keys that this program does not know. Nearly always
+// it has none. So decodeValue first decodes strictly, and looks no further if that succeeds.
 func decodeValue[T any](body []byte) (v T, foreign bool, err error) {
 	if !decodeStrict(body, &v) {
 		v, foreign = *new(T), true
@@ -172,17 +178,19 @@ func decodeValue[T any](body []byte) (v T, foreign bool, err error) {
 	return v, foreign, nil
 }
 
-// format spells a value in one way only, so that an update which changes nothing
-// is known by its bytes. A nil slice comes back as nil: none is not an empty one.
+// format makes the encoding of a value unique, so that Update can compare two values by their bytes. A nil slice or map
+// is encoded as null, and an empty one as empty, so that both come back as they were.
 var format = json.JoinOptions(json.Deterministic(true), json.FormatNilSliceAsNull(true), json.FormatNilMapAsNull(true), jsonv1.FormatDurationAsNano(true), jsonv1.OmitEmptyWithLegacySemantics(true),
 	jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
 
 func encodeValue(v any) ([]byte, error) { return json.Marshal(v, format) }
 
+// decodeStrict decodes a body, and is false if the body has keys that v lacks or is not such a value.
 func decodeStrict(body []byte, v any) bool {
 	return json.Unmarshal(body, v, format, json.RejectUnknownMembers(true)) == nil && !isNull(body)
 }
 
+// decodeLenient decodes a body, and ignores keys that v lacks.
 func decodeLenient(body []byte, v any) error {
 	switch {
 	case len(bytes.TrimSpace(body)) == 0:
@@ -195,9 +203,8 @@ func decodeLenient(body []byte, v any) error {
 
 func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
 
-// replaceFile writes a temporary file and renames it over path. The name is fixed:
-// the lock is held, and what a killed writer left is overwritten. On failure
-// the old file stands.
+// replaceFile writes a temporary file, and renames it to path. The temporary file always has the same name: the caller
+// holds the lock, and a file that a killed writer left is overwritten. If replaceFile fails, the old file stays.
 func replaceFile(path string, body []byte, durable bool) (err error) {
 	tmp := path + ".tmp"
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -215,7 +222,7 @@ func replaceFile(path string, body []byte, durable bool) (err error) {
 		err = os.Rename(tmp, path)
 	}
 	if err != nil {
-		os.Remove(tmp) // it may be what filled the disk
+		os.Remove(tmp) // maybe this file filled the disk
 		return fmt.Errorf("write state, %s is as it was: %w", path, err)
 	}
 	if durable {
@@ -224,6 +231,7 @@ func replaceFile(path string, body []byte, durable bool) (err error) {
 	return nil
 }
 
+// syncDir has the entries of a directory written to the disk.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

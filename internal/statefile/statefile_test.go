@@ -428,3 +428,15 @@ func TestNoneIsNotEmpty(t *testing.T) {
 		t.Errorf("%#v came back as %#v: %v", want, got, err)
 	}
 }
+
+func TestReplaceMakesTheDirectoryAndLeavesNoOtherFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "azure-vnet", "plugin.json")
+	for _, body := range []string{"first", "then"} {
+		if err := Replace(path, []byte(body)); err != nil || fileText(t, path) != body {
+			t.Errorf("%v; the file is %q", err, fileText(t, path))
+		}
+	}
+	if all, err := os.ReadDir(filepath.Dir(path)); err != nil || len(all) != 1 {
+		t.Errorf("%v, %v", all, err)
+	}
+}
