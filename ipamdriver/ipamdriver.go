@@ -1,10 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package ipamdriver is libnetwork's IpamDriver over the pool: it turns Docker's
-// pools and addresses into leases. It is not the network and makes no link, and
-// keeps nothing that a later call needs: a PoolID says it all.
+// Package ipamdriver is libnetwork's IpamDriver: it translates Docker's pools and addresses for package pool. It makes
+// no link. It keeps nothing that a later call needs, because a PoolID says all.
 //
-// Errors do not name the call, for the engine puts its name before them.
+// Errors do not name the call, because the engine puts its name before them.
 package ipamdriver
 
 import (
@@ -23,9 +22,8 @@ import (
 	"azurevnet/pool"
 )
 
-// AddressSpace is the one name of the local and the global address space. They
-// must be the same: engines from 27 then skip the check against host routes that
-// a VNet's subnet can never pass.
+// AddressSpace is the name of both the local and the global address space. Engines from 27 compare a pool with the
+// routes of the host, unless the two names are the same. A subnet of a VNet would fail this comparison.
 const AddressSpace = "azure-vnet"
 
 // Keys of the engine's protocol.
@@ -35,33 +33,34 @@ const (
 	addressGateway = "com.docker.network.gateway"
 )
 
-// Config says what the driver works on.
+// Config says what the driver works on. The fields from HoldAux on may be nil.
 type Config struct {
 	Pool     *pool.Pool
-	FindNIC  func(ctx context.Context, nameOrMAC string) (mac string, err error) // finds the host's NIC of that name
-	FindLink func(ctx context.Context, addr netip.Addr) (link string, err error) // host link that holds the address, or ""
-	HoldAux  func(ctx context.Context) error                                     // has all auxiliary addresses held, before any address is lent; may be nil
-	WhoHas   func(ctx context.Context, lease pool.Lease) string                  // says in Docker's words who has a leased address: "is held by …" or "is …"; nil: by the owner alone
-	Warn     func(text string)                                                   // told what is no failure, but worth knowing; may be nil
+	FindNIC  func(ctx context.Context, nameOrMAC string) (mac string, err error) // returns the MAC of a NIC of the host
+	FindLink func(ctx context.Context, addr netip.Addr) (link string, err error) // returns the host end that has the address, "" if none has
+
+	HoldAux func(ctx context.Context) error                    // leases all auxiliary addresses, before any other address is lent
+	WhoHas  func(ctx context.Context, lease pool.Lease) string // says in Docker's words who has a leased address: "is held by …" or "is …"; nil: the owner is named
+	Warn    func(text string)                                  // is called with what is no failure, but worth a line in the log
 }
 
 // Driver answers the IpamDriver calls. Its methods are safe for parallel use.
 type Driver struct {
 	cfg Config
 
-	mu     sync.Mutex
-	chosen map[netip.Prefix]choice // pools chosen for the engine that nothing has used yet
-	lately map[poolID]time.Time    // when each was requested; for Agrees alone
+	mu     sync.Mutex              // guards the maps
+	chosen map[netip.Prefix]choice // by subnet: the pool that was chosen for an engine and that no network uses yet
+	lately map[poolID]time.Time    // when each pool was requested; for CheckNIC
 }
 
-// choice is a pool given out for an empty request.
+// choice is a pool that the driver chose, because the engine asked for any pool.
 type choice struct {
 	id string
 	at time.Time
 }
 
-// choiceAge bounds how long an unused choice is taken for the engine's loop,
-// which asks again within a millisecond; an engine that died has no loop.
+// choiceAge is how long an unused choice counts as the last one of the same engine: see noteChoice. An engine that asks
+// again does so within a millisecond.
 const choiceAge = 10 * time.Second
 
 // New returns a driver.
@@ -78,19 +77,18 @@ func New(cfg Config) *Driver {
 	return &Driver{cfg: cfg, chosen: map[netip.Prefix]choice{}, lately: map[poolID]time.Time{}}
 }
 
-// GetCapabilities asks for neither MAC addresses nor replay.
+// GetCapabilities says that the driver needs neither MAC addresses nor a replay of requests after a restart.
 func (d *Driver) GetCapabilities(context.Context) (*ipam.CapabilitiesResponse, error) {
 	return &ipam.CapabilitiesResponse{}, nil
 }
 
-// GetDefaultAddressSpaces returns one name for both.
+// GetDefaultAddressSpaces returns AddressSpace for both scopes.
 func (d *Driver) GetDefaultAddressSpaces(context.Context) (*ipam.AddressSpacesResponse, error) {
 	return &ipam.AddressSpacesResponse{LocalDefaultAddressSpace: AddressSpace, GlobalDefaultAddressSpace: AddressSpace}, nil
 }
 
-// RequestPool checks that the pool is exactly a subnet of a NIC of this VM, or
-// chooses the NIC's first. It takes nothing: a pool that is never released
-// leaks nothing.
+// RequestPool checks that the pool is exactly a subnet of a NIC of this VM. If the engine asks for any pool, it chooses
+// the first subnet of the NIC. It takes nothing, so a pool that is never released leaks nothing.
 func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*ipam.RequestPoolResponse, error) {
 	if r.AddressSpace != "" && r.AddressSpace != AddressSpace {
 		return nil, fmt.Errorf("address space %.80q is not this driver's, which is %s", r.AddressSpace, AddressSpace)
@@ -141,7 +139,7 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 	}, nil
 }
 
-// findMaster returns the MAC that --ipam-opt master= names, "" without it.
+// findMaster returns the MAC of the NIC that --ipam-opt master= names. It is "" without this option.
 func (d *Driver) findMaster(ctx context.Context, options map[string]string) (mac string, err error) {
 	for key, value := range options {
 		if key != "master" {
@@ -154,9 +152,9 @@ func (d *Driver) findMaster(ctx context.Context, options map[string]string) (mac
 	return mac, nil
 }
 
-// noteChoice notes a pool chosen for an empty request. Engines before 27 ask again
-// and again while the pool overlaps a host route, which a VNet's subnet always
-// does; only an error ends that loop.
+// noteChoice notes the pool that the driver chose for an engine that asked for any pool. An engine before 27 asks again
+// as long as the pool overlaps a route of the host. A subnet of a VNet always does, and only an error ends this loop.
+// So a second request within choiceAge is an error.
 func (d *Driver) noteChoice(id poolID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -167,8 +165,8 @@ func (d *Driver) noteChoice(id poolID) error {
 	return nil
 }
 
-// NetworkMade tells that a network has been made of prefix on that MAC's NIC: what was
-// chosen for it is in use, and one of the pools requested lately is its.
+// NetworkMade tells the driver that a network was made of the subnet, on the NIC with the MAC. The pool that was chosen
+// for it is in use now, and the oldest of the pools that were requested lately is the network's.
 func (d *Driver) NetworkMade(prefix netip.Prefix, mac string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -182,10 +180,10 @@ func (d *Driver) NetworkMade(prefix netip.Prefix, mac string) {
 	delete(d.lately, its)
 }
 
-// requestAge is how long after its RequestPool a network may be created: the
-// calls between have deadlines of their own.
+// requestAge is how long after RequestPool its network may be created. The calls in between take less.
 const requestAge = time.Minute
 
+// noteRequest notes when a pool was requested, for CheckNIC.
 func (d *Driver) noteRequest(id poolID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -193,10 +191,12 @@ func (d *Driver) noteRequest(id poolID) {
 	d.lately[id] = time.Now()
 }
 
-// CheckNIC returns an error if pools of the subnet were requested lately, and all
-// of other NICs than that MAC's: --ipam-opt master= and -o master= then differ,
-// and the engine tells neither driver of the other's. After a restart it knows
-// of none, and the network's first container is refused instead.
+// CheckNIC is an error if pools of the subnet were requested lately, and all of them on other NICs than the one with
+// the MAC. Then --ipam-opt master= and -o master= name different NICs, and the engine tells neither driver what it told
+// the other.
+//
+// After a restart of the plugin no request is known, and CheckNIC finds nothing wrong. The network's first container is
+// refused instead.
 func (d *Driver) CheckNIC(subnet netip.Prefix, mac string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -216,7 +216,7 @@ func (d *Driver) CheckNIC(subnet netip.Prefix, mac string) error {
 	return fmt.Errorf("its addresses are those of NIC %s and its master is NIC %s, both in subnet %s: name one NIC with both, --ipam-opt master= and -o master=", other, mac, subnet)
 }
 
-// dropChoice ends the choice made with id.
+// dropChoice forgets that the pool was chosen: the engine uses it, or has released it.
 func (d *Driver) dropChoice(id poolID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -225,8 +225,8 @@ func (d *Driver) dropChoice(id poolID) {
 	}
 }
 
-// ReleasePool releases what the pool still holds and no link has: auxiliary
-// addresses, and what a lost call left.
+// ReleasePool releases the addresses that the pool still holds and no link has: auxiliary addresses, and those that a
+// lost call left.
 func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) error {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
@@ -249,17 +249,16 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 	return errors.Join(errs...)
 }
 
-// requestTime bounds RequestAddress: a container that starts keeps an engine from
-// ending, which gives up after 15 s. The longest question to a source takes 8 s.
+// requestTime bounds RequestAddress. A container that starts keeps an engine from ending, and an engine that ends waits
+// 15 s at most. The longest question to the sources takes 8 s of it.
 const requestTime = 9 * time.Second
 
-// RequestAddress leases an address of the pool: the one asked for (--ip, an
-// auxiliary address) or the one freed longest ago. The gateway is Azure's and
-// leased to nobody.
+// RequestAddress leases an address of the pool: the one that the engine asks for, or else the one that was released
+// longest ago. The gateway is Azure's, and is answered without a lease.
 //
-// Auxiliary addresses, which may be anybody's, and --ip look alike here. So one
-// of the subnet that is not this VM's is answered without being leased: the
-// NetworkDriver lets no container have what is not leased.
+// An engine asks for --ip and for --aux-address in the same words, and an auxiliary address may be anybody's. So an
+// address of the subnet that is not this VM's is answered without a lease, too. The NetworkDriver gives no container an
+// address that is not leased.
 func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressRequest) (*ipam.RequestAddressResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
@@ -285,7 +284,7 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 			return nil, fmt.Errorf("%s: %w", want, err)
 		}
 	}
-	// If Reserve fails, an address that is asked for by name is lent all the same.
+	// If HoldAux fails, any address might be an auxiliary one. An address that is asked for by name is lent all the same.
 	if err := d.cfg.HoldAux(ctx); err != nil && !want.IsValid() {
 		return nil, err
 	}
@@ -305,27 +304,28 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	return addressResponse(id, lease.Addr), nil
 }
 
-// wordInUse words err in Docker's words. err says that addr is in use.
+// wordInUse adds to err, which says that addr is in use, who has it in Docker's words.
 func (d *Driver) wordInUse(ctx context.Context, addr netip.Addr, err error) error {
 	lease, held, unread := d.cfg.Pool.FindLease(ctx, addr)
 	if unread != nil || !held {
-		return err // the lease has ended meanwhile, or a container has the address without a lease
+		return err // the lease has ended meanwhile, or another plugin's container has the address without a lease
 	}
 	return fmt.Errorf("%w: %s %s; ask for another", pool.ErrInUse, addr, d.cfg.WhoHas(ctx, lease))
 }
 
-// isNobodysToLend tells an address that no ipconfig lends to this NIC's containers. One
-// that the host holds is not isNobodysToLend: it may be lent yet.
+// isNobodysToLend reports whether addr is no secondary ipconfig of the NIC. An ipconfig that the host itself holds is
+// lendable: the host may give it up.
 func (d *Driver) isNobodysToLend(ctx context.Context, id poolID, addr netip.Addr) bool {
 	_, subnet, err := d.cfg.Pool.Subnet(ctx, id.mac, id.prefix)
 	return err == nil && !slices.Contains(subnet.Secondary, addr)
 }
 
+// addressResponse returns the answer with an address of the pool.
 func addressResponse(id poolID, addr netip.Addr) *ipam.RequestAddressResponse {
 	return &ipam.RequestAddressResponse{Address: netip.PrefixFrom(addr, id.prefix.Bits()).String()}
 }
 
-// checkLendable refuses what no ipconfig of Azure can be, in words that say why.
+// checkLendable refuses an address that no ipconfig of the subnet can have.
 func (id poolID) checkLendable(addr netip.Addr) error {
 	if !id.prefix.Contains(addr) {
 		return fmt.Errorf("it lies outside the network's subnet %s", id.prefix)
@@ -336,9 +336,8 @@ func (id poolID) checkLendable(addr netip.Addr) error {
 	return nil
 }
 
-// ReleaseAddress releases an address of the pool; one that is not held is
-// success, and so is the gateway. An address whose link still stands is kept:
-// it is released when the link is gone.
+// ReleaseAddress releases an address of the pool. It is a success if the pool does not hold the address, and for the
+// gateway. It is an error if a link still has the address: the lease then stays until the link is gone.
 func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressRequest) error {
 	id, err := parsePoolID(r.PoolID)
 	if err != nil {
@@ -355,6 +354,7 @@ func (d *Driver) ReleaseAddress(ctx context.Context, r *ipam.ReleaseAddressReque
 	return d.releaseAddress(ctx, id, addr)
 }
 
+// releaseAddress ends the pool's lease of addr, unless a link has the address.
 func (d *Driver) releaseAddress(ctx context.Context, id poolID, addr netip.Addr) error {
 	lease, held, err := d.cfg.Pool.FindLease(ctx, addr)
 	if err != nil || !held || lease.Owner != id.owner() {
@@ -367,6 +367,6 @@ func (d *Driver) releaseAddress(ctx context.Context, id poolID, addr netip.Addr)
 	if link != "" {
 		return fmt.Errorf("%s is still attached to %s: it is released when that link is gone", addr, link)
 	}
-	_, err = d.cfg.Pool.Return(ctx, lease) // and not what the network's next container got meanwhile
+	_, err = d.cfg.Pool.Return(ctx, lease) // this very lease: the address may be leased to the network's next container by now
 	return err
 }

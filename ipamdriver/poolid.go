@@ -11,16 +11,16 @@ import (
 	"strings"
 )
 
-// ownerPrefix begins the owner of every lease of a Docker network; the rest is the PoolID.
+// ownerPrefix begins the owner of every lease of a Docker network. The PoolID follows it.
 const ownerPrefix = "docker/"
 
-// poolID says all that a later call needs: after a reboot Docker asks for an
-// address of a pool that it never requests again.
+// poolID says all that a later call needs. After a reboot an engine asks for addresses of a pool that it never requests
+// again.
 type poolID struct {
 	mac    string       // of the NIC, lower case with colons
 	prefix netip.Prefix // the NIC's subnet
 	within netip.Prefix // --ip-range; zero: none
-	serial string       // hex; tells apart the pools of two networks on one subnet
+	serial string       // 12 hex digits, which differ between two networks of one subnet
 }
 
 var (
@@ -28,14 +28,14 @@ var (
 	serialShape = regexp.MustCompile(`^[0-9a-f]{12}$`)
 )
 
-// newSerial returns a serial that no other pool of this host has.
+// newSerial returns a random serial.
 func newSerial() string {
 	var b [6]byte
 	rand.Read(b[:])
 	return hex.EncodeToString(b[:])
 }
 
-// String is <mac>-<prefix>-<range>-<serial>, without colons and slashes.
+// String returns <mac>-<prefix>-<range>-<serial>, without colons and slashes.
 func (id poolID) String() string {
 	within := ""
 	if id.within.IsValid() {
@@ -44,13 +44,13 @@ func (id poolID) String() string {
 	return strings.Join([]string{strings.ReplaceAll(id.mac, ":", ""), escapePrefix(id.prefix), within, id.serial}, "-")
 }
 
+// owner returns the owner of the pool's leases.
 func (id poolID) owner() string { return ownerPrefix + id.String() }
 
-// gateway is Azure's, always the first address of a subnet.
+// gateway returns Azure's gateway, which is always the first address of a subnet.
 func (id poolID) gateway() netip.Addr { return id.prefix.Addr().Next() }
 
-// parsePoolID is String's inverse. It accepts nothing that String does not
-// write, for a PoolID names an owner of leases.
+// parsePoolID reads what String writes, and nothing else: a PoolID becomes part of an owner.
 func parsePoolID(s string) (poolID, error) {
 	bad := func(why string) (poolID, error) {
 		return poolID{}, fmt.Errorf("pool %.80q is none of this driver's: %s", s, why)
@@ -81,12 +81,15 @@ func parsePoolID(s string) (poolID, error) {
 	return id, nil
 }
 
+// escapePrefix returns a prefix with an underscore in place of the slash.
 func escapePrefix(p netip.Prefix) string { return strings.ReplaceAll(p.String(), "/", "_") }
 
+// unescapePrefix reads what escapePrefix writes.
 func unescapePrefix(s string) (netip.Prefix, error) {
 	return parseSubnet(strings.ReplaceAll(s, "_", "/"))
 }
 
+// withColons returns 12 hex digits as a MAC.
 func withColons(mac string) string {
 	var b strings.Builder
 	for i := 0; i < len(mac); i += 2 {
@@ -98,7 +101,7 @@ func withColons(mac string) string {
 	return b.String()
 }
 
-// parseSubnet takes an IPv4 prefix without host bits.
+// parseSubnet reads an IPv4 prefix without host bits.
 func parseSubnet(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	switch {
@@ -112,6 +115,7 @@ func parseSubnet(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
+// containsPrefix reports whether inner lies in outer.
 func containsPrefix(outer, inner netip.Prefix) bool {
 	return outer.Bits() <= inner.Bits() && outer.Contains(inner.Addr())
 }

@@ -13,38 +13,39 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// question says how much the asker needs an answer.
+// question says how much a caller needs an answer of the sources.
 type question struct {
-	age  time.Duration // asked only if no try, good or bad, is younger
-	wait time.Duration // for the answer, all sources together
-	turn bool          // waits for the process that is asking just now; else goes on without
+	age  time.Duration // the sources are asked only if the last try, good or bad, is older
+	wait time.Duration // how long the caller waits for all sources together
+	turn bool          // if another process is asking, the caller waits for it; false: it goes on without an answer
 }
 
 const (
-	longWait  = 8 * time.Second        // for what cannot be done without: 4 s and 4 s with two sources
-	shortWait = 500 * time.Millisecond // a healthy source answers in a hundredth of this
-	pressing  = 2 * time.Second        // least time between tries while nothing is free
+	longWait  = 8 * time.Second        // if the call cannot go on without an answer; two sources have 4 s each
+	shortWait = 500 * time.Millisecond // if known addresses will do; a healthy source answers in a hundredth of this
+	pressing  = 2 * time.Second        // between two tries while no address is free
 )
 
-// listQuestion is for a list that is read for its own sake.
+// listQuestion is for a call that wants the list of NICs itself.
 func (p *Pool) listQuestion() question { return question{p.cfg.QueryInterval, longWait, true} }
 
-// quickQuestion is for a call that known addresses can serve. It asks at most once per interval, in one process, and waits for
-// at most 500 ms. A slower source is asked later by NICs, which waits longer. The plugin and the timer call NICs when
-// they reconcile.
+// quickQuestion is for a call that known addresses will do for. The sources are asked once per interval, by one
+// process, which waits 500 ms at most. NICs waits longer, so it hears a slow source: the plugin and the timer call it
+// in each round.
 func (p *Pool) quickQuestion() question { return question{p.cfg.QueryInterval, shortWait, false} }
 
 // scarceQuestion is for a lease that only a cooling address can serve.
 func (p *Pool) scarceQuestion() question { return question{p.pressingAge(), shortWait, true} }
 
-// neededQuestion is for what known addresses cannot serve at all.
+// neededQuestion is for a call that known addresses cannot serve at all.
 func (p *Pool) neededQuestion() question { return question{p.pressingAge(), longWait, true} }
 
+// pressingAge is the age of an answer at which a pressing question is asked again.
 func (p *Pool) pressingAge() time.Duration { return min(p.cfg.QueryInterval, pressing) }
 
-// NICs returns the VM's NICs, the primary first. The source is asked if nothing
-// is known or the answer is older than the interval; if it fails and something
-// is known, that is returned, and Status has the failure. ErrSource if nothing is.
+// NICs returns the VM's NICs, the primary first. It asks the sources if nothing is known, or if the answer is older
+// than the interval. If they fail, it returns what is known, and Status tells the failure. It is ErrSource if nothing
+// is known.
 func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
 	s, err := p.readState(ctx, "list NICs")
 	if err != nil {
@@ -65,9 +66,9 @@ func (p *Pool) NICs(ctx context.Context) ([]NIC, error) {
 	return a.NICs, nil
 }
 
-// Subnet answers: is want exactly a subnet of a NIC of this VM? A zero prefix
-// is the NIC's first; an empty mac is the NIC that has the subnet, the primary
-// first. ErrNotOurs names what there is; ErrSource if nothing is known.
+// Subnet finds a NIC of this VM that has exactly the subnet want. A zero want is the NIC's first subnet. An empty mac
+// is the first NIC that has the subnet, the primary before others. It is ErrNotOurs if no NIC has the subnet, and the
+// error lists those that there are. It is ErrSource if nothing is known.
 func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, Subnet, error) {
 	find := func() (s state, nic NIC, sub Subnet, err error) {
 		if s, err = p.readState(ctx, "find a subnet"); err != nil {
@@ -99,7 +100,7 @@ func (p *Pool) Subnet(ctx context.Context, mac string, want netip.Prefix) (NIC, 
 	return nic, sub, nil
 }
 
-// findSubnet looks for a subnet among NICs, of which the primary comes first.
+// findSubnet is Subnet for a list of NICs, the primary first.
 func findSubnet(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) {
 	if mac != "" {
 		canonical, err := parseMAC(mac)
@@ -129,7 +130,8 @@ func findSubnet(nics []NIC, mac string, want netip.Prefix) (NIC, Subnet, error) 
 	return NIC{}, Subnet{}, fmt.Errorf("%s: %w: of this VM, %s", what, ErrNotOurs, strings.Join(there, "; "))
 }
 
-// newestAnswer returns the newest answer of this pool's sources, and whose it is.
+// newestAnswer returns the newest answer of this pool's sources, and the name of the source. ok is false if none has
+// answered.
 func (p *Pool) newestAnswer(s *state) (newest answer, from string, ok bool) {
 	for _, src := range p.sources {
 		if a := s.Answers[src.name]; len(a.NICs) > 0 && (!ok || a.newerThan(newest)) {
@@ -139,9 +141,11 @@ func (p *Pool) newestAnswer(s *state) (newest answer, from string, ok bool) {
 	return newest, from, ok
 }
 
-// isDue reports whether the sources are to be asked: no try of this boot, good or bad, is younger than q.age. Two kinds of
-// tries do not count. A try at a time that lies ahead would keep the source from being asked until then. A try that
-// timed out after a shorter wait than q's tells nothing: a slow source may answer q.
+// isDue reports whether the sources are to be asked. They are if no try of this boot, good or bad, is younger than
+// q.age. Two kinds of tries do not count:
+//
+//   - A try at a time that lies ahead. It would keep the source from being asked until then.
+//   - A try that timed out after a shorter wait than q's. A slow source may still answer q.
 func (p *Pool) isDue(s *state, q question) bool {
 	now := p.clock()
 	young := func(tried time.Duration) bool { return tried != 0 && tried <= now && now-tried < q.age }
@@ -157,7 +161,7 @@ func (p *Pool) isDue(s *state, q question) bool {
 	return hasty || !failed
 }
 
-// silenceError is the error of knowing nothing.
+// silenceError returns the error if nothing is known.
 func (p *Pool) silenceError(s *state) error {
 	if f := p.describeFailures(s); f != "" {
 		return fmt.Errorf("%w: %s", ErrSource, f)
@@ -165,7 +169,7 @@ func (p *Pool) silenceError(s *state) error {
 	return fmt.Errorf("%w: no answer came yet", ErrSource)
 }
 
-// describeFailures tells what went wrong with each source since one answered.
+// describeFailures says why each source failed since one answered. It is "" if none failed.
 func (p *Pool) describeFailures(s *state) string {
 	newest, _, _ := p.newestAnswer(s)
 	var all []string
@@ -177,14 +181,14 @@ func (p *Pool) describeFailures(s *state) string {
 	return strings.Join(all, "; ")
 }
 
-// askSources puts the question to the sources in turn, until one answers, and keeps the answers in the pool's file. An answer
-// replaces the source's last one, a failure does not. A source's failure is no error of ask. It fails only if ctx ends,
-// or if the lock, or the pool's file, cannot be had, read or written.
+// askSources asks the sources in turn until one answers, and writes the answers into the pool's file. An answer
+// replaces the last answer of the same source. A failure leaves the last answer as it is, and is no error of
+// askSources. It is an error if ctx ends, or if a lock or the pool's file cannot be used.
 //
-// The pool's lock is not held while a source is asked. Another lock is held, so that of many processes one asks and the
-// others find its answer. The kernel frees this lock if the asker dies.
+// The pool's lock is not held while a source is asked. Another lock is held, so that of many processes one asks, and
+// the others find its answer. If the process that asks dies, the kernel frees this lock.
 func (p *Pool) askSources(ctx context.Context, q question) error {
-	// A process that waits for another one's question waits a little longer than its own question may take.
+	// A process that waits for another one to ask waits a little longer than a question may take.
 	bounded, cancel := context.WithTimeout(ctx, q.wait+q.wait/8)
 	defer cancel()
 	const what = "ask for this VM's addresses"
@@ -197,7 +201,7 @@ func (p *Pool) askSources(ctx context.Context, q question) error {
 		unlock, err = statefile.Lock(bounded, lock, what)
 	}
 	if err != nil && bounded.Err() != nil {
-		return ctx.Err() // the process that asks takes longer than this one waits: go on with what is known
+		return ctx.Err() // the other process takes too long: this one goes on with what is known
 	} else if err != nil {
 		return err
 	}
@@ -212,7 +216,7 @@ func (p *Pool) askSources(ctx context.Context, q question) error {
 	for i, src := range p.sources {
 		a := p.askSource(asking, src, len(p.sources)-i, q)
 		if ctx.Err() != nil {
-			return ctx.Err() // that says nothing of the source
+			return ctx.Err() // the call's own end is no failure of the source
 		}
 		answers[src.name] = a
 		if a.Failure == "" {
@@ -231,7 +235,7 @@ func (p *Pool) askSources(ctx context.Context, q question) error {
 	})
 }
 
-// askSource asks one source of the left many, which share what is left of q's time.
+// askSource asks one source. left is how many sources share the time that is left of the question, this one included.
 func (p *Pool) askSource(ctx context.Context, src source, left int, q question) answer {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, time.Until(end)/time.Duration(left))
@@ -247,7 +251,8 @@ func (p *Pool) askSource(ctx context.Context, src source, left int, q question) 
 	return answer{NICs: nics, Notes: notes, At: p.clock()}
 }
 
-func (p *Pool) readSource(ctx context.Context, src source) ([]NIC, []string, error) {
+// readSource reads an answer of the source. notes say what was odd about it.
+func (p *Pool) readSource(ctx context.Context, src source) (nics []NIC, notes []string, err error) {
 	body, err := src.fetch(ctx)
 	if err != nil {
 		return nil, nil, err

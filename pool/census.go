@@ -8,20 +8,21 @@ import (
 	"strings"
 )
 
-// Census counts the ipconfigs of a NIC in one subnet. Each is counted once: Own, Free, Held,
-// Kept, Cooling, OnHost and Led add up to Configs.
+// Census counts the ipconfigs of a NIC in one subnet. Each ipconfig is counted once: Own, Free, Held, Kept, Cooling,
+// OnHost and Led add up to Configs.
 type Census struct {
-	Configs   int `json:"ipconfigs"` // all
-	Own       int `json:"own"`       // the NIC's primary one: never lent
+	Configs   int `json:"ipconfigs"` // all ipconfigs
+	Own       int `json:"own"`       // the NIC's primary one, which is never lent
 	Free      int `json:"free"`      // can be lent now
-	Held      int `json:"held"`      // by containers of ours
-	Kept      int `json:"kept"`      // held by a linkless lease: a network's auxiliary address, or a container of another main plugin
-	Cooling   int `json:"cooling"`   // released lately: lent only if nothing is free
-	OnHost    int `json:"onHost"`    // held by an interface of the host: not lent
-	Led       int `json:"led"`       // a route leads to a container that has them without a lease, such as another plugin's: not lent
-	Withdrawn int `json:"withdrawn"` // held or kept, though the source lists them no more: none of the above
+	Held      int `json:"held"`      // leased to containers that azure-vnet attached
+	Kept      int `json:"kept"`      // leased without a link: a network's auxiliary address, or another main plugin's container
+	Cooling   int `json:"cooling"`   // released lately; lent only if nothing is free
+	OnHost    int `json:"onHost"`    // held by a link of the host; not lent
+	Led       int `json:"led"`       // not leased, but a route leads to a container that has it, such as another plugin's; not lent
+	Withdrawn int `json:"withdrawn"` // leased, though the source lists them no more; not counted in Configs
 }
 
+// countSubnet counts the ipconfigs of a subnet of the NIC with the MAC.
 func (v *view) countSubnet(mac string, sub Subnet) Census {
 	c := Census{Configs: len(sub.Secondary)}
 	if sub.Primary.IsValid() {
@@ -53,8 +54,7 @@ func (v *view) countSubnet(mac string, sub Subnet) Census {
 	return c
 }
 
-// String is the census in one line: "6 ipconfigs: 1 the NIC's own, 5 held". Counts of 0 are
-// left out. The others add up to the first number.
+// String returns the census in one line, such as "6 ipconfigs: 1 the NIC's own, 5 held". It leaves out counts of 0.
 func (c Census) String() string {
 	var parts []string
 	for _, part := range []struct {
@@ -75,8 +75,8 @@ func (c Census) String() string {
 	return text
 }
 
-// CountIPConfigs are the VM's NICs with the counts of their ipconfigs. Counts asks no source. It uses the newest
-// known answer of any source, also of one that this pool does not ask. Without an answer there are no NICs.
+// CountIPConfigs returns the VM's NICs with the counts of their ipconfigs. It asks no source. It uses the newest answer
+// of any source, even of one that this pool does not ask. Without an answer it returns no NIC.
 func (p *Pool) CountIPConfigs(ctx context.Context) ([]NICStatus, error) {
 	s, err := p.readState(ctx, "count ipconfigs")
 	var has occupied

@@ -8,8 +8,8 @@ import (
 	"net/netip"
 )
 
-// KnownNICs returns the VM's NICs as they were last told, the primary first. No
-// source is asked: ErrSource if none has answered yet.
+// KnownNICs returns the VM's NICs as a source last told them, the primary first. It asks no source. It is ErrSource if
+// none has answered yet.
 func (p *Pool) KnownNICs(ctx context.Context) ([]NIC, error) {
 	s, err := p.readState(ctx, "look up the known NICs")
 	if err != nil {
@@ -22,8 +22,7 @@ func (p *Pool) KnownNICs(ctx context.Context) ([]NIC, error) {
 	return a.NICs, nil
 }
 
-// CheckLendable is an error that says why addr of the NIC's subnet cannot be lent; nil: it can be lent. CheckLendable asks
-// no source.
+// CheckLendable is an error if addr, of the NIC's subnet, cannot be lent now. The error says why. It asks no source.
 func (p *Pool) CheckLendable(ctx context.Context, mac string, subnet netip.Prefix, addr netip.Addr) error {
 	s, err := p.readState(ctx, "look whether "+addr.String()+" can be lent")
 	if err != nil {

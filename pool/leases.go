@@ -10,7 +10,7 @@ import (
 	"slices"
 )
 
-// Leases lists what is held, by address. No source is asked.
+// Leases lists all leases, by address. It asks no source.
 func (p *Pool) Leases(ctx context.Context) ([]Lease, error) {
 	s, err := p.readState(ctx, "list leases")
 	if err == nil && p.needsAdoption(&s) {
