@@ -20,15 +20,16 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// bootTime is CLOCK_BOOTTIME: it counts suspend and is never set.
+// bootTime returns CLOCK_BOOTTIME: the time since the boot, suspend included. Nobody can set this clock.
 func bootTime() time.Duration {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		panic(err) // Linux has had it since 2.6.39
+		panic(err) // Linux has this clock since 2.6.39
 	}
 	return time.Duration(t.Nano())
 }
 
+// bootID returns the id of this boot, which differs from that of any other boot.
 func bootID() (string, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -37,7 +38,7 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(id)), nil
 }
 
-// readOccupied reads what the host's interfaces hold and where its routes lead.
+// readOccupied reads the addresses that links of the host have, and those that routes lead to.
 func readOccupied() (occupied, error) {
 	onHost, err := hostAddrs()
 	if err != nil {
@@ -47,8 +48,7 @@ func readOccupied() (occupied, error) {
 	return occupied{onHost, led, linkName}, err
 }
 
-// hostAddrs lists the IPv4 addresses on interfaces of this network namespace,
-// and the interface of each.
+// hostAddrs returns the IPv4 addresses on links of this network namespace, and the name of each one's link.
 func hostAddrs() (map[netip.Addr]string, error) {
 	list, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) })
 	if err != nil {
@@ -63,19 +63,18 @@ func hostAddrs() (map[netip.Addr]string, error) {
 	return addrs, nil
 }
 
-// hostRoutes lists the IPv4 addresses that a route of the main table leads to alone (/32),
-// and the index of the link that it leads by; 0: by none, or by several. Every container
-// of the host that is reached at an address of its own has such a route, whoever made it.
-// The host's own addresses have theirs in the table local.
+// hostRoutes returns the IPv4 addresses that a route of the main table leads to alone (/32), and for each the index of
+// the route's link. The index is 0 if the route has no link, or several. Every container of the host that has an
+// address of its own has such a route, whoever made it. The host's own addresses have theirs in the table local.
 //
-// Every lease reads them, so messages are read no further than is needed.
+// Each lease reads these routes. So their messages are parsed here, and no further than needed.
 func hostRoutes() (map[netip.Addr]int, error) {
 	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("read the host's routes: %w", err)
 	}
 	defer s.Close()
-	// Then the kernel lists the main table alone. One before 4.20 lists all tables.
+	// With this option the kernel lists the main table only. A kernel before 4.20 lists all tables.
 	_ = unix.SetsockoptInt(s.GetFd(), unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
 	routes, err := dump.Whole(func() (all []hostRoute, err error) {
 		r := nl.NewNetlinkRequest(unix.RTM_GETROUTE, unix.NLM_F_DUMP)
@@ -105,11 +104,11 @@ func hostRoutes() (map[netip.Addr]int, error) {
 // hostRoute is a route to one address.
 type hostRoute struct {
 	to   netip.Addr
-	link int
+	link int // index; 0: none, or several
 }
 
-// readHostRoute reads an rtmsg: its second byte is the length of the destination, its
-// fifth the table.
+// readHostRoute reads an rtmsg with its attributes. ok is false unless it is a /32 route of the main table. The second
+// byte of an rtmsg is the length of the destination, and the fifth the table.
 func readHostRoute(m []byte) (r hostRoute, ok bool) {
 	if len(m) < unix.SizeofRtMsg || m[1] != 32 || m[4] != unix.RT_TABLE_MAIN {
 		return r, false
@@ -133,8 +132,8 @@ func readHostRoute(m []byte) (r hostRoute, ok bool) {
 	return r, ok
 }
 
-// linkName names a link by its index, for a person to read. It is no netlink: it may be
-// called under the pool's lock.
+// linkName returns the name of a link for people to read. It uses an ioctl and not netlink, because it is called under
+// the pool's lock, where no listing may be waited for.
 func linkName(index int) string {
 	if index == 0 {
 		return "no link of its own"
@@ -150,15 +149,14 @@ func linkName(index int) string {
 		err = unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ask)
 	}
 	if err != nil {
-		return fmt.Sprintf("link %d", index) // gone since
+		return fmt.Sprintf("link %d", index) // the link is gone by now
 	}
 	return ask.Name()
 }
 
-// readHost reads what tells the primary addresses and the primary NIC apart.
-// Several interfaces may have a NIC's MAC: its virtual function, which has no
-// addresses, and the bridge it is in, which has those of the NIC. Hence MACs
-// are taken together, whatever the kind.
+// readHost reads the MACs and addresses of the host's links, and the default route. Several links may have the MAC of a
+// NIC: the NIC, its virtual function, which has no addresses, and the bridge that it is in, which then has the NIC's
+// addresses. So the addresses of one MAC are taken together.
 func readHost() (host, error) {
 	h := host{Addrs: map[string][]netip.Addr{}}
 	links, err := dump.Whole(netlink.LinkList)

@@ -10,39 +10,41 @@ import (
 	"strings"
 )
 
-// host is what this VM's interfaces tell where a source flags no primary.
+// host is what the links of this VM tell. It matters for a source that flags no primary address.
 type host struct {
-	MACs    []string                // of all interfaces; none: not known
-	Addrs   map[string][]netip.Addr // by MAC; the NIC, its virtual function and its bridge share one
-	Default string                  // MAC of the interface that the default route leaves by
+	MACs    []string                // of all links; empty: not known
+	Addrs   map[string][]netip.Addr // by MAC, which a NIC, its virtual function and its bridge have in common
+	Default string                  // MAC of the link that the default route leaves by
 }
 
-// mayHave reports whether one of these NICs may be this VM's.
+// mayHave reports whether one of the NICs may be this VM's.
 func (h host) mayHave(nics []NIC) bool {
 	return len(h.MACs) == 0 || slices.ContainsFunc(nics, func(n NIC) bool { return slices.Contains(h.MACs, n.MAC) })
 }
 
 const (
-	mostAddrs = 65536 // in a whole VNet; blocks could make more of one document
+	mostAddrs = 65536 // of a VNet; a document with blocks could have more
 	mostNotes = 10
 )
 
-// reading turns a document into NICs, and notes what it had to leave out. What
-// it cannot read costs that item only: the rest may be what containers live on.
+// reading turns a document into NICs. If it cannot read an item, it leaves the item out and notes it: containers may
+// need the others.
 type reading struct {
 	host  host
 	notes []string
-	count int // addresses
+	count int // of addresses so far
 }
 
+// addNote notes what was odd, 10 times at most.
 func (r *reading) addNote(format string, args ...any) {
 	if len(r.notes) < mostNotes {
 		r.notes = append(r.notes, fmt.Sprintf(format, args...))
 	}
 }
 
-// interpretDocument is an error if nothing of d can be used, which includes an empty
-// list and one of another VM's NICs: every VM has a NIC, so that is no answer.
+// interpretDocument returns the NICs in a document, the primary first, and notes what was odd. It is an error if
+// nothing in the document can be used. An empty list and a list of another VM are such errors, because every VM has a
+// NIC.
 func interpretDocument(d document, h host) ([]NIC, []string, error) {
 	r := &reading{host: h}
 	var nics []NIC
@@ -75,8 +77,8 @@ func interpretDocument(d document, h host) ([]NIC, []string, error) {
 	return nics, r.notes, nil
 }
 
-// readNIC reads one NIC. IPv6 is left out silently: Azure gives a NIC one IPv6
-// address at most, so there is nothing to lend.
+// readNIC reads one NIC. It leaves out IPv6 without a note: Azure gives a NIC one IPv6 address at most, so there is
+// none to lend.
 func (r *reading) readNIC(told docNIC) (NIC, bool) {
 	mac, err := parseMAC(told.MAC)
 	if err != nil {
@@ -121,7 +123,8 @@ func (r *reading) readNIC(told docNIC) (NIC, bool) {
 	return nic, true
 }
 
-// dropReserved takes out what Azure gives to no NIC, and nothing would reach.
+// dropReserved leaves out the addresses that Azure keeps for itself. Nothing would reach a container with such an
+// address.
 func (r *reading) dropReserved(mac string, s *Subnet) {
 	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
 		if s.reserves(a) {
@@ -132,7 +135,7 @@ func (r *reading) dropReserved(mac string, s *Subnet) {
 	})
 }
 
-// listMACs names the NICs in a sentence.
+// listMACs lists the MACs of NICs for a sentence.
 func listMACs(nics []NIC) string {
 	var all []string
 	for _, n := range nics {
@@ -141,7 +144,7 @@ func listMACs(nics []NIC) string {
 	return strings.Join(all, ", ")
 }
 
-// readAddrs reads one entry of an address list, which may be a block.
+// readAddrs reads one entry of a list of addresses, which may be a block.
 func (r *reading) readAddrs(mac string, within netip.Prefix, text string) []netip.Addr {
 	block, err := parseBlock(text)
 	if err != nil || !within.Contains(block.Addr()) || block.Bits() < within.Bits() {
@@ -156,9 +159,9 @@ func (r *reading) readAddrs(mac string, within netip.Prefix, text string) []neti
 	return addrs
 }
 
-// guessPrimary chooses a NIC's own address where the source flags none: the first,
-// unless the host holds others of the list and not that one. DHCP gives the
-// host the guessPrimary; under cloud-init it holds them all.
+// guessPrimary guesses the own address of a NIC, if the source flags none. It is the first in the list, unless the host
+// has other addresses of the list and not the first. By DHCP the host has the primary address only; under cloud-init it
+// has all.
 func (r *reading) guessPrimary(mac string, addrs []netip.Addr) netip.Addr {
 	on := r.host.Addrs[mac]
 	for _, a := range addrs {
@@ -173,7 +176,7 @@ func (r *reading) guessPrimary(mac string, addrs []netip.Addr) netip.Addr {
 	return addrs[0]
 }
 
-// splitPrimary takes the NIC's own addresses out of the lendable ones.
+// splitPrimary takes the NIC's own addresses out of the lendable ones, which it sorts.
 func splitPrimary(s *Subnet, own []netip.Addr) {
 	s.Secondary = slices.DeleteFunc(s.Secondary, func(a netip.Addr) bool {
 		if !slices.Contains(own, a) {
@@ -188,8 +191,8 @@ func splitPrimary(s *Subnet, own []netip.Addr) {
 	s.Secondary = slices.Compact(s.Secondary)
 }
 
-// choosePrimary leaves exactly one NIC primary: the one flagged; where the
-// source flags none, the one that the default route leaves by, else the first.
+// choosePrimary leaves exactly one NIC primary: the one that the source flags, or else the one that the default route
+// leaves by, or else the first.
 func (r *reading) choosePrimary(nics []NIC) {
 	chosen := slices.IndexFunc(nics, func(n NIC) bool { return n.Primary })
 	if chosen < 0 {
@@ -200,8 +203,8 @@ func (r *reading) choosePrimary(nics []NIC) {
 	}
 }
 
-// dropDuplicates leaves every address with one NIC: a NIC's own address is nobody
-// else's to lend, and of two NICs that list one, the first has it.
+// dropDuplicates leaves each address with one NIC. The own address of a NIC is not lent by another. If two NICs list an
+// address, the first has it.
 func (r *reading) dropDuplicates(nics []NIC) {
 	has := map[netip.Addr]string{}
 	for _, n := range nics {

@@ -13,10 +13,9 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// Lease lends an address. ErrExhausted, ErrInUse, ErrNotOurs and ErrSource are
-// as said there. The source is asked when what is known cannot serve r, and
-// shortly when it is old; a source that fails does not keep a known address
-// from being lent.
+// Lease lends an address to r.Owner. Its errors are ErrExhausted, ErrInUse, ErrNotOurs or ErrSource. The sources are
+// asked if known addresses cannot serve r, and for a short time if what is known is old. If a source fails, a known
+// address is lent all the same.
 func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 	if r.Owner == "" {
 		return Lease{}, errors.New("lease: no owner")
@@ -27,8 +26,9 @@ func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 	return p.lendAddress(ctx, r)
 }
 
-// lendAddress tries under the lock; what must be learnt first is learnt outside of it,
-// once, and then it tries again.
+// lendAddress tries to lend an address under the pool's lock. It may find that it needs to know more first: the leases
+// that links prove, an answer of a source, or the host's routes once more. It asks for that without the lock, once
+// each, and tries again.
 func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) {
 	for asked, again := false, false; ; {
 		has, err := p.occupied()
@@ -51,7 +51,7 @@ func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) 
 				return statefile.ErrUnchanged
 			}
 			q = question{}
-			// A container that ended since the routes were read may have left its address.
+			// A container that had an address without a lease may have ended since the routes were read.
 			if retry = err != nil && len(has.led) > 0 && !again; retry {
 				again = true
 				return statefile.ErrUnchanged
@@ -80,12 +80,13 @@ func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) 
 	}
 }
 
-// questionFor says whether the source should be asked before l is given, or err is.
-func (p *Pool) questionFor(s *state, l Lease, err error) (question, bool) {
-	q := p.quickQuestion()
+// questionFor returns the question to the sources before l is given, or before err is returned. ask is false if they
+// need not be asked.
+func (p *Pool) questionFor(s *state, l Lease, err error) (q question, ask bool) {
+	q = p.quickQuestion()
 	switch {
 	case errors.Is(err, ErrInUse):
-		return q, false // whatever the source says
+		return q, false // no answer of a source changes that
 	case err != nil:
 		q = p.neededQuestion()
 	case l.Early:
@@ -94,6 +95,7 @@ func (p *Pool) questionFor(s *state, l Lease, err error) (question, bool) {
 	return q, p.isDue(s, q)
 }
 
+// newView returns what a choice of an address rests on. It is ErrSource if no source has answered yet.
 func (p *Pool) newView(s *state, has occupied) (view, error) {
 	a, _, ok := p.newestAnswer(s)
 	if !ok {
@@ -102,12 +104,11 @@ func (p *Pool) newView(s *state, has occupied) (view, error) {
 	return view{state: s, answer: a, occupied: has, now: p.clock()}, nil
 }
 
-// Confirm returns nil if l is still held, by the same owner since the same
-// time, else ErrGone: what was built on it must be undone. An attachment is
-// confirmed when its link stands.
+// Confirm is called when the link of a lease stands. It returns nil if the owner still holds the lease l, and ErrGone
+// if the lease has ended: the caller must then undo what it built.
 //
-// A lease that Collect may just be judging by older news is marked, so that
-// Collect, which looks again under the lock, leaves it.
+// Collect may be judging an old lease just now, from a list of links that lacks the new one. Confirm marks such a
+// lease. Collect looks for the mark under the lock, and leaves the lease.
 func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 	err := p.updateState(ctx, "confirm "+l.Addr.String(), func(s *state) error {
 		if !s.holds(l) {
@@ -128,8 +129,8 @@ func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 	return nil
 }
 
-// MakeLinkless makes l Linkless: it turned out to be an auxiliary address. A repeat is a
-// success; ErrGone if l is no longer held.
+// MakeLinkless marks the lease l as Linkless: it turned out to be of an auxiliary address. It may be repeated. It is
+// ErrGone if the lease has ended.
 func (p *Pool) MakeLinkless(ctx context.Context, l Lease) error {
 	err := p.updateState(ctx, "keep "+l.Addr.String(), func(s *state) error {
 		if !s.holds(l) {
@@ -146,8 +147,8 @@ func (p *Pool) MakeLinkless(ctx context.Context, l Lease) error {
 	return nil
 }
 
-// FindLease returns who holds addr, if anyone does.
-func (p *Pool) FindLease(ctx context.Context, addr netip.Addr) (Lease, bool, error) {
+// FindLease returns the lease of addr. held is false if nobody holds addr. It asks no source.
+func (p *Pool) FindLease(ctx context.Context, addr netip.Addr) (lease Lease, held bool, err error) {
 	s, err := p.readState(ctx, "look for "+addr.String())
 	if err == nil && p.needsAdoption(&s) {
 		if err = p.adoptLinks(ctx); err == nil {
@@ -164,9 +165,8 @@ func (p *Pool) FindLease(ctx context.Context, addr netip.Addr) (Lease, bool, err
 	return l, true, nil
 }
 
-// Release ends owner's lease of addr, which rests from now on. It is false if
-// owner does not hold addr, be it free or another's: a release that comes late,
-// or twice, takes nothing from anybody.
+// Release ends the owner's lease of addr, which then cools. It is false if the owner does not hold addr, whether addr
+// is free or another's. So a release that comes late or twice takes nothing from anybody.
 func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool, error) {
 	released := false
 	err := p.updateState(ctx, "release "+addr.String(), func(s *state) error {
@@ -183,8 +183,8 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 	return released, nil
 }
 
-// Return ends the very lease l, as it was given, and is false if that has ended:
-// where one owner has many holders, Release could take what another of them got since.
+// Return ends exactly the lease l, as it was given. It is false if that lease has ended. If an owner has many
+// containers, Release could end a lease that another of its containers got since.
 func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 	returned := false
 	err := p.updateState(ctx, "return "+l.Addr.String(), func(s *state) error {
@@ -201,7 +201,7 @@ func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 	return returned, nil
 }
 
-// ReleaseOwners ends every lease of each owner and returns their addresses, ascending.
+// ReleaseOwners ends all leases of the owners, and returns their addresses, ascending.
 func (p *Pool) ReleaseOwners(ctx context.Context, owners ...string) ([]netip.Addr, error) {
 	what := "release all of " + strings.Join(owners[:min(1, len(owners))], "")
 	if more := len(owners) - 1; more > 0 {

@@ -13,13 +13,15 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// grace is how old a lease must be before a missing link says that it leaked:
-// longer than any deadline between a lease and its link.
+// grace is how old a lease must be before a missing link says that it leaked. No call takes that long between a lease
+// and its link.
 const grace = 5 * time.Minute
 
-// needsAdoption says that the file may lack leases that links prove.
+// needsAdoption reports whether the file may lack leases that links prove: it is new, and nobody has taken these leases
+// in.
 func (p *Pool) needsAdoption(s *state) bool { return !s.Adopted && p.cfg.Links != nil }
 
+// adoptLinks takes in the leases that links prove.
 func (p *Pool) adoptLinks(ctx context.Context) error {
 	leases, err := p.cfg.Links(ctx)
 	if err != nil {
@@ -28,18 +30,18 @@ func (p *Pool) adoptLinks(ctx context.Context) error {
 	return p.Adopt(ctx, leases)
 }
 
-// Adopt takes in leases that links prove and the file lacks, after it was lost.
-// One that is held already, by whomever, stays as it is. A zero Since is now.
-// Adopt may be repeated.
+// Adopt takes in leases that links prove and that the file lost. If somebody holds the address of such a lease, the
+// lease in the file stays as it is. A zero Since becomes the present time. Adopt may be repeated.
 func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
 	_, err := p.adopt(ctx, leases)
 	return err
 }
 
-// AdoptLost takes in leases that links prove and that somebody took out of the file, and
-// returns them. proven lists what links prove. It is called without the pool's lock, and
-// after the leases were read: a link goes before its lease does, so a link that is there
-// later has lost its lease.
+// AdoptLost takes in leases that links prove and that somebody deleted from the file, and returns them. proven lists
+// the leases that links prove. It is called without the pool's lock.
+//
+// proven is called after the leases were read. A link goes before its lease does. So a link that stands after its lease
+// was missing has really lost the lease.
 func (p *Pool) AdoptLost(ctx context.Context, proven func(context.Context) ([]Lease, error)) ([]Lease, error) {
 	seen, err := p.readState(ctx, "adopt")
 	if err != nil {
@@ -56,7 +58,7 @@ func (p *Pool) AdoptLost(ctx context.Context, proven func(context.Context) ([]Le
 	return p.adopt(ctx, leases)
 }
 
-// adopt returns the leases that were not held.
+// adopt takes leases in, and returns those that nobody held.
 func (p *Pool) adopt(ctx context.Context, leases []Lease) (lost []Lease, err error) {
 	err = p.updateState(ctx, "adopt", func(s *state) error {
 		s.Adopted = true
@@ -80,10 +82,11 @@ func (p *Pool) adopt(ctx context.Context, leases []Lease) (lost []Lease, err err
 	return lost, nil
 }
 
-// Collect ends leases that leaked, and returns them: those with a link to show
-// whose address is not attached, 5 minutes after they were given or, if that was
-// late, confirmed. attached is called without the pool's lock, and after the leases were read; one that
-// changed since, or was confirmed, is not judged.
+// Collect ends the leases that leaked, and returns them. A lease has leaked if it is not linkless, its address is not
+// attached, and it was given, or confirmed late, 5 minutes ago or more.
+//
+// attached returns the addresses that are attached. It is called without the pool's lock, and after the leases were
+// read. A lease that changed since the reading, or was confirmed, is not ended.
 func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[netip.Addr]bool, error)) ([]Lease, error) {
 	seen, err := p.readState(ctx, "collect")
 	if err != nil {
@@ -93,7 +96,7 @@ func (p *Pool) Collect(ctx context.Context, attached func(context.Context) (map[
 	suspects := map[netip.Addr]record{}
 	for addr, r := range seen.Leases {
 		age := now - r.lastSeen()
-		if !r.Linkless && (age >= grace || age < 0) { // of one from the future nobody can be on the way to its link
+		if !r.Linkless && (age >= grace || age < 0) { // a lease from the future is damaged, so no call can be making its link
 			suspects[addr] = r
 		}
 	}

@@ -16,8 +16,8 @@ import (
 	"strings"
 )
 
-// document is what the host agent says in XML and a file in JSON, as it came.
-// IMDS is brought into the same form, with no address flagged.
+// document is an answer of a source. The host agent sends it as XML, and a file has it as JSON. An answer of IMDS is
+// converted to the same form, in which no address is flagged as primary.
 type document struct {
 	XMLName xml.Name `xml:"Interfaces" json:"-"`
 	NICs    []docNIC `xml:"Interface" json:"Interfaces"`
@@ -39,10 +39,9 @@ type docAddr struct {
 	Primary loose  `xml:"IsPrimary,attr" json:"IsPrimary"`
 }
 
-// imdsDocument is what IMDS says, at whichever level of its tree it was asked:
-// /metadata/instance has a network, /metadata/instance/network has a list of
-// interfaces, and each of these is asked as …/interface/<number>. The list alone,
-// …/interface, is a JSON array.
+// imdsDocument is an answer of IMDS, which may be asked at several levels of its tree: /metadata/instance has a
+// network, /metadata/instance/network has a list of interfaces, and …/interface/<number> is one interface. The list
+// alone, …/interface, is a JSON array.
 type imdsDocument struct {
 	Network struct {
 		NICs []imdsNIC `json:"interface"`
@@ -64,7 +63,7 @@ type imdsNIC struct {
 	} `json:"ipv4"`
 }
 
-// allNICs are the interfaces at every level.
+// allNICs returns the interfaces, at whatever level they are.
 func (d imdsDocument) allNICs() []imdsNIC {
 	nics := append(d.Network.NICs, d.NICs...)
 	if d.MAC != "" {
@@ -90,23 +89,23 @@ func (l *loose) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
+// isTrue reports whether the text is a true boolean.
 func (l loose) isTrue() bool {
 	yes, _ := strconv.ParseBool(strings.ToLower(strings.TrimSpace(string(l))))
 	return yes
 }
 
-// trimBody is a body without a byte order mark, and without blanks around it.
+// trimBody returns a body without its byte order mark and the blanks around it.
 func trimBody(body []byte) []byte {
 	return bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(body), []byte("\ufeff")))
 }
 
-// withoutBlanks is a value without blanks, which some hosts and people put into prefixes and
-// addresses.
+// withoutBlanks returns a value without its blanks. Some hosts and people put blanks into prefixes and addresses.
 func withoutBlanks(text string) string { return strings.Join(strings.Fields(text), "") }
 
 func parseXML(body []byte) (d document, err error) {
 	x := xml.NewDecoder(bytes.NewReader(trimBody(body)))
-	x.CharsetReader = func(_ string, r io.Reader) (io.Reader, error) { return r, nil } // it is ASCII, whatever it declares
+	x.CharsetReader = func(_ string, r io.Reader) (io.Reader, error) { return r, nil } // the text is ASCII, whatever charset it declares
 	if err := x.Decode(&d); err != nil {
 		return document{}, wrongFormat(body, "XML", err)
 	}
@@ -138,14 +137,14 @@ func parseIMDS(body []byte) (document, error) {
 			if length := withoutBlanks(string(s.Prefix)); length != "" {
 				text += "/" + length
 			}
-			prefix, _ := parseSubnet(text) // invalid: contains nothing, and is noted later
+			prefix, _ := parseSubnet(text) // an invalid prefix contains no address; interpretDocument notes it
 			prefixes = append(prefixes, prefix)
 			nic.Subnets = append(nic.Subnets, docSubnet{Prefix: text})
 		}
 		for _, a := range n.IPv4.Addrs {
 			addr, _ := netip.ParseAddr(withoutBlanks(a.Private))
 			in := max(0, slices.IndexFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) }))
-			if len(nic.Subnets) > 0 { // an address of no subnet goes to the first, where it is noted
+			if len(nic.Subnets) > 0 { // an address in no subnet goes to the first one; interpretDocument notes it
 				nic.Subnets[in].Addrs = append(nic.Subnets[in].Addrs, docAddr{Address: a.Private})
 			}
 		}
@@ -154,7 +153,7 @@ func parseIMDS(body []byte) (document, error) {
 	return d, nil
 }
 
-// wrongFormat says what came instead of want.
+// wrongFormat returns the error of an answer that is not in the format want. It says what came instead.
 func wrongFormat(body []byte, want string, err error) error {
 	head := trimBody(body)
 	if len(head) == 0 {
@@ -171,8 +170,7 @@ func wrongFormat(body []byte, want string, err error) error {
 	return fmt.Errorf("it sent %q…, not the %s that was expected: %w", head, want, err)
 }
 
-// parseMAC brings 12 hex digits, with or without separators, into the form
-// 00:0d:3a:04:75:98.
+// parseMAC reads 12 hex digits, with or without separators, and returns them as 00:0d:3a:04:75:98.
 func parseMAC(text string) (string, error) {
 	digits := strings.ToLower(strings.NewReplacer(":", "", "-", "").Replace(withoutBlanks(text)))
 	if _, err := strconv.ParseUint(digits, 16, 48); err != nil || len(digits) != 12 {
@@ -185,7 +183,7 @@ func parseMAC(text string) (string, error) {
 	return strings.Join(pairs, ":"), nil
 }
 
-// parseSubnet takes a missing length for 24, as IMDS documents it.
+// parseSubnet reads a prefix, and clears its host bits. A prefix without a length has 24, as IMDS documents it.
 func parseSubnet(text string) (netip.Prefix, error) {
 	text = withoutBlanks(text)
 	if !strings.Contains(text, "/") {
@@ -195,8 +193,8 @@ func parseSubnet(text string) (netip.Prefix, error) {
 	return p.Masked(), err
 }
 
-// parseBlock reads an address, or a block of them: 10.0.0.16/28 is the NIC's
-// whole. Nothing larger than a /24 is taken for a block.
+// parseBlock reads an address or a block of addresses: Azure may assign a NIC all of 10.0.0.16/28. A block larger than
+// a /24 is refused.
 func parseBlock(text string) (netip.Prefix, error) {
 	text = withoutBlanks(text)
 	if addr, err := netip.ParseAddr(text); err == nil {
@@ -209,7 +207,7 @@ func parseBlock(text string) (netip.Prefix, error) {
 	return p, err
 }
 
-// sortPrimaryFirst orders NICs as every search through them expects.
+// sortPrimaryFirst moves the primary NIC to the front. Every search through a list of NICs relies on it.
 func sortPrimaryFirst(nics []NIC) {
 	slices.SortStableFunc(nics, func(a, b NIC) int {
 		rank := map[bool]int{true: 0, false: 1}

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// view is what a choice rests on: the state under its lock, and what was read
-// of the world before.
+// view is what the choice of an address rests on: the state, and what was read about the world before the lock was
+// taken.
 type view struct {
 	*state
 	answer answer
@@ -20,25 +20,26 @@ type view struct {
 	now time.Duration
 }
 
-// occupied are addresses that something of the host has.
+// occupied has the addresses that the host or one of its containers has.
 type occupied struct {
-	onHost map[netip.Addr]string // on an interface, with its name
-	led    map[netip.Addr]int    // by a route that leads to the address alone, with the link's index; those of our containers are among them
-	nameOf func(link int) string
+	onHost map[netip.Addr]string // on a link of the host: the link's name
+	led    map[netip.Addr]int    // a route leads to this address alone: the index of the route's link. Our own containers have such routes too
+	nameOf func(link int) string // returns the name of a link
 }
 
-// standing is why an address can be lent, or not.
+// standing is why an address can be lent, or why not. The order is that of the choice: the first are lent first.
 type standing int
 
 const (
-	isFresh   standing = iota // never lent
-	isRested                  // lent before, long enough ago
-	isCooling                 // lent until lately
-	isHeld                    // by an owner
-	isOnHost                  // by an interface of the host
-	isLed                     // by nobody's lease, and a route leads to it: a container has it that no lease tells of
+	isFresh   standing = iota // it was never lent
+	isRested                  // it was released longer ago than it cools
+	isCooling                 // it was released lately
+	isHeld                    // it is leased
+	isOnHost                  // a link of the host has it
+	isLed                     // it is not leased, and a route leads to it: a container has it without a lease
 )
 
+// standingOf returns the standing of an address.
 func (v *view) standingOf(a netip.Addr) standing {
 	if _, ok := v.Leases[a]; ok {
 		return isHeld
@@ -59,8 +60,8 @@ func (v *view) standingOf(a netip.Addr) standing {
 	return isCooling
 }
 
-// pickAddress chooses the address for r: one never lent, else the one released longest
-// ago, which among cooling addresses is the last resort.
+// pickAddress chooses the address for r. A fresh address comes first, then the one that was released longest ago. A
+// cooling address is the last resort.
 func (p *Pool) pickAddress(v *view, r Request) (Lease, error) {
 	nic, sub, err := findSubnet(v.answer.NICs, r.MAC, r.Prefix)
 	if err != nil {
@@ -89,8 +90,8 @@ func (p *Pool) pickAddress(v *view, r Request) (Lease, error) {
 	return l, nil
 }
 
-// checkLendable says whether the address that was asked for can be given. That it
-// cools is no reason: who asks by name had it before, or knows.
+// checkLendable is an error if an address that was asked for cannot be lent. A cooling address can be: who asks for it
+// by name probably had it before.
 func (p *Pool) checkLendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 	if l, ok := v.Leases[a]; ok {
 		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Holder())
@@ -128,13 +129,15 @@ func (p *Pool) checkLendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
 		a, ErrNotOurs, nic.MAC, p.describeAge(v), addCommand, a)
 }
 
+// ownAddress is the error about the own address of a NIC.
 func ownAddress(a netip.Addr, nic NIC) error {
 	return fmt.Errorf("address %s: %w: it is the own address of NIC %s, which the host has", a, ErrNotOurs, nic.MAC)
 }
 
+// addCommand is the command in errors that adds an ipconfig.
 const addCommand = "az network nic ip-config create -g GROUP --nic-name NIC -n NAME"
 
-// explainExhausted says why nothing can be lent, and what helps: each case has another
+// explainExhausted returns the error if no address can be lent. It says why, and what to do: each reason has another
 // remedy.
 func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) error {
 	c := v.countSubnet(nic.MAC, sub)
@@ -148,10 +151,10 @@ func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefi
 		counts += " (" + v.describeLed(sub.Secondary[i]) + ")"
 	}
 	var on []string
-	var dev string
+	var link string
 	for _, a := range sub.Secondary {
 		if v.standingOf(a) == isOnHost {
-			on, dev = append(on, a.String()), v.onHost[a]
+			on, link = append(on, a.String()), v.onHost[a]
 		}
 	}
 	switch {
@@ -159,23 +162,23 @@ func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefi
 		return fmt.Errorf("%w in range %s: %s%s; widen the range, or add an ipconfig in it: %s --private-ip-address ADDRESS",
 			ErrExhausted, within, counts, p.describeAge(v), addCommand)
 	case len(on) > 0:
-		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.describeOnHost(on, dev))
+		return fmt.Errorf("%w: %s; %s", ErrExhausted, counts, p.describeOnHost(on, link))
 	}
 	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.describeAge(v), addCommand)
 }
 
-// describeLed tells of an address that a container has without a lease.
+// describeLed says that a container has the address without a lease.
 func (v *view) describeLed(a netip.Addr) string {
 	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.led[a]))
 }
 
-// describeOnHost tells of addresses that an interface of the host holds.
-func (p *Pool) describeOnHost(addrs []string, dev string) string {
+// describeOnHost says that a link of the host has the addresses, and what to do. link is its name.
+func (p *Pool) describeOnHost(addrs []string, link string) string {
 	text := strings.Join(addrs[:min(len(addrs), 3)], ", ")
 	if more := len(addrs) - 3; more > 0 {
 		text += fmt.Sprintf(" and %d more", more)
 	}
-	text = fmt.Sprintf("the host itself holds %s (interface %s), as cloud-init has it", text, dev)
+	text = fmt.Sprintf("the host itself holds %s (interface %s), as cloud-init has it", text, link)
 	remedy := p.cfg.Remedy
 	if p.cfg.Reclaim {
 		return text + ": " + cmp.Or(remedy, "reclaim=on takes them back: the plugin within 30 s, CNI at the next ADD that finds no other")
@@ -183,7 +186,7 @@ func (p *Pool) describeOnHost(addrs []string, dev string) string {
 	return text + ": " + cmp.Or(remedy, "set reclaim=on") + `, and for the next boot put "datasource: {Azure: {apply_network_config_for_secondary_ips: false}}" into /etc/cloud/cloud.cfg.d/90-azure-vnet.cfg`
 }
 
-// describeAge warns, within an error, that the list may be old.
+// describeAge says that the known addresses are old, and why. It is "" if they are fresh. An error appends it.
 func (p *Pool) describeAge(v *view) string {
 	f := p.describeFailures(v.state)
 	age := v.now - v.answer.At
@@ -198,6 +201,7 @@ func (p *Pool) describeAge(v *view) string {
 	return fmt.Sprintf(" (as known %v ago, since when: %s)", age.Round(time.Second), f)
 }
 
+// plural returns a number with its noun, such as "2 addresses".
 func plural(n int, noun string) string {
 	switch {
 	case n == 1:

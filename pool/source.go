@@ -23,10 +23,10 @@ import (
 const (
 	wireServerURL = "http://168.63.129.16/machine/plugins?comp=nmagent&type=getinterfaceinfov1"
 	imdsURL       = "http://169.254.169.254/metadata/instance/network?api-version=2021-02-01"
-	imdsOldAPI    = "2019-06-01" // known to hosts that answer 400 to the other
+	imdsOldAPI    = "2019-06-01" // an older host answers 400 to the version in imdsURL, and knows this one
 
 	mostBody = 1 << 20 // bytes; 256 addresses are 15 KB
-	tries    = 3       // of one question, while its time lasts
+	tries    = 3       // how often one question is asked at most
 )
 
 // source is one place that tells this VM's addresses.
@@ -36,7 +36,7 @@ type source struct {
 	parse func([]byte) (document, error)
 }
 
-// sourcesOf returns what to ask, in order.
+// sourcesOf returns the sources of a setting, in the order in which they are asked.
 func sourcesOf(name, queryURL string) ([]source, error) {
 	if queryURL != "" {
 		u, err := url.Parse(queryURL)
@@ -59,32 +59,35 @@ func sourcesOf(name, queryURL string) ([]source, error) {
 	return nil, fmt.Errorf("source %q is none of auto, wireserver, imds, or the absolute path of a file", name)
 }
 
-func wireServerSource(at string) source {
-	if at == "" {
-		at = wireServerURL
+// wireServerSource returns the host agent (WireServer) as a source. queryURL may be empty.
+func wireServerSource(queryURL string) source {
+	if queryURL == "" {
+		queryURL = wireServerURL
 	}
-	return source{"wireserver", func(ctx context.Context) ([]byte, error) { return getBody(ctx, at, nil) }, parseXML}
+	return source{"wireserver", func(ctx context.Context) ([]byte, error) { return getBody(ctx, queryURL, nil) }, parseXML}
 }
 
-func imdsSource(at string) source {
-	if at == "" {
-		at = imdsURL
+// imdsSource returns the Instance Metadata Service as a source. queryURL may be empty.
+func imdsSource(queryURL string) source {
+	if queryURL == "" {
+		queryURL = imdsURL
 	}
 	header := http.Header{"Metadata": {"true"}}
 	return source{"imds", func(ctx context.Context) ([]byte, error) {
-		body, err := getBody(ctx, at, header)
+		body, err := getBody(ctx, queryURL, header)
 		var status *statusError
 		if errors.As(err, &status) && status.code == http.StatusBadRequest {
-			return getBody(ctx, olderAPI(at), header)
+			return getBody(ctx, olderAPI(queryURL), header)
 		}
 		return body, err
 	}, parseIMDS}
 }
 
-func olderAPI(at string) string {
-	u, err := url.Parse(at)
+// olderAPI returns the URL of IMDS with the older API version.
+func olderAPI(queryURL string) string {
+	u, err := url.Parse(queryURL)
 	if err != nil {
-		return at
+		return queryURL
 	}
 	q := u.Query()
 	q.Set("api-version", imdsOldAPI)
@@ -92,9 +95,10 @@ func olderAPI(at string) string {
 	return u.String()
 }
 
+// fileSource returns a file as a source.
 func fileSource(path string) source {
 	return source{path, func(context.Context) ([]byte, error) {
-		f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // else a FIFO keeps all waiting
+		f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // without O_NONBLOCK, a FIFO would keep all calls waiting
 		if err != nil {
 			return nil, err
 		}
@@ -108,25 +112,25 @@ func fileSource(path string) source {
 	}, parseFile}
 }
 
-// newClient goes straight to the host under the VM: these addresses are link
-// local, and a proxy or a redirect would ask another machine about its own.
+// newClient returns an HTTP client that uses no proxy and follows no redirect. The addresses of both services are link
+// local, so a proxy or another server would answer about another machine.
 func newClient() *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			DialContext:        (&net.Dialer{}).DialContext,
-			DisableKeepAlives:  true, // one question in many seconds, often the process's last act
+			DisableKeepAlives:  true, // a process asks seldom, and often ends after it
 			DisableCompression: true,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 }
 
-// getBody asks until an answer comes, the refusal is final or ctx would be done
+// getBody asks until an answer comes. It gives up if the refusal is final, after 3 tries, or if ctx would be done
 // before the next try.
-func getBody(ctx context.Context, at string, header http.Header) (body []byte, err error) {
+func getBody(ctx context.Context, queryURL string, header http.Header) (body []byte, err error) {
 	pause := 100 * time.Millisecond
 	for try := 1; ; try++ {
-		body, err = getBodyOnce(ctx, at, header)
+		body, err = getBodyOnce(ctx, queryURL, header)
 		var status *statusError
 		if !errors.As(err, &status) || !status.mayPass() || try == tries {
 			return body, err
@@ -144,8 +148,9 @@ func getBody(ctx context.Context, at string, header http.Header) (body []byte, e
 	}
 }
 
-func getBodyOnce(ctx context.Context, at string, header http.Header) ([]byte, error) {
-	// 102 is a final answer of the host agent, though HTTP has it announce another.
+// getBodyOnce asks once.
+func getBodyOnce(ctx context.Context, queryURL string, header http.Header) ([]byte, error) {
+	// The host agent sends 102 as its last answer. In HTTP another answer follows it, and the client would wait for it.
 	var processing *statusError
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
@@ -156,7 +161,7 @@ func getBodyOnce(ctx context.Context, at string, header http.Header) ([]byte, er
 			return nil
 		},
 	})
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, queryURL, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -169,21 +174,22 @@ func getBodyOnce(ctx context.Context, at string, header http.Header) ([]byte, er
 		return nil, processing
 	}
 	if err != nil {
-		return nil, explainNoAnswer(err, at, time.Since(start))
+		return nil, explainNoAnswer(err, queryURL, time.Since(start))
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		head, _ := io.ReadAll(io.LimitReader(resp.Body, 80)) // it only words the error
+		head, _ := io.ReadAll(io.LimitReader(resp.Body, 80)) // it is for the error only
 		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
 		return nil, &statusError{resp.StatusCode, time.Duration(seconds) * time.Second, strings.TrimSpace(string(head))}
 	}
 	body, err := readBody(resp.Body)
 	if err != nil {
-		return nil, explainNoAnswer(err, at, time.Since(start))
+		return nil, explainNoAnswer(err, queryURL, time.Since(start))
 	}
 	return body, nil
 }
 
+// readBody reads an answer of at most 1 MiB.
 func readBody(r io.Reader) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(r, mostBody+1))
 	if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -197,8 +203,8 @@ func readBody(r io.Reader) ([]byte, error) {
 	return body, nil
 }
 
-// explainNoAnswer words what happened on the way.
-func explainNoAnswer(err error, at string, took time.Duration) error {
+// explainNoAnswer returns the error of a request without an answer.
+func explainNoAnswer(err error, queryURL string, took time.Duration) error {
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {
 		err = wrapped.Err // the URL is said here, once and without Get
@@ -206,9 +212,9 @@ func explainNoAnswer(err error, at string, took time.Duration) error {
 	var timeout interface{ Timeout() bool }
 	if errors.As(err, &timeout) && timeout.Timeout() {
 		return fmt.Errorf("no answer from %s within %v: is this an Azure VM, asked as root and from its primary address, with no firewall in between?",
-			at, took.Round(10*time.Millisecond))
+			queryURL, took.Round(10*time.Millisecond))
 	}
-	return fmt.Errorf("%s: %w", at, err)
+	return fmt.Errorf("%s: %w", queryURL, err)
 }
 
 // statusError is an answer other than 200.
@@ -232,7 +238,7 @@ func (e *statusError) Error() string {
 	return text
 }
 
-// mayPass says that the same question may be answered later.
+// mayPass reports whether the same question may be answered later.
 func (e *statusError) mayPass() bool {
 	switch e.code {
 	case http.StatusProcessing, http.StatusNotFound, http.StatusGone, http.StatusTooManyRequests:

@@ -16,39 +16,37 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-const stateVersion = 1 // of leases.json
+// stateVersion is the version of leases.json.
+const stateVersion = 1
 
-// state is leases.json. Times are of CLOCK_BOOTTIME, in ns: they go on through
-// clock steps and suspend, and mean nothing in another boot. Fields are only
-// ever added; a change that is none of that kind takes another version.
+// state is the content of leases.json. Its times are of CLOCK_BOOTTIME, in ns: this clock goes on during suspend,
+// ignores changes of the wall clock, and begins anew with each boot. Fields may be added. Any other change needs
+// another version.
 //
-// The clock starts at 0 when the machine boots, so a time that is a few minutes
-// older than now may be negative. No program writes a negative time, but tests
-// and operators that make a lease look older do. Such a time is compared as any
-// other. Where 0 means that something never happened, it must not be compared:
-// it would be later than a negative time, and on a machine that booted seconds
-// ago it would look like seconds ago.
+// The clock is 0 at the boot, so a time a few minutes ago may be negative. No program writes a negative time, but a
+// test or an operator does to make a lease look older. A negative time is compared as any other. In a field where 0
+// means never, 0 must not be compared: it would be later than a negative time, and on a machine that booted a second
+// ago it would look like a second ago.
 type state struct {
 	Version int                   `json:"version"`
-	Boot    string                `json:"boot"`              // boot id: leases of another boot are void
-	Adopted bool                  `json:"adopted,omitempty"` // what links prove was taken in since the file was made
-	Answers map[string]answer     `json:"answers,omitempty"` // by source
+	Boot    string                `json:"boot"`              // boot id; the leases of another boot are void
+	Adopted bool                  `json:"adopted,omitempty"` // the leases that links prove were taken in since the file is new
+	Answers map[string]answer     `json:"answers,omitempty"` // by name of the source
 	Leases  map[netip.Addr]record `json:"leases,omitempty"`
-	Freed   map[netip.Addr]rest   `json:"freed,omitempty"` // addresses lent before and free now
+	Freed   map[netip.Addr]rest   `json:"freed,omitempty"` // the addresses that were lent before and are free now
 }
 
-// answer is what one source said last. A failure leaves NICs and At alone.
+// answer is the last answer of one source. A failure changes neither NICs nor At.
 type answer struct {
 	NICs     []NIC         `json:"nics,omitempty"`
-	At       time.Duration `json:"at"`                 // when it said so; 0: in an earlier boot, or never
-	Notes    []string      `json:"notes,omitempty"`    // what was odd about it
-	Failure  string        `json:"failure,omitempty"`  // since then
-	FailedAt time.Duration `json:"failedAt,omitempty"` // last time; 0: not in this boot
-	Waited   time.Duration `json:"waited,omitempty"`   // then, for all sources, if no answer came in time; 0: it failed by itself
+	At       time.Duration `json:"at"`                 // when it answered; 0: never, or in an earlier boot
+	Notes    []string      `json:"notes,omitempty"`    // what was odd about the answer
+	Failure  string        `json:"failure,omitempty"`  // of the last try, if that was after At
+	FailedAt time.Duration `json:"failedAt,omitempty"` // when it failed last; 0: not in this boot
+	Waited   time.Duration `json:"waited,omitempty"`   // how long that try waited for all sources, if it timed out; 0: it did not
 }
 
-// newerThan says that a came later than b. An answer of an earlier boot is older
-// than every one of this boot.
+// newerThan reports whether a came later than b. An answer of an earlier boot is older than every answer of this boot.
 func (a answer) newerThan(b answer) bool {
 	if a.At == 0 || b.At == 0 {
 		return a.At != 0
@@ -56,13 +54,13 @@ func (a answer) newerThan(b answer) bool {
 	return a.At > b.At
 }
 
+// record is a lease as the file has it.
 type record struct {
 	Lease
-	Confirmed time.Duration `json:"confirmed,omitempty"` // last time, if that was late in the grace: see Confirm; 0: never
+	Confirmed time.Duration `json:"confirmed,omitempty"` // when Confirm marked it last; 0: never
 }
 
-// lastSeen returns when the owner was last known to want the lease: when it was
-// given or, if that is later, confirmed.
+// lastSeen returns when the lease was given or, if that is later, confirmed.
 func (r record) lastSeen() time.Duration {
 	if r.Confirmed == 0 {
 		return r.Since
@@ -70,15 +68,15 @@ func (r record) lastSeen() time.Duration {
 	return max(r.Since, r.Confirmed)
 }
 
+// rest is how a free address rests.
 type rest struct {
-	At    time.Duration `json:"at"`    // released
-	Until time.Duration `json:"until"` // cools
+	At    time.Duration `json:"at"`    // when it was released
+	Until time.Duration `json:"until"` // when it has cooled
 }
 
-// Check refuses what this program cannot know how to keep, and what no program writes:
-// then somebody else changed the file, and what links prove is more to be believed.
-// It accepts negative times: see state. An answer that is absurd costs itself only:
-// see begin.
+// Check refuses a file of another version, and one with values that no program writes. Somebody else changed such a
+// file, and the leases that links prove are more trustworthy. It accepts negative times: see state. It accepts an
+// absurd answer, which beginBoot forgets.
 func (s *state) Check() error {
 	if s.Version != stateVersion {
 		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, stateVersion)
@@ -103,14 +101,13 @@ func (s *state) Check() error {
 	return nil
 }
 
-// arePlausible reports whether times are within a century of the boot. So no difference of
-// two of them overflows.
+// arePlausible reports whether all times are within a century of the boot. Then no difference of two of them overflows.
 func arePlausible(times ...time.Duration) bool {
 	const century = 100 * 365 * 24 * time.Hour
 	return !slices.ContainsFunc(times, func(t time.Duration) bool { return t < -century || t > century })
 }
 
-// isAbsurd reports whether no program writes such an answer.
+// isAbsurd reports whether the answer has values that no program writes.
 func (a answer) isAbsurd() bool {
 	return !arePlausible(a.At, a.FailedAt) || slices.ContainsFunc(a.NICs, func(n NIC) bool {
 		mac, err := parseMAC(n.MAC)
@@ -118,16 +115,17 @@ func (a answer) isAbsurd() bool {
 	})
 }
 
+// isAbsurd reports whether the subnet has values that no program writes.
 func (s Subnet) isAbsurd() bool {
 	outside := func(a netip.Addr) bool { return !s.Prefix.Contains(a) }
 	return !s.Prefix.Addr().Is4() || s.Prefix != s.Prefix.Masked() || s.Primary.IsValid() && outside(s.Primary) || slices.ContainsFunc(s.Secondary, outside)
 }
 
-// beginBoot makes a new state usable and voids what another boot left: a /run that
-// is a disk. The NICs that the sources told may still be true. When they were
-// told is not known in this boot's time, and a failure of then says nothing now.
+// beginBoot makes a state usable: it fills the maps of a new one, and voids what another boot left, if /run is on a
+// disk. Of another boot it keeps the NICs that the sources told, which may still be true. It does not keep when they
+// told them, which means nothing in this boot's time, nor their failures.
 //
-// An absurd answer is forgotten: its source is asked again, and the leases stay.
+// It also forgets an absurd answer. The source is then asked again, and the leases stay.
 func (s *state) beginBoot(boot string) {
 	maps.DeleteFunc(s.Answers, func(_ string, a answer) bool { return a.isAbsurd() })
 	if s.Boot != boot {
@@ -147,26 +145,26 @@ func (s *state) beginBoot(boot string) {
 	}
 }
 
-// leaseOf returns who holds addr.
+// leaseOf returns the lease of addr, and false if nobody holds addr.
 func (s *state) leaseOf(addr netip.Addr) (Lease, bool) {
 	r, ok := s.Leases[addr]
 	r.Lease.Addr = addr
 	return r.Lease, ok
 }
 
-// holds says that l is held as it was given.
+// holds reports whether the lease l is held as it was given.
 func (s *state) holds(l Lease) bool {
 	r, ok := s.Leases[l.Addr]
 	return ok && r.Owner == l.Owner && r.Since == l.Since
 }
 
-// freeAddress frees addr, which rests now.
+// freeAddress ends the lease of addr. The address cools from now on.
 func (s *state) freeAddress(addr netip.Addr, now, coolDown time.Duration) {
 	delete(s.Leases, addr)
 	s.Freed[addr] = rest{At: now, Until: now + max(coolDown, 0)}
 }
 
-// forgetUnlisted drops rested addresses that no source lists any more.
+// forgetUnlisted forgets the addresses that have cooled and that no source lists any more.
 func (s *state) forgetUnlisted(now time.Duration) {
 	var listed []map[netip.Addr]bool
 	for _, a := range s.Answers {
@@ -180,8 +178,8 @@ func (s *state) forgetUnlisted(now time.Duration) {
 	}
 }
 
-// updateState changes the state under its lock. what names the call for those who
-// wait. A file that cannot be read is set aside and a new one begun.
+// updateState changes the state under its lock. what says what for, to processes that wait for the lock. If the file
+// cannot be read, it is set aside, and a new one is begun.
 func (p *Pool) updateState(ctx context.Context, what string, change func(*state) error) error {
 	return p.retryRebuilt(ctx, what, func(boot, who string) error {
 		return statefile.Update(ctx, p.path, who, func(s *state) error {
@@ -191,7 +189,7 @@ func (p *Pool) updateState(ctx context.Context, what string, change func(*state)
 	})
 }
 
-// readState returns the state as it stands, without the lock.
+// readState returns the state. It takes no lock.
 func (p *Pool) readState(ctx context.Context, what string) (s state, err error) {
 	err = p.retryRebuilt(ctx, what, func(boot, _ string) (err error) {
 		s, err = statefile.Read[state](p.path)
@@ -201,6 +199,8 @@ func (p *Pool) readState(ctx context.Context, what string) (s state, err error) 
 	return s, err
 }
 
+// retryRebuilt calls use, which reads the file. If the file cannot be read, it sets the file aside and calls use again.
+// who names this process and what it does.
 func (p *Pool) retryRebuilt(ctx context.Context, what string, use func(boot, who string) error) error {
 	boot, err := bootID()
 	if err != nil {

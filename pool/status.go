@@ -13,25 +13,25 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// Status is the pool as an operator asks for it. Durations are in ns.
+// Status is the pool as an operator sees it. Durations are in ns.
 type Status struct {
-	Sources  []SourceStatus               `json:"sources"`           // in the order they are asked
-	NICs     []NICStatus                  `json:"nics"`              // the primary first; empty: nothing is known
+	Sources  []SourceStatus               `json:"sources"`           // in the order in which they are asked
+	NICs     []NICStatus                  `json:"nics"`              // the primary first; empty: none is known
 	Leases   map[netip.Addr]Lease         `json:"leases"`            // by address
-	Cooling  map[netip.Addr]time.Duration `json:"cooling,omitempty"` // by address: for how long yet
-	Now      time.Duration                `json:"now"`               // CLOCK_BOOTTIME: a lease's age is Now − Since
+	Cooling  map[netip.Addr]time.Duration `json:"cooling,omitempty"` // by address: how long it cools yet
+	Now      time.Duration                `json:"now"`               // CLOCK_BOOTTIME; the age of a lease is Now − Since
 	Warnings []string                     `json:"warnings,omitempty"`
 }
 
-// SourceStatus is what became of asking one source.
+// SourceStatus says what came of asking one source.
 type SourceStatus struct {
 	Name       string        `json:"name"`
-	Used       bool          `json:"used,omitempty"`       // its answer is the newest, and is what counts
-	Answered   bool          `json:"answered"`             // ever
-	Age        time.Duration `json:"age,omitempty"`        // of the answer; one from before the boot counts from the boot
-	BeforeBoot bool          `json:"beforeBoot,omitempty"` // the answer is from before the boot: it is older than Age
-	Failure    string        `json:"failure,omitempty"`    // of the last try; empty: it answered, or was not needed
-	FailureAge time.Duration `json:"failureAge,omitempty"` // of that try
+	Used       bool          `json:"used,omitempty"`       // its answer is the newest, which counts
+	Answered   bool          `json:"answered"`             // it has answered before
+	Age        time.Duration `json:"age,omitempty"`        // of the answer; if the answer is from before the boot, the time since the boot
+	BeforeBoot bool          `json:"beforeBoot,omitempty"` // the answer is from before the boot, and so is older than Age
+	Failure    string        `json:"failure,omitempty"`    // of the last try; empty: it answered, or was not asked
+	FailureAge time.Duration `json:"failureAge,omitempty"` // how long ago that try was
 }
 
 // NICStatus is one NIC with the counts of its ipconfigs.
@@ -44,14 +44,14 @@ type NICStatus struct {
 // SubnetStatus is one subnet of a NIC.
 type SubnetStatus struct {
 	Prefix  netip.Prefix          `json:"prefix"`
-	Primary netip.Addr            `json:"primary,omitzero"` // the NIC's own address
-	Hosted  map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that the host holds, and on which interface
-	LedTo   map[netip.Addr]string `json:"ledTo,omitempty"`  // secondary addresses that containers have without a lease, and the link that a route leads by
+	Primary netip.Addr            `json:"primary,omitzero"` // the NIC's own address; zero: it lies in another subnet
+	Hosted  map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that a link of the host has: the link's name
+	LedTo   map[netip.Addr]string `json:"ledTo,omitempty"`  // secondary addresses that containers have without a lease: the name of the link that a route leads by
 	Census
 }
 
-// Status tells how the pool stands. The source is asked, shortly, if its answer
-// is older than the interval; that it fails is told, and is no error.
+// Status returns the status of the pool. It asks the sources, and waits a short time, if their answer is older than the
+// interval. If they fail, the status says so, and that is no error.
 func (p *Pool) Status(ctx context.Context) (Status, error) {
 	st, err := p.readStatus(ctx)
 	if err != nil {
@@ -95,9 +95,8 @@ func (p *Pool) readStatus(ctx context.Context) (Status, error) {
 	return st, nil
 }
 
-// Unleased are the addresses that containers have without a lease, and the name of the
-// link that a route leads by: those of every source's list, whatever this pool's sources
-// are. None is asked.
+// Unleased returns the addresses that containers have without a lease, and for each the name of the link that a route
+// leads by. It looks at the addresses of every source, even of one that this pool does not ask. It asks none.
 func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	s, err := p.readState(ctx, "look for containers without a lease")
 	var has occupied
@@ -118,6 +117,7 @@ func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	return found, nil
 }
 
+// sourceStatus returns the status of one source. used says that its answer counts.
 func (s *state) sourceStatus(name string, used bool, now time.Duration) SourceStatus {
 	a := s.Answers[name]
 	st := SourceStatus{Name: name, Used: used, Answered: len(a.NICs) > 0, Failure: a.Failure}
@@ -130,6 +130,7 @@ func (s *state) sourceStatus(name string, used bool, now time.Duration) SourceSt
 	return st
 }
 
+// nicStatus returns the status of one NIC.
 func (v *view) nicStatus(n NIC) NICStatus {
 	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
 	for _, sub := range n.Subnets {
@@ -147,7 +148,7 @@ func (v *view) nicStatus(n NIC) NICStatus {
 	return st
 }
 
-// listWarnings are what an operator should know though nothing failed.
+// listWarnings lists what an operator should know though nothing failed.
 func (p *Pool) listWarnings(v *view, st Status) []string {
 	w := slices.Clone(v.answer.Notes)
 	for _, src := range st.Sources {
@@ -184,6 +185,7 @@ func (p *Pool) listWarnings(v *view, st Status) []string {
 	return w
 }
 
+// listHosted lists the addresses that a link of the host has, ascending.
 func (s SubnetStatus) listHosted() []string {
 	var all []string
 	for _, a := range slices.SortedFunc(maps.Keys(s.Hosted), netip.Addr.Compare) {
@@ -192,8 +194,8 @@ func (s SubnetStatus) listHosted() []string {
 	return all
 }
 
-// listDisagreements compares the answer that counts with one of another source from
-// about the same time: with auto, one that answered just before it failed.
+// listDisagreements compares the answer that counts with the answers of other sources from about the same time. With
+// the source auto there are two answers if one source answered just before it failed.
 func (p *Pool) listDisagreements(v *view) []string {
 	const sameTime = 5 * time.Minute
 	_, from, _ := p.newestAnswer(v.state)
@@ -224,7 +226,7 @@ func (p *Pool) listDisagreements(v *view) []string {
 	return w
 }
 
-// secondarySet is the set of all secondary addresses.
+// secondarySet returns the set of all secondary addresses of the NICs.
 func secondarySet(nics []NIC) map[netip.Addr]bool {
 	set := map[netip.Addr]bool{}
 	for _, n := range nics {
