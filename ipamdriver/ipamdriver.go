@@ -55,8 +55,8 @@ type Driver struct {
 
 // choice is a pool that the driver chose, because the engine asked for any pool.
 type choice struct {
-	id string
-	at time.Time
+	id     string
+	madeAt time.Time
 }
 
 // choiceAge is how long an unused choice counts as the last one of the same engine: see noteChoice. An engine that asks
@@ -158,10 +158,10 @@ func (d *Driver) findMaster(ctx context.Context, options map[string]string) (mac
 func (d *Driver) noteChoice(id poolID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if last, ok := d.chosen[id.prefix]; ok && time.Since(last.at) < choiceAge {
+	if last, ok := d.chosen[id.prefix]; ok && time.Since(last.madeAt) < choiceAge {
 		return fmt.Errorf("this engine does not let a driver choose the subnet: pass --subnet %s", id.prefix)
 	}
-	d.chosen[id.prefix] = choice{id: id.String(), at: time.Now()}
+	d.chosen[id.prefix] = choice{id: id.String(), madeAt: time.Now()}
 	return nil
 }
 
@@ -172,8 +172,8 @@ func (d *Driver) NetworkMade(prefix netip.Prefix, mac string) {
 	defer d.mu.Unlock()
 	delete(d.chosen, prefix)
 	var its poolID
-	for id, at := range d.lately {
-		if id.prefix == prefix && id.mac == mac && (its == poolID{} || at.Before(d.lately[its])) {
+	for id, requested := range d.lately {
+		if id.prefix == prefix && id.mac == mac && (its == poolID{} || requested.Before(d.lately[its])) {
 			its = id
 		}
 	}
@@ -187,7 +187,7 @@ const requestAge = time.Minute
 func (d *Driver) noteRequest(id poolID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	maps.DeleteFunc(d.lately, func(_ poolID, at time.Time) bool { return time.Since(at) > requestAge })
+	maps.DeleteFunc(d.lately, func(_ poolID, requested time.Time) bool { return time.Since(requested) > requestAge })
 	d.lately[id] = time.Now()
 }
 
@@ -201,8 +201,8 @@ func (d *Driver) CheckNIC(subnet netip.Prefix, mac string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	other := ""
-	for id, at := range d.lately {
-		if id.prefix != subnet || time.Since(at) > requestAge {
+	for id, requested := range d.lately {
+		if id.prefix != subnet || time.Since(requested) > requestAge {
 			continue
 		}
 		if id.mac == mac {

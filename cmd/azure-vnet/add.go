@@ -38,11 +38,11 @@ func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	if err != nil {
 		return nil, undoAdd(ctx, c, l.Host, g, false, err)
 	}
-	at, err := attachContainer(ctx, c, l.Host, g, br)
+	attached, err := attachContainer(ctx, c, l.Host, g, br)
 	if err != nil { // Attach has undone what it did. A link of the container is then another call's
 		return nil, undoAdd(ctx, c, l.Host, g, false, err)
 	}
-	result, err := finishAdd(ctx, c, g, br, at)
+	result, err := finishAdd(ctx, c, g, br, attached)
 	if err != nil {
 		return nil, undoAdd(ctx, c, l.Host, g, true, err)
 	}
@@ -67,12 +67,12 @@ func checkAdd(c *cni.Call) (*lender.Lender, error) {
 // removeLeftover removes what a killed ADD left of this interface. If the container has the interface, that is an error,
 // and the interface stays as it is.
 func removeLeftover(ctx context.Context, c *cni.Call, l *lender.Lender) error {
-	at, found, err := l.Host.Attachment(ctx, c.Owner())
+	attached, found, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
 	}
-	if found && at.InContainer {
-		return cni.Errorf(cni.CodeAttached, "interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, at.Addr.Addr())
+	if found && attached.InContainer {
+		return cni.Errorf(cni.CodeAttached, "interface %s of container %s has %s already, and keeps it: DEL it first", c.IfName, c.ContainerID, attached.Addr.Addr())
 	}
 	if !lendsHere(c) {
 		return nil
@@ -135,7 +135,7 @@ func attachContainer(ctx context.Context, c *cni.Call, host *bridge.Host, g *gra
 }
 
 // finishAdd adds the routes that another IPAM wishes for, confirms the lease, and returns the result of ADD.
-func finishAdd(ctx context.Context, c *cni.Call, g *grant, br bridge.Bridge, at bridge.Attachment) (*current.Result, error) {
+func finishAdd(ctx context.Context, c *cni.Call, g *grant, br bridge.Bridge, attached bridge.Attachment) (*current.Result, error) {
 	if err := addRoutes(c, g); err != nil {
 		return nil, err
 	}
@@ -145,11 +145,11 @@ func finishAdd(ctx context.Context, c *cni.Call, g *grant, br bridge.Bridge, at 
 	if err := ctx.Err(); err != nil {
 		return nil, err // the runtime has given up by now, and would not know of the interface
 	}
-	veth, err := netlink.LinkByName(at.Link)
+	veth, err := netlink.LinkByName(attached.Link)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", at.Link, err)
+		return nil, fmt.Errorf("read %s: %w", attached.Link, err)
 	}
-	result := &current.Result{Interfaces: listInterfaces(c, br, veth, at), Routes: g.routes, DNS: c.Conf.DNS}
+	result := &current.Result{Interfaces: listInterfaces(c, br, veth, attached), Routes: g.routes, DNS: c.Conf.DNS}
 	container := len(result.Interfaces) - 1
 	result.IPs = []*current.IPConfig{{Interface: &container, Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
 	if c.Conf.DNS.IsEmpty() {
@@ -159,12 +159,12 @@ func finishAdd(ctx context.Context, c *cni.Call, g *grant, br bridge.Bridge, at 
 }
 
 // listInterfaces lists the bridge, if the container has one, the host end, and last the container's interface.
-func listInterfaces(c *cni.Call, br bridge.Bridge, veth netlink.Link, at bridge.Attachment) []*current.Interface {
+func listInterfaces(c *cni.Call, br bridge.Bridge, veth netlink.Link, attached bridge.Attachment) []*current.Interface {
 	all := []*current.Interface{
-		{Name: at.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: at.MTU},
-		{Name: c.IfName, Mac: at.MAC.String(), Mtu: at.MTU, Sandbox: c.Netns},
+		{Name: attached.Link, Mac: veth.Attrs().HardwareAddr.String(), Mtu: attached.MTU},
+		{Name: c.IfName, Mac: attached.MAC.String(), Mtu: attached.MTU, Sandbox: c.Netns},
 	}
-	if at.Bridge == "" {
+	if attached.Bridge == "" {
 		return all
 	}
 	return append([]*current.Interface{{Name: br.Name, Mac: br.MAC.String(), Mtu: br.MTU}}, all...)

@@ -29,7 +29,7 @@ func check(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	at, found, err := l.Host.Attachment(ctx, c.Owner())
+	attached, found, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
 	}
@@ -43,18 +43,18 @@ func check(ctx context.Context, c *cni.Call) error {
 	if err := l.Host.Check(ctx, c.Owner()); err != nil {
 		return changed("%v", err)
 	}
-	if err := checkInside(c, at, prev); err != nil {
+	if err := checkInside(c, attached, prev); err != nil {
 		return err
 	}
 	if !lendsHere(c) {
 		return delegateVerb(ctx, c, invoke.DelegateCheck)
 	}
-	lease, held, err := l.Pool.FindLease(ctx, at.Addr.Addr())
+	lease, held, err := l.Pool.FindLease(ctx, attached.Addr.Addr())
 	if err != nil {
 		return err
 	}
 	if !held || lease.Owner != c.Owner() {
-		return changed("%s is not lent to the container any more", at.Addr.Addr())
+		return changed("%s is not lent to the container any more", attached.Addr.Addr())
 	}
 	return nil
 }
@@ -68,7 +68,7 @@ func changed(format string, args ...any) error {
 }
 
 // checkInside compares the interface in the container's namespace with the result of ADD.
-func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error {
+func checkInside(c *cni.Call, attached bridge.Attachment, prev *current.Result) error {
 	in, err := openContainer(c.Netns)
 	if err != nil {
 		return changed("%v", err)
@@ -88,8 +88,8 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 	if told := prev.Interfaces[mine]; told.Mac != "" && told.Mac != l.Attrs().HardwareAddr.String() {
 		return changed("interface %s in %s has the MAC %s, and not %s", c.IfName, c.Netns, l.Attrs().HardwareAddr, told.Mac)
 	}
-	if !slices.Equal(l.Attrs().HardwareAddr, at.MAC) { // this holds even if a chained plugin told the runtime another MAC
-		return changed("interface %s in %s has the MAC %s, and not %s: all that it sends is dropped", c.IfName, c.Netns, l.Attrs().HardwareAddr, at.MAC)
+	if !slices.Equal(l.Attrs().HardwareAddr, attached.MAC) { // this holds even if a chained plugin told the runtime another MAC
+		return changed("interface %s in %s has the MAC %s, and not %s: all that it sends is dropped", c.IfName, c.Netns, l.Attrs().HardwareAddr, attached.MAC)
 	}
 	has, err := dump.Whole(func() ([]netlink.Addr, error) { return in.AddrList(l, netlink.FAMILY_V4) })
 	if err != nil {
@@ -101,24 +101,24 @@ func checkInside(c *cni.Call, at bridge.Attachment, prev *current.Result) error 
 			continue
 		}
 		addr, _ := netip.AddrFromSlice(ip.Address.IP)
-		wanted = wanted || addr.Unmap() == at.Addr.Addr()
+		wanted = wanted || addr.Unmap() == attached.Addr.Addr()
 		if !slices.ContainsFunc(has, func(a netlink.Addr) bool { return a.IP.Equal(ip.Address.IP) && slices.Equal(a.Mask, ip.Address.Mask) }) {
 			return changed("interface %s in %s lacks the address %s", c.IfName, c.Netns, &ip.Address)
 		}
 	}
 	if !wanted {
-		return changed("the container's link has %s, and prevResult does not say so", at.Addr.Addr())
+		return changed("the container's link has %s, and prevResult does not say so", attached.Addr.Addr())
 	}
-	return errors.Join(checkRoutes(in, l, c, prev.Routes), checkGateway(in, l, c, at, prev))
+	return errors.Join(checkRoutes(in, l, c, prev.Routes), checkGateway(in, l, c, attached, prev))
 }
 
 // checkGateway compares the MAC that the container has for its gateway with the MAC of the bridge, or in transparent mode
 // with that of the host end. All that a container sends goes to this MAC. A missing neighbour entry is no error, because
 // the host answers ARP for the gateway.
-func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, at bridge.Attachment, prev *current.Result) error {
-	next, err := netlink.LinkByName(cmp.Or(at.Bridge, at.Link))
+func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, attached bridge.Attachment, prev *current.Result) error {
+	next, err := netlink.LinkByName(cmp.Or(attached.Bridge, attached.Link))
 	if err != nil {
-		return changed("%s: %v", cmp.Or(at.Bridge, at.Link), err)
+		return changed("%s: %v", cmp.Or(attached.Bridge, attached.Link), err)
 	}
 	entries, err := dump.Whole(func() ([]netlink.Neigh, error) { return in.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
 	if err != nil {

@@ -23,12 +23,12 @@ func del(ctx context.Context, c *cni.Call) error {
 	if err != nil {
 		return err
 	}
-	at, linked, err := l.Host.Attachment(ctx, c.Owner())
+	attached, linked, err := l.Host.Attachment(ctx, c.Owner())
 	if err != nil {
 		return err
 	}
 	if linked {
-		c.Note("link", at.Link)
+		c.Note("link", attached.Link)
 	}
 	// The leases are ended whatever IPAM the configuration names now: at the time of ADD it may have been azure-vnet-ipam.
 	if err := removeOwners(ctx, c, l, c.Owners()...); err != nil {

@@ -34,9 +34,9 @@ func TestAnInterruptedListingIsRepeatedAndOthersAreNot(t *testing.T) {
 		{"interrupted for too long", 0, slices.Repeat([]error{netlink.ErrDumpInterrupted}, 9), netlink.ErrDumpInterrupted, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := patience
-			patience = c.patience
-			defer func() { patience = before }()
+			before := repeatTime
+			repeatTime = c.patience
+			defer func() { repeatTime = before }()
 			calls := 0
 			all, err := Whole(func() ([]int, error) {
 				calls++

@@ -14,8 +14,8 @@ import (
 	"github.com/gofrs/flock"
 )
 
-// patience is how long Lock waits if its ctx has no deadline.
-const patience = 10 * time.Second
+// lockPatience is how long Lock waits if its ctx has no deadline.
+const lockPatience = 10 * time.Second
 
 // Lock takes the lock on the file at path, and returns a function that gives it back. It makes the file and its
 // directory if they are missing. It waits until ctx is done, and 10 s at most if ctx has no deadline. The error then
@@ -29,7 +29,7 @@ const patience = 10 * time.Second
 func Lock(ctx context.Context, path, who string) (unlock func(), err error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, patience)
+		ctx, cancel = context.WithTimeout(ctx, lockPatience)
 		defer cancel()
 	}
 	for {

@@ -135,14 +135,14 @@ func refuseLinkless(ctx context.Context, addresses *pool.Pool, keeps func(pool.L
 	if err != nil {
 		return err
 	}
-	var held []string
+	var linkless []string
 	for _, lease := range all {
 		if lease.Linkless && keeps(lease) {
-			held = append(held, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
+			linkless = append(linkless, fmt.Sprintf("%s (%s)", lease.Holder(), lease.Addr))
 		}
 	}
-	if len(held) == 0 {
+	if len(linkless) == 0 {
 		return nil
 	}
-	return fmt.Errorf("addresses are held that no link of azure-vnet shows: %s: end these containers first, so that their runtime calls DEL, and remove these networks of Docker's", strings.Join(held, ", "))
+	return fmt.Errorf("addresses are held that no link of azure-vnet shows: %s: end these containers first, so that their runtime calls DEL, and remove these networks of Docker's", strings.Join(linkless, ", "))
 }
