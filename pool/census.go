@@ -23,7 +23,7 @@ type Census struct {
 }
 
 // countSubnet counts the ipconfigs of a subnet of the NIC with the MAC.
-func (v *view) countSubnet(mac string, sub Subnet) Census {
+func (v *snapshot) countSubnet(mac string, sub Subnet) Census {
 	c := Census{Configs: len(sub.Secondary)}
 	if sub.Primary.IsValid() {
 		c.Configs++
@@ -86,7 +86,7 @@ func (p *Pool) CountIPConfigs(ctx context.Context) ([]NICStatus, error) {
 	if err != nil {
 		return nil, fmt.Errorf("count ipconfigs: %w", err)
 	}
-	v := view{state: &s, occupied: has, now: p.clock()}
+	v := snapshot{state: &s, occupied: has, now: p.clock()}
 	for _, a := range s.Answers {
 		if len(a.NICs) > 0 && (len(v.answer.NICs) == 0 || a.newerThan(v.answer)) {
 			v.answer = a

@@ -154,11 +154,11 @@ func linkName(index int) string {
 	return ask.Name()
 }
 
-// readHost reads the MACs and addresses of the host's links, and the default route. Several links may have the MAC of a
+// readHostLinks reads the MACs and addresses of the host's links, and the default route. Several links may have the MAC of a
 // NIC: the NIC, its virtual function, which has no addresses, and the bridge that it is in, which then has the NIC's
 // addresses. So the addresses of one MAC are taken together.
-func readHost() (host, error) {
-	h := host{Addrs: map[string][]netip.Addr{}}
+func readHostLinks() (hostLinks, error) {
+	h := hostLinks{Addrs: map[string][]netip.Addr{}}
 	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return h, fmt.Errorf("read the host's links: %w", err)

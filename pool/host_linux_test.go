@@ -30,7 +30,7 @@ func TestAFileIsASource(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.host = func() (host, error) { return host{}, nil }
+		p.host = func() (hostLinks, error) { return hostLinks{}, nil }
 		nics, err := p.NICs(t.Context())
 		if want != "" {
 			wants(t, err, ErrSource, file, want)
@@ -71,8 +71,8 @@ func TestTheHostIsReadFromTheKernel(t *testing.T) {
 		if diff := cmp.Diff(want, held, compareAddr); err != nil || diff != "" {
 			t.Errorf("held, %v (-want +got):\n%s", err, diff)
 		}
-		h, err := readHost()
-		wantHost := host{Default: mac1, MACs: []string{mac1, mac1, mac2}, Addrs: map[string][]netip.Addr{
+		h, err := readHostLinks()
+		wantHost := hostLinks{Default: mac1, MACs: []string{mac1, mac1, mac2}, Addrs: map[string][]netip.Addr{
 			mac1: {addr("10.0.0.4"), addr("10.0.0.5"), addr("10.0.0.6")}, mac2: {addr("10.0.1.4")}}}
 		if diff := cmp.Diff(wantHost, h, compareAddr); err != nil || diff != "" {
 			t.Errorf("host, %v (-want +got):\n%s", err, diff)

@@ -20,4 +20,4 @@ func bootID() (string, error) { return "", errNotLinux }
 
 func readOccupied() (occupied, error) { return occupied{}, errNotLinux }
 
-func readHost() (host, error) { return host{}, errNotLinux }
+func readHostLinks() (hostLinks, error) { return hostLinks{}, errNotLinux }

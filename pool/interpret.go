@@ -10,15 +10,15 @@ import (
 	"strings"
 )
 
-// host is what the links of this VM tell. It matters for a source that flags no primary address.
-type host struct {
+// hostLinks is what the links of this VM tell. It matters for a source that flags no primary address.
+type hostLinks struct {
 	MACs    []string                // of all links; empty: not known
 	Addrs   map[string][]netip.Addr // by MAC, which a NIC, its virtual function and its bridge have in common
 	Default string                  // MAC of the link that the default route leaves by
 }
 
 // mayHave reports whether one of the NICs may be this VM's.
-func (h host) mayHave(nics []NIC) bool {
+func (h hostLinks) mayHave(nics []NIC) bool {
 	return len(h.MACs) == 0 || slices.ContainsFunc(nics, func(n NIC) bool { return slices.Contains(h.MACs, n.MAC) })
 }
 
@@ -30,7 +30,7 @@ const (
 // reading turns a document into NICs. If it cannot read an item, it leaves the item out and notes it: containers may
 // need the others.
 type reading struct {
-	host  host
+	host  hostLinks
 	notes []string
 	count int // of addresses so far
 }
@@ -45,7 +45,7 @@ func (r *reading) addNote(format string, args ...any) {
 // interpretDocument returns the NICs in a document, the primary first, and notes what was odd. It is an error if
 // nothing in the document can be used. An empty list and a list of another VM are such errors, because every VM has a
 // NIC.
-func interpretDocument(d document, h host) ([]NIC, []string, error) {
+func interpretDocument(d document, h hostLinks) ([]NIC, []string, error) {
 	r := &reading{host: h}
 	var nics []NIC
 	for _, told := range d.NICs {

@@ -32,7 +32,7 @@ func (p *Pool) CheckLendable(ctx context.Context, mac string, subnet netip.Prefi
 	if err != nil {
 		return err
 	}
-	v, err := p.newView(&s, has)
+	v, err := p.newSnapshot(&s, has)
 	if err == nil {
 		_, err = p.pickAddress(&v, Request{MAC: mac, Prefix: subnet, Addr: addr})
 	}

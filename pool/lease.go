@@ -41,7 +41,7 @@ func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) 
 			if adopt = p.needsAdoption(s); adopt {
 				return statefile.ErrUnchanged
 			}
-			v, err := p.newView(s, has)
+			v, err := p.newSnapshot(s, has)
 			if err == nil {
 				l, err = p.pickAddress(&v, r)
 			}
@@ -95,13 +95,13 @@ func (p *Pool) questionFor(s *state, l Lease, err error) (q question, ask bool) 
 	return q, p.isDue(s, q)
 }
 
-// newView returns what a choice of an address rests on. It is ErrSource if no source has answered yet.
-func (p *Pool) newView(s *state, has occupied) (view, error) {
+// newSnapshot returns what a choice of an address rests on. It is ErrSource if no source has answered yet.
+func (p *Pool) newSnapshot(s *state, has occupied) (snapshot, error) {
 	a, _, ok := p.newestAnswer(s)
 	if !ok {
-		return view{}, p.silenceError(s)
+		return snapshot{}, p.silenceError(s)
 	}
-	return view{state: s, answer: a, occupied: has, now: p.clock()}, nil
+	return snapshot{state: s, answer: a, occupied: has, now: p.clock()}, nil
 }
 
 // Confirm is called when the link of a lease stands. It returns nil if the owner still holds the lease l, and ErrGone

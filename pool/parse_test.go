@@ -57,60 +57,60 @@ func TestWhatIsUnderstood(t *testing.T) {
 		name  string
 		parse func([]byte) (document, error)
 		body  string
-		host  host
+		host  hostLinks
 		want  string
 		notes string // what they say
 	}{
-		{"host agent, one NIC", parseXML, seed("real-one-nic.xml"), host{}, "00:22:48:26:3d:bd* 10.240.0.0/16 10.240.0.4:", ""},
-		{"host agent, two NICs", parseXML, seed("two-nics.xml"), host{},
+		{"host agent, one NIC", parseXML, seed("real-one-nic.xml"), hostLinks{}, "00:22:48:26:3d:bd* 10.240.0.0/16 10.240.0.4:", ""},
+		{"host agent, two NICs", parseXML, seed("two-nics.xml"), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
-		{"file", parseFile, seed("interfaces.json"), host{}, "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5", ""},
-		{"IMDS", parseIMDS, seed("imds.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
-		{"a byte order mark and a declaration", parseXML, "\ufeff<?xml version=\"1.0\" encoding=\"ISO-8859-1\"?>" + wrap(own), host{},
+		{"file", parseFile, seed("interfaces.json"), hostLinks{}, "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5", ""},
+		{"IMDS", parseIMDS, seed("imds.json"), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"a byte order mark and a declaration", parseXML, "\ufeff<?xml version=\"1.0\" encoding=\"ISO-8859-1\"?>" + wrap(own), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
-		{"a block of addresses", parseXML, wrap(own + `<IPAddress Address="10.0.0.16/30"/>`), host{},
+		{"a block of addresses", parseXML, wrap(own + `<IPAddress Address="10.0.0.16/30"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.16 10.0.0.17 10.0.0.18 10.0.0.19", ""},
-		{"a block that is the whole subnet and more", parseXML, wrap(own + `<IPAddress Address="10.0.0.0/16"/>`), host{},
+		{"a block that is the whole subnet and more", parseXML, wrap(own + `<IPAddress Address="10.0.0.0/16"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:", `"10.0.0.0/16"`},
-		{"what is no address, or of no subnet", parseXML, wrap(own + `<IPAddress Address="ten"/><IPAddress Address="10.0.9.9"/><IPAddress Address="10.0.0.5"/>`), host{},
+		{"what is no address, or of no subnet", parseXML, wrap(own + `<IPAddress Address="ten"/><IPAddress Address="10.0.9.9"/><IPAddress Address="10.0.0.5"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.5", `"ten" … "10.0.9.9"`},
-		{"out of order, and twice", parseXML, wrap(`<IPAddress Address="10.0.0.9"/>` + own + `<IPAddress Address="10.0.0.5"/><IPAddress Address="10.0.0.9"/>`), host{},
+		{"out of order, and twice", parseXML, wrap(`<IPAddress Address="10.0.0.9"/>` + own + `<IPAddress Address="10.0.0.5"/><IPAddress Address="10.0.0.9"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.5 10.0.0.9", ""},
-		{"addresses that Azure reserves", parseXML, wrap(`<IPAddress Address="10.0.0.0"/><IPAddress Address="10.0.0.1"/><IPAddress Address="10.0.0.3"/>` + own + `<IPAddress Address="10.0.0.254"/><IPAddress Address="10.0.0.255"/>`), host{},
+		{"addresses that Azure reserves", parseXML, wrap(`<IPAddress Address="10.0.0.0"/><IPAddress Address="10.0.0.1"/><IPAddress Address="10.0.0.3"/>` + own + `<IPAddress Address="10.0.0.254"/><IPAddress Address="10.0.0.255"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.254", "10.0.0.0 of NIC … 10.0.0.1 of NIC … 10.0.0.3 of NIC … 10.0.0.255 of NIC … Azure reserves it"},
-		{"reserved addresses in a block", parseFile, `{"Interfaces":[{"MacAddress":"000D3A047598","IPSubnets":[{"Prefix":"10.0.0.0/29","IPAddresses":[{"Address":"10.0.0.4","IsPrimary":true},{"Address":"10.0.0.0/29"}]}]}]}`, host{},
+		{"reserved addresses in a block", parseFile, `{"Interfaces":[{"MacAddress":"000D3A047598","IPSubnets":[{"Prefix":"10.0.0.0/29","IPAddresses":[{"Address":"10.0.0.4","IsPrimary":true},{"Address":"10.0.0.0/29"}]}]}]}`, hostLinks{},
 			mac1 + "* 10.0.0.0/29 10.0.0.4: 10.0.0.5 10.0.0.6", "10.0.0.3 … 10.0.0.7"},
-		{"blanks in a prefix, an address and a MAC", parseXML, strings.NewReplacer("10.0.0.0/24", " 10.0.0.0 / 24\n", "10.0.0.4", " 10.0.0.4\t", "000D3A047598", " 00 0D 3A 04 75 98 ").Replace(wrap(own)), host{},
+		{"blanks in a prefix, an address and a MAC", parseXML, strings.NewReplacer("10.0.0.0/24", " 10.0.0.0 / 24\n", "10.0.0.4", " 10.0.0.4\t", "000D3A047598", " 00 0D 3A 04 75 98 ").Replace(wrap(own)), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
-		{"IMDS, blanks in what it says", parseIMDS, `{"interface":[` + imdsNIC(mac1, `{"privateIpAddress":"10.0.0.4 "},{"privateIpAddress":" 10.0.0.7"}`, `{"address":" 10.0.0.0","prefix":" 24 "}`) + `]}`, host{},
+		{"IMDS, blanks in what it says", parseIMDS, `{"interface":[` + imdsNIC(mac1, `{"privateIpAddress":"10.0.0.4 "},{"privateIpAddress":" 10.0.0.7"}`, `{"address":" 10.0.0.0","prefix":" 24 "}`) + `]}`, hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
-		{"IMDS, a blank prefix", parseIMDS, `{"interface":[` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":" "}`) + `]}`, host{},
+		{"IMDS, a blank prefix", parseIMDS, `{"interface":[` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":" "}`) + `]}`, hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7", ""},
-		{"IMDS, a byte order mark", parseIMDS, "\ufeff" + seed("imds.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
-		{"file, a byte order mark and blanks before it", parseFile, " \r\n\ufeff" + seed("interfaces.json"), host{}, "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5", ""},
-		{"IMDS, asked for the whole instance", parseIMDS, seed("imds-instance.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
-		{"IMDS, asked for the interfaces", parseIMDS, seed("imds-interfaces.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
-		{"IMDS, asked for one interface", parseIMDS, seed("imds-interface.json"), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
-		{"a list that has one NIC of this VM", parseXML, seed("two-nics.xml"), host{MACs: []string{"fe:42:00:00:00:01", mac2}},
+		{"IMDS, a byte order mark", parseIMDS, "\ufeff" + seed("imds.json"), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"file, a byte order mark and blanks before it", parseFile, " \r\n\ufeff" + seed("interfaces.json"), hostLinks{}, "00:0d:3a:6e:18:25* 10.0.0.0/24 10.0.0.4: 10.0.0.5", ""},
+		{"IMDS, asked for the whole instance", parseIMDS, seed("imds-instance.json"), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"IMDS, asked for the interfaces", parseIMDS, seed("imds-interfaces.json"), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
+		{"IMDS, asked for one interface", parseIMDS, seed("imds-interface.json"), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7", ""},
+		{"a list that has one NIC of this VM", parseXML, seed("two-nics.xml"), hostLinks{MACs: []string{"fe:42:00:00:00:01", mac2}},
 			mac1 + "* 10.0.0.0/24 10.0.0.4: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4: 10.0.1.5", ""},
-		{"no prefix length", parseXML, strings.Replace(wrap(own), "/24", "", 1), host{}, mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
-		{"IPv6 beside IPv4", parseXML, strings.Replace(wrap(own), "<IPSubnet", `<IPSubnet Prefix="fd00::/64"><IPAddress Address="fd00::4"/></IPSubnet><IPSubnet`, 1), host{},
+		{"no prefix length", parseXML, strings.Replace(wrap(own), "/24", "", 1), hostLinks{}, mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
+		{"IPv6 beside IPv4", parseXML, strings.Replace(wrap(own), "<IPSubnet", `<IPSubnet Prefix="fd00::/64"><IPAddress Address="fd00::4"/></IPSubnet><IPSubnet`, 1), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:", ""},
 		{"the primary NIC last, and one without a MAC", parseXML, `<Interfaces><Interface MacAddress="00-0D-3A-03-C5-AB"><IPSubnet Prefix="10.0.1.0/24"><IPAddress Address="10.0.1.4" IsPrimary="True"/></IPSubnet></Interface>` +
-			`<Interface MacAddress="x"/>` + strings.TrimPrefix(wrap(own), "<Interfaces>"), host{},
+			`<Interface MacAddress="x"/>` + strings.TrimPrefix(wrap(own), "<Interfaces>"), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:\n" + mac2 + " 10.0.1.0/24 10.0.1.4:", `"x" is no MAC`},
 		{"an address that another NIC has as its own", parseXML, `<Interfaces><Interface MacAddress="000D3A03C5AB"><IPSubnet Prefix="10.0.0.0/24"><IPAddress Address="10.0.0.10" IsPrimary="1"/><IPAddress Address="10.0.0.4"/></IPSubnet></Interface>` +
-			strings.TrimPrefix(wrap(own+`<IPAddress Address="10.0.0.10"/>`), "<Interfaces>"), host{},
+			strings.TrimPrefix(wrap(own+`<IPAddress Address="10.0.0.10"/>`), "<Interfaces>"), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.4:\n" + mac2 + " 10.0.0.0/24 10.0.0.10:", "10.0.0.4 … 10.0.0.10"},
-		{"no primary flagged: the first", parseXML, wrap(`<IPAddress Address="10.0.0.9"/><IPAddress Address="10.0.0.7"/>`), host{},
+		{"no primary flagged: the first", parseXML, wrap(`<IPAddress Address="10.0.0.9"/><IPAddress Address="10.0.0.7"/>`), hostLinks{},
 			mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7", ""},
 		{"IMDS, the host holds another than the first", parseIMDS, `{"interface":[` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":"24"}`) + `]}`,
-			host{Addrs: map[string][]netip.Addr{mac1: {addr("10.0.0.7")}}}, mac1 + "* 10.0.0.0/24 10.0.0.7: 10.0.0.9", "lists 10.0.0.9 first … 10.0.0.7"},
+			hostLinks{Addrs: map[string][]netip.Addr{mac1: {addr("10.0.0.7")}}}, mac1 + "* 10.0.0.0/24 10.0.0.7: 10.0.0.9", "lists 10.0.0.9 first … 10.0.0.7"},
 		{"IMDS, the host holds all, as under cloud-init", parseIMDS, `{"interface":[` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":"24"}`) + `]}`,
-			host{Addrs: map[string][]netip.Addr{mac1: {addr("10.0.0.7"), addr("10.0.0.9")}}}, mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7", ""},
+			hostLinks{Addrs: map[string][]netip.Addr{mac1: {addr("10.0.0.7"), addr("10.0.0.9")}}}, mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7", ""},
 		{"IMDS, no prefix, colons, the default route by the second NIC", parseIMDS,
 			`{"interface":[` + imdsNIC(mac2, `{"privateIpAddress":"10.0.1.4"}`, `{"address":"10.0.1.0"}`) + `,` + imdsNIC(mac1, two, `{"address":"10.0.0.0","prefix":24}`) + `]}`,
-			host{Default: mac1}, mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4:", ""},
+			hostLinks{Default: mac1}, mac1 + "* 10.0.0.0/24 10.0.0.9: 10.0.0.7\n" + mac2 + " 10.0.1.0/24 10.0.1.4:", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			d, err := test.parse([]byte(test.body))
@@ -138,7 +138,7 @@ func TestWhatIsUnderstood(t *testing.T) {
 
 // What must hold of every answer that is taken, whatever was sent.
 func check(t *testing.T, d document) {
-	nics, notes, err := interpretDocument(d, host{})
+	nics, notes, err := interpretDocument(d, hostLinks{})
 	if err != nil {
 		return
 	}

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// view is what the choice of an address rests on: the state, and what was read about the world before the lock was
+// snapshot is what the choice of an address rests on: the state, and what was read about the world before the lock was
 // taken.
-type view struct {
+type snapshot struct {
 	*state
 	answer answer
 	occupied
@@ -40,7 +40,7 @@ const (
 )
 
 // standingOf returns the standing of an address.
-func (v *view) standingOf(a netip.Addr) standing {
+func (v *snapshot) standingOf(a netip.Addr) standing {
 	if _, ok := v.Leases[a]; ok {
 		return isHeld
 	}
@@ -62,7 +62,7 @@ func (v *view) standingOf(a netip.Addr) standing {
 
 // pickAddress chooses the address for r. A fresh address comes first, then the one that was released longest ago. A
 // cooling address is the last resort.
-func (p *Pool) pickAddress(v *view, r Request) (Lease, error) {
+func (p *Pool) pickAddress(v *snapshot, r Request) (Lease, error) {
 	nic, sub, err := findSubnet(v.answer.NICs, r.MAC, r.Prefix)
 	if err != nil {
 		return Lease{}, err
@@ -92,7 +92,7 @@ func (p *Pool) pickAddress(v *view, r Request) (Lease, error) {
 
 // checkLendable is an error if an address that was asked for cannot be lent. A cooling address can be: who asks for it
 // by name probably had it before.
-func (p *Pool) checkLendable(v *view, nic NIC, sub Subnet, a netip.Addr) error {
+func (p *Pool) checkLendable(v *snapshot, nic NIC, sub Subnet, a netip.Addr) error {
 	if l, ok := v.Leases[a]; ok {
 		return fmt.Errorf("%w: %s is held by %s", ErrInUse, a, l.Holder())
 	}
@@ -139,7 +139,7 @@ const addCommand = "az network nic ip-config create -g GROUP --nic-name NIC -n N
 
 // explainExhausted returns the error if no address can be lent. It says why, and what to do: each reason has another
 // remedy.
-func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefix) error {
+func (p *Pool) explainExhausted(v *snapshot, nic NIC, sub Subnet, within netip.Prefix) error {
 	c := v.countSubnet(nic.MAC, sub)
 	where := fmt.Sprintf("NIC %s in subnet %s", nic.MAC, sub.Prefix)
 	if len(sub.Secondary) == 0 {
@@ -168,7 +168,7 @@ func (p *Pool) explainExhausted(v *view, nic NIC, sub Subnet, within netip.Prefi
 }
 
 // describeLed says that a container has the address without a lease.
-func (v *view) describeLed(a netip.Addr) string {
+func (v *snapshot) describeLed(a netip.Addr) string {
 	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.led[a]))
 }
 
@@ -187,7 +187,7 @@ func (p *Pool) describeOnHost(addrs []string, link string) string {
 }
 
 // describeAge says that the known addresses are old, and why. It is "" if they are fresh. An error appends it.
-func (p *Pool) describeAge(v *view) string {
+func (p *Pool) describeAge(v *snapshot) string {
 	f := p.describeFailures(v.state)
 	age := v.now - v.answer.At
 	switch {

@@ -116,9 +116,9 @@ type Pool struct {
 	sources []source
 
 	// The following read this machine. Tests replace them.
-	clock    func() time.Duration     // CLOCK_BOOTTIME
-	occupied func() (occupied, error) // the addresses that the host and its containers have
-	host     func() (host, error)     // the host's links and addresses, for a source that flags no primary address
+	clock    func() time.Duration      // CLOCK_BOOTTIME
+	occupied func() (occupied, error)  // the addresses that the host and its containers have
+	host     func() (hostLinks, error) // the host's links and addresses, for a source that flags no primary address
 }
 
 const (
@@ -150,6 +150,6 @@ func New(c Config) (*Pool, error) {
 		sources:  sources,
 		clock:    bootTime,
 		occupied: readOccupied,
-		host:     readHost,
+		host:     readHostLinks,
 	}, nil
 }

@@ -138,7 +138,7 @@ func poolIn(t testing.TB, f *fabric, dir string) *Pool {
 		has.nameOf = func(link int) string { return fmt.Sprintf("azv%d", link) }
 		return has, nil
 	}
-	p.host = func() (host, error) { return host{MACs: f.macs}, nil }
+	p.host = func() (hostLinks, error) { return hostLinks{MACs: f.macs}, nil }
 	return p
 }
 

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	p, err := New(Config{Dir: dir, Source: "wireserver", QueryURL: url, CoolDown: -1})
 	if err == nil {
 		p.occupied = func() (occupied, error) { return occupied{}, nil } // whatever this machine holds
-		p.host = func() (host, error) { return host{}, nil }
+		p.host = func() (hostLinks, error) { return hostLinks{}, nil }
 		err = child(p, os.Getenv("POOL_TEST_OWNER"))
 	}
 	if err != nil {

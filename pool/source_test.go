@@ -297,7 +297,7 @@ func TestIMDSIsAskedAsItsDocumentationSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.host = func() (host, error) { return host{}, nil }
+	p.host = func() (hostLinks, error) { return hostLinks{}, nil }
 	nics, err := p.NICs(t.Context())
 	if err != nil || text(nics) != mac1+"* 10.0.0.0/24 10.0.0.4: 10.0.0.7" {
 		t.Fatalf("NICs are %s, %v", text(nics), err)

@@ -75,7 +75,7 @@ func (p *Pool) readStatus(ctx context.Context) (Status, error) {
 		return Status{}, err
 	}
 	current, from, _ := p.newestAnswer(&s)
-	v := &view{state: &s, answer: current, occupied: has, now: p.clock()}
+	v := &snapshot{state: &s, answer: current, occupied: has, now: p.clock()}
 	st := Status{Leases: map[netip.Addr]Lease{}, Cooling: map[netip.Addr]time.Duration{}, Now: v.now}
 	for addr := range s.Leases {
 		st.Leases[addr], _ = s.leaseOf(addr)
@@ -106,7 +106,7 @@ func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look for containers without a lease: %w", err)
 	}
-	v, found := view{state: &s, occupied: has}, map[netip.Addr]string{}
+	v, found := snapshot{state: &s, occupied: has}, map[netip.Addr]string{}
 	for _, a := range s.Answers {
 		for addr := range secondarySet(a.NICs) {
 			if v.standingOf(addr) == isLed {
@@ -131,7 +131,7 @@ func (s *state) sourceStatus(name string, used bool, now time.Duration) SourceSt
 }
 
 // nicStatus returns the status of one NIC.
-func (v *view) nicStatus(n NIC) NICStatus {
+func (v *snapshot) nicStatus(n NIC) NICStatus {
 	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
 	for _, sub := range n.Subnets {
 		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, LedTo: map[netip.Addr]string{}, Census: v.countSubnet(n.MAC, sub)}
@@ -149,7 +149,7 @@ func (v *view) nicStatus(n NIC) NICStatus {
 }
 
 // listWarnings lists what an operator should know though nothing failed.
-func (p *Pool) listWarnings(v *view, st Status) []string {
+func (p *Pool) listWarnings(v *snapshot, st Status) []string {
 	w := slices.Clone(v.answer.Notes)
 	for _, src := range st.Sources {
 		if src.Failure != "" {
@@ -196,7 +196,7 @@ func (s SubnetStatus) listHosted() []string {
 
 // listDisagreements compares the answer that counts with the answers of other sources from about the same time. With
 // the source auto there are two answers if one source answered just before it failed.
-func (p *Pool) listDisagreements(v *view) []string {
+func (p *Pool) listDisagreements(v *snapshot) []string {
 	const sameTime = 5 * time.Minute
 	_, from, _ := p.newestAnswer(v.state)
 	mine := secondarySet(v.answer.NICs)
