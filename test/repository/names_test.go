@@ -14,7 +14,101 @@ import (
 
 // retired are names that meant two things, by package, each with the name that is used instead. docs/words.md says what
 // each word means.
-var retired = map[string]map[string]string{}
+var retired = map[string]map[string]string{
+	"bridge": {
+		"HeldError": "InUseError", "Forget": "DeleteFlows", "Learn": "LearnPolicy",
+		"Present": "CheckPresent", "Permitted": "CheckPermitted", "Ready": "CheckReady", "hook": "beforeStep",
+		"lock": "lockHost", "renew": "startNewBoot", "asked": "isAsked",
+		"checkStandingBridge": "checkExistingBridgeName", "adopt": "adoptFromLinks",
+		"firstRule": "lowestOtherPriority", "rulesOf": "rulesetEndpoint", "holds": "linkWithAddress",
+		"linkTo": "linkToContainer", "ownWay": "wayOut", "leadsNowhere": "isGoneOrDown",
+		"listens": "refuseListening", "defaultLink": "defaultRouteLink", "leadsOut": "mayLeadOut",
+		"bridgeOf": "bridgeAliasOf", "bridgesIn": "ourBridges", "takesPorts": "hasPorts",
+		"endpointOf": "endpointAliasOf", "isUpstreams": "mayBeUpstreams", "sourceOf": "hostSourceOf",
+		"leadOut": "addSourceTable", "delLink": "deleteLink", "delRoute": "deleteRoute", "doIn": "runInNamespace",
+		"writeIfThere": "writeIfExists", "forgetDatagrams": "deleteUDPFlows", "forgetFlows": "deleteFlows",
+		"normalPorts": "normalizedPorts", "mendAll": "doRound", "brokenOfOurs": "faultsOfOurs",
+		"brokenForTheFirst": "faultsBeforeFirstUse", "brokenWait": "brokenLockWait", "passes": "maxPasses",
+		"unask": "withdrawAsked", "delAddr": "deleteAddr", "sweep": "removeUnasked",
+		"sweepAll": "removeAllButLinks", "manyPolicies": "maxUnusedPolicies", "clearOld": "removeLeftovers",
+		"macIsFree": "refuseUsedMAC", "leadable": "mayHaveElements", "noWay": "unreachableMetric",
+		"relearn": "readLinkKinds", "standing": "whole", "away": "InContainer",
+	},
+	"bridge/internal/rtnl": {
+		"Named": "ByName", "NotThere": "IsNotExist", "MayChange": "HasNetAdmin", "ReadFar": "ReadLinkInNamespace",
+		"ndmsg": "the layout file's accessors",
+	},
+	"bridge/internal/nfnl": {
+		"ForwardChains": "ReadForwardChains",
+	},
+	"bridge/internal/listen": {
+		"At": "Addr",
+	},
+	"bridge/internal/ruleset": {
+		"Drop": "DeleteTables", "Stands": "TablesExist", "Part": "OptionalTable",
+		"noModule": "explainMissingModule", "be16": "bigEndian16", "be32host": "hostEndian32", "spans": "rangesOf",
+		"one": "oneExpression",
+	},
+	"bridge/internal/forward": {
+		"Drop": "RemoveAll", "Foreign": "DroppingChains", "ours": "ourChain",
+		"placed": "jumpIsInPlace", "onward": "ruleTarget", "everything": "unconditionalRule", "printed": "ruleText",
+	},
+	"bridge/internal/firewalld": {
+		"Tell": "Report", "Forget": "ForgetZone", "in": "namedZone", "patience": "busTimeout",
+		"visit": "visitBus",
+	},
+	"bridge/internal/ebtables": {
+		"list": "listRules", "find": "findProgram",
+	},
+	"cmd/azure-vnet": {
+		"tell": "printStatus", "hear": "refreshNICs", "own": "lendsHere", "obtain": "getAddress",
+		"delegate": "delegateAddress", "delegated": "delegateVerb", "installed": "checkInstalled", "given": "grant",
+		"plain": "configuredKeys", "claimed": "hasOurResult", "claimEarlier": "moveEarlierResults",
+		"attachedEarlier": "isEarlierAttach", "clearLeftover": "removeLeftover", "misnamed": "codeMisnamed",
+		"inside": "openContainer", "sweep": "sweepLinkless", "endUpstreams": "removeUpstreamLink",
+		"takeAway": "removeOwners", "addressable": "checkCanAddress",
+	},
+	"cmd/azure-vnet-ipam": {
+		"checkHeld": "checkLeases",
+	},
+	"internal/cni": {
+		"wrong": "Errorf", "removing": "removeAndUnlock",
+		"unwritable": "explainUnwritable", "validSaid": "listsValid", "oldest": "oldestVersion",
+	},
+	"internal/plugin": {
+		"beSeen": "lockPlugin", "linkOf": "findLink", "begin": "start", "loop": "runRounds", "mend": "runRound",
+		"tell": "logFailure", "compareOnce": "compareNetworksOnce", "leavePlace": "writePlace",
+		"leaveSettings": "writeSettings", "leftSettings": "readLastSettings", "leave": "statefile.Replace",
+		"mendEvery": "roundEvery", "mendQuiet": "roundQuiet", "mendTime": "roundTime",
+	},
+	"driver": {
+		"heldPorts": "boundPorts", "HoldPorts": "BindPorts", "agrees": "checkSharedBridge",
+		"forget": "forgetNetwork", "Holder": "WhoHas", "Used": "NetworkMade", "Agrees": "CheckNIC",
+		"Compare": "ForgetUnlisted", "Reserve": "HoldAllAux", "onOff": "parseOnOff",
+	},
+	"ipamdriver": {
+		"Used": "NetworkMade", "Agrees": "CheckNIC", "Reserve": "HoldAux", "Holder": "WhoHas",
+		"Attached": "FindLink", "forget": "dropChoice", "foreign": "isNobodysToLend", "flat": "escapePrefix",
+		"unflat": "unescapePrefix", "colons": "withColons",
+	},
+	"internal/statefile": {
+		"graft": "graftValue", "lenient": "decodeLenient", "taken": "markTaken", "Durable": "UpdateDurably",
+		"Aside": "ListAside", "patience": "lockPatience",
+	},
+	"internal/dump": {
+		"patience": "repeatTime",
+	},
+	"internal/upkeep": {
+		"Release": "ReleaseLeaked", "Adopt": "AdoptLost", "refuseHeld": "refuseLinkless",
+	},
+	"pool": {
+		"Keep": "MakeLinkless", "ponder": "questionFor",
+		"lag": "describeAge", "silence": "silenceError",
+		"aside": "quickQuestion", "soon": "pressingAge", "unadopted": "needsAdoption", "passing": "mayPass",
+		"unmarked": "trimBody", "squeezed": "withoutBlanks", "unlike": "wrongFormat", "absurd": "isAbsurd",
+		"plausible": "arePlausible", "disagreement": "listDisagreements",
+	},
+}
 
 // TestNamesMeanOneThing: no name of ours hides one of Go's own, and no retired name comes back.
 func TestNamesMeanOneThing(t *testing.T) {
