@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"azurevnet/internal/statefile"
 	"azurevnet/internal/vnetsim"
 )
 
@@ -139,7 +140,7 @@ func TestReconcileHeals(t *testing.T) {
 		a := h.mustAttach(e)
 		other := h.running(1, mode, Policy{SNAT: true})
 		otherLink, _ := linkNames(other.endpoint(mode, Policy{}).Owner)
-		boot, err := bootID()
+		boot, err := statefile.BootID()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -3,6 +3,7 @@
 package bridge
 
 import (
+	"azurevnet/internal/statefile"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -46,11 +47,7 @@ func (h *Host) dropInFaults(v *view) (all []fault) {
 			continue
 		}
 		all = append(all, fault{what: file + " is not as it should be", mend: func() error {
-			err := os.MkdirAll(filepath.Dir(file), 0o755)
-			if err == nil {
-				err = replaceFile(file, []byte(text), 0o644)
-			}
-			if err != nil {
+			if err := statefile.Replace(file, []byte(text), 0o644); err != nil {
 				return fmt.Errorf("keep systemd-networkd and NetworkManager off our links: %w", err)
 			}
 			return nil
@@ -68,19 +65,4 @@ func (h *Host) removeDropIns() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// replaceFile replaces the whole file by a rename, so that no reader sees half of it.
-func replaceFile(file string, data []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), file)
 }

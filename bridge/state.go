@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"regexp"
-	"strings"
 
 	"azurevnet/internal/statefile"
 )
@@ -82,7 +80,7 @@ var policyID = regexp.MustCompile(`^[0-9a-f]{8}$`)
 
 // startNewBoot empties a state that is new or of another boot.
 func (s *hostState) startNewBoot() error {
-	boot, err := bootID()
+	boot, err := statefile.BootID()
 	if err != nil {
 		return err
 	}
@@ -162,10 +160,4 @@ func (h *Host) stateFaults(v *view) (all []fault) {
 		}})
 	}
 	return all
-}
-
-// bootID returns an id that the kernel makes anew at each boot.
-func bootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id)), err
 }

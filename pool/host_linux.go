@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -27,15 +25,6 @@ func bootTime() time.Duration {
 		panic(err) // Linux has this clock since 2.6.39
 	}
 	return time.Duration(t.Nano())
-}
-
-// bootID returns the id of this boot, which differs from that of any other boot.
-func bootID() (string, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", fmt.Errorf("read the boot id: %w", err)
-	}
-	return strings.TrimSpace(string(id)), nil
 }
 
 // readOccupied reads the addresses that links of the host have, and those that routes lead to.

@@ -202,7 +202,7 @@ func (p *Pool) readState(ctx context.Context, what string) (s state, err error) 
 // retryRebuilt calls use, which reads the file. If the file cannot be read, it sets the file aside and calls use again.
 // who names this process and what it does.
 func (p *Pool) retryRebuilt(ctx context.Context, what string, use func(boot, who string) error) error {
-	boot, err := bootID()
+	boot, err := statefile.BootID()
 	if err != nil {
 		return err
 	}

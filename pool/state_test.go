@@ -80,7 +80,7 @@ var absurd = []struct{ name, leases, freed, answers string }{
 
 // file is the absurd part in a file that is as it should be otherwise.
 func absurdFile(leases, freed, answers string) string {
-	boot, err := bootID()
+	boot, err := statefile.BootID()
 	if err != nil {
 		panic(err)
 	}
@@ -165,7 +165,7 @@ func FuzzLeases(f *testing.F) {
 // version writes them.
 func leasesSeeds(f *testing.F) {
 	s := everything()
-	boot, err := bootID()
+	boot, err := statefile.BootID()
 	if err != nil {
 		f.Fatal(err)
 	}

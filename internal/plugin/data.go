@@ -95,7 +95,7 @@ func placeFile(run string) string { return filepath.Join(run, "azure-vnet", "dat
 func writePlace(p places) error {
 	text, err := json.Marshal(placeOf(readMounts(), p.data))
 	if err == nil {
-		err = statefile.Replace(placeFile(p.run), text)
+		err = statefile.Replace(placeFile(p.run), text, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("leave word of where networks.json lies, for status: %w", err)

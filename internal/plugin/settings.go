@@ -125,7 +125,7 @@ func writeSettings(getenv func(string) string, run string) error {
 	}
 	text, err := json.Marshal(env)
 	if err == nil {
-		err = statefile.Replace(settingsFile(run), text)
+		err = statefile.Replace(settingsFile(run), text, 0o600)
 	}
 	if err != nil {
 		return fmt.Errorf("leave the settings for status: %w", err)

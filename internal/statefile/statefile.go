@@ -93,16 +93,16 @@ func updateFile[T any](ctx context.Context, path, who string, durable bool, chan
 	if body = append(body, '\n'); bytes.Equal(body, old.body) {
 		return nil
 	}
-	return replaceFile(path, body, durable)
+	return replaceFile(path, body, 0o600, durable)
 }
 
-// Replace writes body to the file at path, whole or not at all. Missing directories are made. It takes no lock: of several
-// writers, the last one counts.
-func Replace(path string, body []byte) error {
+// Replace writes body to the file at path, whole or not at all, with the permissions of mode. It makes missing
+// directories. It takes no lock: of several writers, the last one counts.
+func Replace(path string, body []byte, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	return replaceFile(path, body, false)
+	return replaceFile(path, body, mode, false)
 }
 
 // SetAside renames an unreadable file to <path>.bad-<time>, so that the next Update begins with the zero value. It
@@ -205,9 +205,9 @@ func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
 
 // replaceFile writes a temporary file, and renames it to path. The temporary file always has the same name: the caller
 // holds the lock, and a file that a killed writer left is overwritten. If replaceFile fails, the old file stays.
-func replaceFile(path string, body []byte, durable bool) (err error) {
+func replaceFile(path string, body []byte, mode os.FileMode, durable bool) (err error) {
 	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
 	if err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}

@@ -432,7 +432,7 @@ func TestNoneIsNotEmpty(t *testing.T) {
 func TestReplaceMakesTheDirectoryAndLeavesNoOtherFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "azure-vnet", "plugin.json")
 	for _, body := range []string{"first", "then"} {
-		if err := Replace(path, []byte(body)); err != nil || fileText(t, path) != body {
+		if err := Replace(path, []byte(body), 0o600); err != nil || fileText(t, path) != body {
 			t.Errorf("%v; the file is %q", err, fileText(t, path))
 		}
 	}
