@@ -13,7 +13,6 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
@@ -126,7 +125,7 @@ func findMaster(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string
 
 // readResult takes the address and the routes from the result of another IPAM plugin. An interface has one address.
 func (g *grant) readResult(raw types.Result) error {
-	r, err := current.NewResultFromResult(raw)
+	r, err := cni.ConvertResult(raw)
 	if err != nil {
 		return err
 	}

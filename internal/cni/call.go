@@ -11,6 +11,7 @@ package cni
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -240,11 +241,29 @@ func (c *Call) PrevResult() (*current.Result, error) {
 	r, err := version.NewResult(c.Conf.CNIVersion, c.Conf.prev)
 	if err == nil {
 		var prev *current.Result
-		if prev, err = current.NewResultFromResult(r); err == nil {
+		if prev, err = ConvertResult(r); err == nil {
 			return prev, nil
 		}
 	}
 	return nil, Errorf(types.ErrDecodingFailure, "prevResult: %v", err)
+}
+
+// ConvertResult returns another plugin's result in the newest version. It refuses null in the lists of the result. The
+// library panics on null when it converts an older version, and an ADD that panics does not give its address back.
+func ConvertResult(from types.Result) (r *current.Result, err error) {
+	errNull := errors.New("it has null in the place of an address, a route or an interface: correct the plugin that wrote it")
+	defer func() {
+		if recover() != nil {
+			r, err = nil, errNull
+		}
+	}()
+	if r, err = current.NewResultFromResult(from); err != nil {
+		return nil, err
+	}
+	if slices.Contains(r.IPs, nil) || slices.Contains(r.Routes, nil) || slices.Contains(r.Interfaces, nil) {
+		return nil, errNull
+	}
+	return r, nil
 }
 
 // document returns the result in the CNI version of the configuration.
