@@ -136,17 +136,19 @@ func (z *Zones) effectiveZone(link string) (name string, named bool) {
 }
 
 // namedZone returns the zone that a link is in by its name, or by the beginning of its name, as with eth+. It
-// is empty if there is none.
-func (z *Zones) namedZone(link string) string {
+// is empty if there is none. Of several beginnings, the longest counts: so each reading gives the same zone, and
+// no round undoes what the round before did.
+func (z *Zones) namedZone(link string) (zone string) {
 	if name, ok := z.zoneOfLink[link]; ok {
 		return name
 	}
+	longest := 0
 	for of, name := range z.zoneOfLink {
-		if begin, wild := strings.CutSuffix(of, "+"); wild && name != "" && strings.HasPrefix(link, begin) {
-			return name
+		if begin, wild := strings.CutSuffix(of, "+"); wild && name != "" && strings.HasPrefix(link, begin) && len(of) > longest {
+			longest, zone = len(of), name
 		}
 	}
-	return ""
+	return zone
 }
 
 // firewallCommands returns the commands for an administrator: one for now, and one for good.

@@ -53,6 +53,7 @@ func TestSteps(t *testing.T) {
 		"reloaded":                             {host("public", "eth0=work"), azure0, ours("work"), []string{"join azure0 work"}},
 		"the NIC moved":                        {host("public", "eth0=public azure0=work"), azure0, ours("work"), []string{"leave azure0 work"}}, // and then it is in no zone
 		"the NIC by how its name begins":       {host("public", "eth+=work"), azure0, nil, []string{"join azure0 work"}},
+		"the NIC by two beginnings":            {host("public", "e+=closed eth+=work"), azure0, nil, []string{"join azure0 work"}},
 		"somebody's, by how its name begins":   {host("public", "eth0=public azure+=work"), azure0, nil, nil},
 		"somebody's":                           {host("public", "eth0=public azure0=work"), azure0, nil, nil},
 		"somebody's, as ours would be":         {host("public", "eth0=public azure0=public"), azure0, nil, nil},
