@@ -68,6 +68,10 @@ var (
 	ruleTarget        = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
 )
 
+// losslessTargets are the targets that lose no packet. No chain of such a name is read: nft can make one, and
+// iptables would be started once for each path through such chains.
+var losslessTargets = []string{"ACCEPT", "LOG", "NFLOG", "ULOG"}
+
 // endsChain reports whether a rule stops every packet that no earlier rule has accepted: it drops or rejects
 // all, or leads all to a chain that does.
 func (b *backend) endsChain(rule string) (bool, error) {
@@ -89,16 +93,16 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 	switch target {
 	case "DROP", "REJECT":
 		return true, nil
-	case "ACCEPT", "RETURN":
+	case "RETURN":
 		return false, nil
 	}
-	if depth == 0 {
+	if depth == 0 || slices.Contains(losslessTargets, target) {
 		return false, nil
 	}
 	inside, err := b.listRules(target)
 	var failed *iptables.Error
 	if errors.As(err, &failed) && failed.ExitStatus() == 1 {
-		return false, nil // the target is no chain but an extension such as LOG
+		return false, nil // the target is no chain but an extension such as MARK
 	}
 	if err != nil {
 		return false, err
@@ -110,7 +114,7 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 			}
 		}
 		m := ruleTarget.FindStringSubmatch(rule + " ")
-		if m == nil || !slices.Contains([]string{"ACCEPT", "LOG", "NFLOG", "ULOG"}, m[1]) {
+		if m == nil || !slices.Contains(losslessTargets, m[1]) {
 			return false, nil
 		}
 	}
