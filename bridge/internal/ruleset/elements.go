@@ -110,11 +110,11 @@ func valueOf(s *nftables.Set, e nftables.SetElement) string {
 	for _, a := range attrs {
 		switch a.Type {
 		case unix.NFTA_VERDICT_CODE:
-			if code := int32(binaryutil.BigEndian.Uint32(a.Data)); code == unix.NFT_JUMP {
+			if len(a.Data) == 4 && int32(binaryutil.BigEndian.Uint32(a.Data)) == unix.NFT_JUMP {
 				word = jumpWord
 			}
 		case unix.NFTA_VERDICT_CHAIN:
-			chain = string(a.Data[:len(a.Data)-1]) // without the terminating NUL
+			chain = unix.ByteSliceToString(a.Data)
 		}
 	}
 	return word + " " + chain
