@@ -37,8 +37,9 @@ type mount struct {
 func parseMounts(mountinfo string) (all []mount) {
 	plain := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	for line := range strings.Lines(mountinfo) {
-		// The fields are: id, parent, device, root, mount point, and others.
-		if field := strings.Fields(line); len(field) > 4 {
+		// The fields are: id, parent, device, root, mount point, and others. A path may have another blank in it,
+		// such as a no-break space, which the kernel does not escape.
+		if field := strings.Split(strings.TrimSuffix(line, "\n"), " "); len(field) > 4 {
 			all = append(all, mount{field[2], plain.Replace(field[3]), plain.Replace(field[4])})
 		}
 	}
