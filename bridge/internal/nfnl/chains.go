@@ -101,7 +101,7 @@ func parseRule(m []byte) Rule {
 				r.Handle = binary.BigEndian.Uint64(v)
 			}
 		case unix.NFTA_RULE_USERDATA:
-			r.Comment, _ = userdata.GetString(v, userdata.TypeComment)
+			r.Comment = commentOf(v)
 		case unix.NFTA_RULE_EXPRESSIONS:
 			for _, elem := range nested(v) {
 				r.addExpression(elem)
@@ -109,6 +109,22 @@ func parseRule(m []byte) Rule {
 		}
 	}
 	return r
+}
+
+// commentOf returns the comment that nft keeps in a rule's user data, as type, length and text. Other programs
+// keep what they like there, and the library panics on it.
+func commentOf(data []byte) string {
+	for len(data) >= 2 {
+		size := 2 + int(data[1])
+		if size > len(data) {
+			break
+		}
+		if userdata.Type(data[0]) == userdata.TypeComment {
+			return unix.ByteSliceToString(data[2:size])
+		}
+		data = data[size:]
+	}
+	return ""
 }
 
 // addExpression notes what one expression of the rule does. An expression that it does not know counts as a
