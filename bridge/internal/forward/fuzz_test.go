@@ -28,12 +28,8 @@ exit $none
 // rule that ends it. Where the rules are what we want, no difference is found. The program is started for no chain
 // more often than there are rules that lead to it.
 func FuzzRules(f *testing.F) {
-	files, err := filepath.Glob("../../testdata/*/*iptables-save.txt")
-	if err != nil || len(files) == 0 {
-		f.Fatal(files, err)
-	}
-	for _, name := range files {
-		body, err := os.ReadFile(name)
+	for _, name := range []string{"docker-27", "hardened-image", "tailscale"} { // the short ones: each look is a process
+		body, err := os.ReadFile("../../testdata/foreign/" + name + ".iptables-save.txt")
 		if err != nil {
 			f.Fatal(err)
 		}
