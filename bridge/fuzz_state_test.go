@@ -18,7 +18,7 @@ import (
 // FuzzHostState has any host.json. What cannot be read is set aside, byte for byte, before anything is written. What can
 // be read and is of this boot is kept by a change, and its values do for IPv4.
 func FuzzHostState(f *testing.F) {
-	boot, err := bootID()
+	boot, err := statefile.BootID()
 	if err != nil {
 		f.Fatal(err)
 	}
