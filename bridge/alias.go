@@ -38,14 +38,14 @@ const (
 )
 
 // alias is the text on a host end that says which endpoint it is for. An attach writes it when everything else
-// is done. A detach clears it when everything but the link is gone. So a link of ours without an alias is half
-// made or half removed, and belongs to nobody.
+// is done, but for the routing rules of a second NIC: see makeParts. A detach clears it when everything but the
+// link is gone. So a link of ours without an alias is half made or half removed, and belongs to nobody.
 type alias struct {
 	addr   netip.Prefix
 	mac    net.HardwareAddr
 	nic    string // the NIC's MAC, lower case with colons
 	bridge string // name of the bridge; empty: transparent
-	policy string // the policy's id
+	policy string // the policy's id. Its key in the text is net=, because links of running containers have that
 	owner  string // the owner, or hashed(owner)
 	lease  string // the owner of the lease, or its hash
 	ports  int    // how many ports are published or claimed; host.json says which

@@ -24,9 +24,10 @@ import (
 // another namespace. Attach has changed nothing then.
 var ErrAttached = errors.New("a running container has this interface: end that container first")
 
-// Attach makes a container's interface whole, or not at all. It first decides whether the endpoint can have all
-// that it asks for, and only then makes the parts. The last part is the alias, which says that the interface is
-// whole. A repeat for the same owner removes what a crash left, and succeeds.
+// Attach makes a container's interface whole, or not at all. It first finds out whether the endpoint can have all
+// that it asks for, claims its ports, and writes down its policy. Only then it makes the parts. The last part is
+// the alias, which says that the interface is whole. On a second NIC, the NIC's routing rules are mended after
+// it. A repeat for the same owner removes what a crash left, and succeeds.
 //
 // Its error is ErrAttached if a container has the interface already, and InUseError if another endpoint has the
 // address, the MAC or a port of the host.
@@ -106,13 +107,15 @@ type attacher struct {
 	hostEnd      string // name of the host end
 	containerEnd string // name of the container end while it is in the host's namespace
 
-	// What decideParts found.
+	// What prepareParts found.
 	ns              netns.NsHandle   // the container's namespace; not open if the container end stays in the host's
 	bridgeIndex     int              // link index of the bridge; 0: transparent
 	secondNIC       bool             // the NIC is not the primary one, so its containers need routing rules
 	mtu             int              // of both ends, in bytes
 	ports           []PublishedPort  // claimed in host.json for the endpoint
 	rulesetEndpoint ruleset.Endpoint // the endpoint as plain values for the nft tables
+
+	leftovers *detacher // has removed what an earlier attach left; nil: nothing was left
 
 	// What makeParts made.
 	hostEndIndex      int            // link index
@@ -127,6 +130,9 @@ type attacher struct {
 // closeSockets runs after the lock was given back, because closing a netfilter socket takes long: see
 // ruleset.Conn.
 func (a *attacher) closeSockets() {
+	if a.leftovers != nil {
+		a.leftovers.closeSockets()
+	}
 	a.nft.Close()
 	a.flows.Close()
 	if a.ns.IsOpen() {
@@ -151,7 +157,7 @@ func (a *attacher) lockAndAttach(ctx context.Context) (Attachment, error) {
 	if err := a.removeLeftovers(ctx); err != nil {
 		return Attachment{}, err
 	}
-	if err := a.decideParts(ctx); err != nil {
+	if err := a.prepareParts(ctx); err != nil {
 		return Attachment{}, err
 	}
 	// The undoing is not deferred. After a panic the parts stay, as after a crash, and a repeat finishes them.
@@ -178,7 +184,7 @@ func (a *attacher) removeLeftovers(ctx context.Context) error {
 	}
 	old, whole := endpointAliasOf(l)
 	switch {
-	case !whole && halfMade(l): // no caller was ever told of this link
+	case !whole && halfMade(l): // no caller has had an answer about this link
 		return deleteLink(l)
 	case !whole:
 		return fmt.Errorf("a link %s exists that is not ours: an older azure-vnet names its links alike; end the container that it leads to", a.hostEnd)
@@ -187,9 +193,8 @@ func (a *attacher) removeLeftovers(ctx context.Context) error {
 	case l.Attrs().NetNsID >= 0:
 		return fmt.Errorf("%s with %s: %w", a.hostEnd, old.addr, ErrAttached)
 	}
-	d := &detacher{host: a.host, link: l, alias: old}
-	defer d.closeSockets()
-	if err := d.removeParts(ctx); err != nil {
+	a.leftovers = &detacher{host: a.host, link: l, alias: old}
+	if err := a.leftovers.removeParts(ctx); err != nil {
 		return err
 	}
 	return deleteLink(l)
@@ -218,8 +223,12 @@ func (a *attacher) undoAll() error {
 	return errors.Join(errs...)
 }
 
-// makeParts makes what decideParts found to be possible. docs/design.md says why the order is so, and what a
+// makeParts makes what prepareParts found to be possible. docs/design.md says why the order is so, and what a
 // crash between two steps leaves.
+//
+// The routing rules of a second NIC come after the alias, because they derive from the view of whole endpoints.
+// If they fail, undoAll works on a link that reads as whole. A crash in the midst of it leaves an endpoint
+// without some of its parts, as a detach does that dies before it clears the alias.
 func (a *attacher) makeParts() error {
 	for _, step := range []struct {
 		name string

@@ -1,16 +1,17 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
 // Package bridge attaches containers to the host's network. It makes azure0, veth pairs, routes to containers,
-// and the nftables rules that containers live by. The NIC stays the host's: the package changes no address,
-// route, rule, name or flag of it.
+// and the nftables rules that containers live by. The NIC stays the host's: the package changes no route, rule,
+// name or flag of it. It sets one sysctl of the NIC, forwarding. Only Reclaim takes addresses off the NIC, and
+// an administrator asks for that.
 //
 // The package is not the pool: its caller gives it addresses, and it never chooses one. It knows neither Docker
 // nor CNI.
 //
 // The kernel is the record of what is attached. The package reads attachments from the links: from their names,
 // link groups and aliases. The file <run>/azure-vnet/host.json has only what the kernel cannot tell: what was
-// asked of each NIC, the networks' policies, and which endpoint has claimed which port of the host. Every call
-// can be repeated. A repeat finishes what a crash left.
+// asked of each NIC, the networks' policies, which endpoint has claimed which port of the host, and into which
+// zones of firewalld the package has put links. Every call can be repeated. A repeat finishes what a crash left.
 package bridge
 
 import (
@@ -72,7 +73,7 @@ type Policy struct {
 // Endpoint is the wish for a container's interface. Attach takes it.
 type Endpoint struct {
 	Owner   string           // id of the endpoint. The host end's name derives from it, and the host end's alias has it. 1 to 255 bytes, no spaces
-	Lease   string           // owner of the address's lease, which the alias has too; empty: Owner
+	Lease   string           // the owner of the address's lease; the alias has it too. Empty: Owner
 	Pod     string           // namespace/name of the container's pod. The alias has it as far as there is room; empty: none, or not known
 	NIC     string           // MAC of the NIC that the address belongs to, lower case with colons; required
 	Bridge  string           // name of the NIC's bridge, which Ensure has made; empty: the endpoint is transparent
@@ -89,7 +90,7 @@ type Endpoint struct {
 // Attachment is a container's interface as the kernel has it.
 type Attachment struct {
 	Owner       string // as given to Attach; sha256:<hex> if it did not fit into the alias
-	Lease       string // owner of the address's lease; sha256:<hex> if it did not fit into the alias
+	Lease       string // the owner of the address's lease; sha256:<hex> if it did not fit into the alias
 	Pod         string // namespace/name; empty: none, not known, or it did not fit into the alias
 	Link        string // name of the host end
 	Peer        string // name of the container end while it is in the host's namespace, else empty
@@ -98,6 +99,6 @@ type Attachment struct {
 	Addr        netip.Prefix
 	MAC         net.HardwareAddr // of the container's interface
 	MTU         int              // of the host end, in bytes
-	Ports       []PublishedPort  // ports of the host that lead to the container now
+	Ports       []PublishedPort  // ports of the host that lead to the container, and, from Attach alone, those that are Idle
 	InContainer bool             `json:"Away"` // the container end lies in another network namespace, so a container has it. The key is that of earlier releases' status
 }

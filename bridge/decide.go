@@ -16,12 +16,15 @@ import (
 	"azurevnet/bridge/internal/ruleset"
 )
 
-// decideParts finds out what the endpoint needs, and refuses what it cannot have: the NIC and its bridge, the address and
-// the MAC, the ports of the host. It then sees to what the parts rest on: claims of ports in host.json, and nft tables that
-// have the endpoint's policy. If it fails, it takes back what it did.
+// prepareParts finds out what the endpoint needs, and refuses what it cannot have: the NIC and its bridge, the address
+// and the MAC, the ports of the host. It also sees to what the parts rest on: claims of ports and the policy in host.json,
+// and nft tables that have the policy. If a half-made link holds the MAC, it deletes the link.
+//
+// If it fails, it takes back the claims, and the endpoint's elements of the nft tables. The policy stays in host.json, and
+// a half-made link stays deleted: neither is of use to this endpoint alone, and the link was nobody's.
 //
 // Nearly every attach is decided from a few reads. Only if these do not suffice, all links and addresses are read.
-func (a *attacher) decideParts(ctx context.Context) error {
+func (a *attacher) prepareParts(ctx context.Context) error {
 	v, tablesExist, enough, err := a.readLittle()
 	if err != nil {
 		return err
@@ -32,7 +35,7 @@ func (a *attacher) decideParts(ctx context.Context) error {
 	if v, err = a.host.readEndpoints(); err != nil {
 		return err
 	}
-	if err := a.decideFromAll(ctx, v, tablesExist); err != nil {
+	if err := a.prepareFromAll(ctx, v, tablesExist); err != nil {
 		return errors.Join(err, a.undoAll())
 	}
 	return nil
@@ -73,8 +76,8 @@ func (a *attacher) readLittle() (v *view, tablesExist, enough bool, err error) {
 	return v, true, enough, err
 }
 
-// decideFromAll decides from a view that has all endpoints and addresses.
-func (a *attacher) decideFromAll(ctx context.Context, v *view, tablesExist bool) error {
+// prepareFromAll is prepareParts with a view that has all endpoints and addresses.
+func (a *attacher) prepareFromAll(ctx context.Context, v *view, tablesExist bool) error {
 	if err := a.refuseUsedAddress(v); err != nil {
 		return err
 	}
@@ -129,7 +132,8 @@ func (a *attacher) claimPorts(ctx context.Context, v *view) (err error) {
 	return nil
 }
 
-// decideFromView takes from the view what the endpoint's parts depend on: the NIC, the MTU, and the bridge.
+// decideFromView takes from the view what the endpoint's parts depend on: the NIC, the MTU, and the bridge. The view needs
+// no more than these links.
 func (a *attacher) decideFromView(v *view) error {
 	nic := v.nics[a.alias.nic]
 	if nic == nil {
@@ -166,7 +170,7 @@ func (a *attacher) decideFromView(v *view) error {
 }
 
 // refuseUsedMAC refuses a MAC that the bridge has already. The kernel would move the MAC to the new port, and
-// the other container would be cut off.
+// the other container would be cut off. A half-made link is no reason to refuse: it is deleted.
 func (a *attacher) refuseUsedMAC() error {
 	f, found, err := rtnl.FindForwarding(a.bridgeIndex, a.alias.mac)
 	if err != nil || !found {
@@ -178,8 +182,8 @@ func (a *attacher) refuseUsedMAC() error {
 			return deleteLink(l)
 		}
 		holder = l.Attrs().Name
-		if a, ok := endpointAliasOf(l); ok {
-			holder, owner = fmt.Sprintf("%s (%s)", a.owner, a.label()), a.owner
+		if other, ok := endpointAliasOf(l); ok {
+			holder, owner = fmt.Sprintf("%s (%s)", other.owner, other.label()), other.owner
 		}
 	}
 	return &InUseError{Owner: owner, text: fmt.Sprintf("the MAC %s is that of %s on %s already: ask for another, or for none", a.alias.mac, holder, a.alias.bridge)}
