@@ -36,23 +36,29 @@ const (
 	nicTables         = 16863000 // plus the NIC's index: the table with the way out by that NIC
 	unreachableMetric = 1        // metric of the unreachable route in such a table. It counts only while the route with metric 0 is gone
 
-	containerRule = 100   // at most: see containerPriority
-	hostRule      = 32761 // to destinations that main has a longer prefix for than a NIC's subnet, such as another plugin's pod
-	subnetRule    = 32762 // to the NICs' subnets
-	// Two kinds of rule have this priority. For a second NIC: main without its default route, which is the
-	// primary NIC's. For transparent containers of the primary NIC: main, for prefixes longer than a subnet's.
-	otherRule = 32763
-	outRule   = 32764 // for a second NIC: all the rest
-	// For transparent containers of the primary NIC: to the NICs' subnets. The rule matches the subnet of the
-	// source. A second NIC may have the same subnet; that NIC's rules must match first, and so have lower
-	// numbers.
-	lastRule = 32765
+	containerRule = 100 // to containers. At most: see containerPriority
 
-	// These two are added to the priority of the first rule, which makes 101 and 102. Such rules come before
-	// the rules of wg-quick, which ask main before its tunnel: main leads to the subnets and to Azure's
-	// services by the primary NIC.
-	secondHostRule   = 1 // for a second NIC: as hostRule, and to Azure's two services. For every NIC that is gone or down: unreachable
-	secondSubnetRule = 2 // for a second NIC: as subnetRule
+	// For the bridge of the primary NIC.
+	longerPrefixRule = 32761 // to destinations that main has a longer prefix for than a NIC's subnet, such as another plugin's pod
+	subnetRule       = 32762 // to the NICs' subnets
+
+	// For containers of a second NIC. Two more kinds of rule for them come right behind containerRule.
+	secondMainRule = 32763 // main without its default route, which is the primary NIC's
+	secondOutRule  = 32764 // all the rest
+
+	// For transparent containers of the primary NIC, whose rules match the subnet of the source. A second NIC may
+	// have the same subnet. So the rule that leads out by the primary NIC comes after all rules of second NICs.
+	sourceMainRule   = 32763 // main for longer prefixes, as in longerPrefixRule, and main for packets that are no container's
+	sourceSubnetRule = 32765 // to the NICs' subnets
+)
+
+// Offsets: containerPriority adds them to the priority of the rule that leads to containers, which makes 101 and 102
+// at most. Such rules come before the rules of wg-quick, which ask main before its tunnel: main leads to the subnets
+// and to Azure's services by the primary NIC.
+const (
+	nowhereOffset            = 1 // for every NIC that is gone or down: unreachable
+	secondLongerPrefixOffset = 1 // for a second NIC: as longerPrefixRule, and to Azure's two services
+	secondSubnetOffset       = 2 // for a second NIC: as subnetRule. It is the largest offset
 )
 
 // azureAddrs are the addresses of the host agent and of the metadata service.
@@ -180,12 +186,12 @@ func (s *hostState) needsOwnRules(mac string) bool {
 	return s.NICs[mac].Transparent && !s.NICs[mac].Primary
 }
 
-// containerPriority returns the priority of the rule that leads to containers, plus behind. The rule comes
+// containerPriority returns the priority of the rule that leads to containers, plus the offset. The rule comes
 // before all rules of others but the local table's. A rule that is added without a priority gets the lowest
 // number. So if somebody adds a rule before ours, ours are added again below it, and then the old ones are
 // deleted. At number 0 our rules are behind the local table's, in the order in which they were added.
-func (v *view) containerPriority(behind int) int {
-	return max(0, min(containerRule, v.lowestOtherPriority-1-secondSubnetRule)+behind)
+func (v *view) containerPriority(offset int) int {
+	return max(0, min(containerRule, v.lowestOtherPriority-1-secondSubnetOffset)+offset)
 }
 
 // wantedRules returns all routing rules that should have our protocol number.
@@ -250,7 +256,7 @@ func (w *ruleList) addRule(priority, table, suppress int, iif string, from, to n
 // addNowhere adds a rule for a NIC that is gone or down: what comes by the link reaches containers only.
 func (w *ruleList) addNowhere(mac, link string) {
 	if w.v.isGoneOrDown(mac) {
-		w.addRule(w.v.containerPriority(secondHostRule), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
+		w.addRule(w.v.containerPriority(nowhereOffset), unix.RT_TABLE_UNSPEC, -1, link, everywhere, everywhere)
 	}
 }
 
@@ -261,20 +267,20 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 		return
 	}
 	table, primary := nicTables+v.nics[mac].Attrs().Index, v.state.NICs[mac].Primary
-	host, subnet := hostRule, subnetRule
+	longer, subnet := longerPrefixRule, subnetRule
 	if !primary {
-		host, subnet = v.containerPriority(secondHostRule), v.containerPriority(secondSubnetRule)
+		longer, subnet = v.containerPriority(secondLongerPrefixOffset), v.containerPriority(secondSubnetOffset)
 		for _, to := range azureAddrs {
-			w.addRule(host, table, -1, link, from, to)
+			w.addRule(longer, table, -1, link, from, to)
 		}
 	}
 	for _, to := range w.subnets {
-		w.addRule(host, unix.RT_TABLE_MAIN, to.Bits(), link, from, to)
+		w.addRule(longer, unix.RT_TABLE_MAIN, to.Bits(), link, from, to)
 		w.addRule(subnet, table, -1, link, from, to)
 	}
 	if !primary {
-		w.addRule(otherRule, unix.RT_TABLE_MAIN, 0, link, from, everywhere)
-		w.addRule(outRule, table, -1, link, from, everywhere)
+		w.addRule(secondMainRule, unix.RT_TABLE_MAIN, 0, link, from, everywhere)
+		w.addRule(secondOutRule, table, -1, link, from, everywhere)
 	}
 }
 
@@ -288,11 +294,11 @@ func (w *ruleList) addForSubnets(mac string) {
 	}
 	for _, from := range w.v.subnets(mac) {
 		for _, to := range w.subnets {
-			w.addRule(otherRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
+			w.addRule(sourceMainRule, unix.RT_TABLE_MAIN, to.Bits(), "", from, to)
 			for _, link := range append([]string{"lo"}, w.v.rulesetConfig().NICs...) {
-				w.addRule(otherRule, unix.RT_TABLE_MAIN, -1, link, from, to)
+				w.addRule(sourceMainRule, unix.RT_TABLE_MAIN, -1, link, from, to)
 			}
-			w.addRule(lastRule, nicTables+w.v.nics[mac].Attrs().Index, -1, "", from, to)
+			w.addRule(sourceSubnetRule, nicTables+w.v.nics[mac].Attrs().Index, -1, "", from, to)
 		}
 	}
 }
