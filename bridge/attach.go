@@ -210,7 +210,7 @@ func (a *attacher) syncTables(v *view) error {
 
 // rulesetConfig returns as much of the tables' configuration as the endpoint's own elements depend on.
 func (a *attacher) rulesetConfig() ruleset.Config {
-	return ruleset.Config{Networks: []ruleset.Network{a.wish.Policy.rulesetNetwork()}}
+	return ruleset.Config{Policies: []ruleset.Policy{a.wish.Policy.rulesetPolicy()}}
 }
 
 // undoAll takes back all that was made, the last part first.

@@ -65,7 +65,7 @@ type Bridge struct {
 // Policy says which destinations a network's containers may reach, and with which source address.
 type Policy struct {
 	Internal   bool           // containers reach only the host and other endpoints. SNAT and Direct mean nothing then
-	SNAT       bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address
+	SNAT       bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address, unless rules of others do SNAT
 	Direct     []netip.Prefix // destinations reached with the container's address, by whatever link; nil: RFC 1918, 100.64.0.0/10 and the NICs' subnets, as far as they are reached by a NIC
 	NoMetadata bool           // containers do not reach 169.254.169.254
 }

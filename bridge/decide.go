@@ -57,7 +57,7 @@ func (a *attacher) readLittle() (v *view, tablesExist, enough bool, err error) {
 	if _, known := state.Policies[a.alias.policy]; !known {
 		return v, false, false, nil
 	}
-	if tablesExist, err = ruleset.TablesExist(a.wish.Policy.rulesetNetwork(), part); !tablesExist || err != nil {
+	if tablesExist, err = ruleset.TablesExist(a.wish.Policy.rulesetPolicy(), part); !tablesExist || err != nil {
 		return v, false, false, err
 	}
 	nic := nicByName(state, a.alias.nic)

@@ -126,11 +126,11 @@ func (d *detacher) removeElements(state *hostState) error {
 	if nic != nil {
 		v.nics = map[string]netlink.Link{d.alias.nic: nic}
 	}
-	n := policyOf(state.Policies, d.alias.policy).rulesetNetwork()
+	n := policyOf(state.Policies, d.alias.policy).rulesetPolicy()
 	n.ID = d.alias.policy
 	v.endpoints = []endpoint{{d.alias, d.link.Attrs()}}
 	ports := state.mayHaveElements(d.link.Attrs().Name, v.publishedPorts()[d.link.Attrs().Name])
-	return d.nft.RemoveEndpoint(ruleset.Config{Networks: []ruleset.Network{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
+	return d.nft.RemoveEndpoint(ruleset.Config{Policies: []ruleset.Policy{n}}, v.rulesetEndpoint(d.alias, d.link.Attrs().Name, ports))
 }
 
 // removeRoutes removes the host's way to the container, and the routing rules that a transparent endpoint of a

@@ -20,8 +20,8 @@ import (
 // no round runs, Ensure does one once a minute. If the first call for a NIC fails, it leaves nothing of what it
 // made.
 //
-// The error is ErrTaken for a NIC that is in a bridge, and ErrNameTaken for a bridge's name that another link
-// has.
+// The error is ErrTaken for a NIC that is in a bridge, and ErrNameTaken if a bridge that is not ours has the name
+// of the NIC's bridge.
 func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 	mended := h.reconcileIfNobodyDoes(ctx)
 	b, stands := h.findPrepared(spec)
@@ -59,7 +59,7 @@ func (h *Host) findPrepared(spec Spec) (Bridge, bool) {
 	}
 	b := Bridge{MTU: nic.Attrs().MTU, NIC: nic.Attrs().Name, NICMAC: spec.MAC}
 	if spec.Mode == ModeTransparent {
-		ok, err := ruleset.TablesExist(ruleset.Network{}, ruleset.ForTransparent)
+		ok, err := ruleset.TablesExist(ruleset.Policy{}, ruleset.ForTransparent)
 		return b, err == nil && ok
 	}
 	l, err := netlink.LinkByName(n.Bridge)
@@ -72,7 +72,7 @@ func (h *Host) findPrepared(spec Spec) (Bridge, bool) {
 		return Bridge{}, false
 	}
 	b.Name, b.MAC = n.Bridge, l.Attrs().HardwareAddr
-	ok, err := ruleset.TablesExist(ruleset.Network{}, ruleset.ForBridges)
+	ok, err := ruleset.TablesExist(ruleset.Policy{}, ruleset.ForBridges)
 	return b, err == nil && ok
 }
 

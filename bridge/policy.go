@@ -46,9 +46,9 @@ func (p Policy) id() string {
 	return hex.EncodeToString(sum[:4])
 }
 
-// rulesetNetwork returns the policy as plain values for the nft tables.
-func (p Policy) rulesetNetwork() ruleset.Network {
-	return ruleset.Network{ID: p.id(), SNAT: p.SNAT && !p.Internal, Direct: p.Direct}
+// rulesetPolicy returns the policy as plain values for the nft tables.
+func (p Policy) rulesetPolicy() ruleset.Policy {
+	return ruleset.Policy{ID: p.id(), SNAT: p.SNAT && !p.Internal, Direct: p.Direct}
 }
 
 // policyOf finds a policy by its id. host.json may have been lost while links remain. Then policies without a
@@ -101,12 +101,12 @@ func (h *Host) LearnPolicy(ctx context.Context, p Policy) error {
 	return err
 }
 
-// maxUnusedPolicies is how many policies host.json may have before those without an endpoint are forgotten.
-// Each policy has its chain in the nft tables, so that the next container of its network needs new elements
-// only.
-const maxUnusedPolicies = 32
+// policiesBeforeForgetting is how many policies host.json has, used or not, when the next one that is written
+// makes it forget those without an endpoint. Until then an unused policy keeps its chain in the nft tables, so
+// that the next container of its network needs new elements only.
+const policiesBeforeForgetting = 32
 
-// recordPolicy writes a policy into host.json. If host.json has many, it forgets those that no link has. This
+// recordPolicy writes a policy into host.json. If host.json has policiesBeforeForgetting, it forgets those that no link has. This
 // loses nothing: a network without endpoints tells its policy again.
 func (h *Host) recordPolicy(ctx context.Context, p Policy, links rtnl.Links) error {
 	used := map[string]bool{}
@@ -116,7 +116,7 @@ func (h *Host) recordPolicy(ctx context.Context, p Policy, links rtnl.Links) err
 		}
 	}
 	err := h.updateState(ctx, "learn a policy", func(s *hostState) error {
-		if len(s.Policies) >= maxUnusedPolicies {
+		if len(s.Policies) >= policiesBeforeForgetting {
 			maps.DeleteFunc(s.Policies, func(id string, _ Policy) bool { return !used[id] })
 		}
 		s.Policies[p.id()] = p

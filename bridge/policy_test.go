@@ -51,7 +51,7 @@ func TestPoliciesAreForgotten(t *testing.T) {
 	used := Policy{SNAT: true, Direct: prefixes("203.0.113.0/24")}
 	h.running(0, ModeBridge, used)
 	if err := h.Do(func() error {
-		for i := range maxUnusedPolicies + 2 {
+		for i := range policiesBeforeForgetting + 2 {
 			if err := h.LearnPolicy(t.Context(), Policy{SNAT: true, Direct: prefixes(fmt.Sprintf("10.%d.0.0/16", i))}); err != nil {
 				return err
 			}
@@ -64,7 +64,7 @@ func TestPoliciesAreForgotten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, known := s.Policies[used.id()]; !known || len(s.Policies) > maxUnusedPolicies {
+	if _, known := s.Policies[used.id()]; !known || len(s.Policies) > policiesBeforeForgetting {
 		t.Errorf("%d policies are known; the used one: %v", len(s.Policies), known)
 	}
 	h.whole("with many policies")

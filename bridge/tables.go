@@ -62,9 +62,9 @@ func (v *view) rulesetConfig() ruleset.Config {
 		policies[e.policy] = policyOf(v.state.Policies, e.policy)
 	}
 	for _, id := range slices.Sorted(maps.Keys(policies)) {
-		n := policies[id].rulesetNetwork()
+		n := policies[id].rulesetPolicy()
 		n.ID = id // a policy that host.json has lost is taken for the default, and keeps its id
-		c.Networks = append(c.Networks, n)
+		c.Policies = append(c.Policies, n)
 	}
 	ports := v.publishedPorts()
 	for _, e := range v.endpoints {
@@ -76,7 +76,7 @@ func (v *view) rulesetConfig() ruleset.Config {
 // rulesetEndpoint returns an endpoint as plain values for the nft tables. link is the name of its host end.
 func (v *view) rulesetEndpoint(a alias, link string, ports []PublishedPort) ruleset.Endpoint {
 	p := policyOf(v.state.Policies, a.policy)
-	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), Network: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}
+	e := ruleset.Endpoint{Link: link, MAC: a.mac, Addr: a.addr.Addr(), NIC: v.nicName(a.nic), PolicyID: a.policy, Internal: p.Internal, NoMetadata: p.NoMetadata}
 	if a.bridge != "" {
 		e.BridgeMAC = net.HardwareAddr{}
 		if mac, err := parseMAC(a.nic); err == nil {

@@ -30,7 +30,7 @@ func (c *Conn) Close() {
 }
 
 // AddEndpoint adds the elements of an endpoint in one transaction. The tables must exist: see TablesExist. cfg needs no
-// more than the endpoint's Network.
+// more than the endpoint's Policy.
 func (c *Conn) AddEndpoint(cfg Config, e Endpoint) error {
 	return c.addSets(e, cfg.elements(e))
 }

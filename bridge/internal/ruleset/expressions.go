@@ -95,8 +95,8 @@ func key(fields ...field) (all []expr.Any) {
 	return all
 }
 
-// is loads a field and compares it. A rule ends at a comparison that fails.
-func is(f field, value []byte) []expr.Any { return rule(key(f), equals(value)) }
+// fieldEquals loads a field and compares it. A rule ends at a comparison that fails.
+func fieldEquals(f field, value []byte) []expr.Any { return rule(key(f), equals(value)) }
 
 // equals compares the first register.
 func equals(value []byte) []expr.Any {
@@ -114,12 +114,12 @@ func isLoopback(f field) []expr.Any {
 	return masked(f, [4]byte{255, 0, 0, 0}, [4]byte{127, 0, 0, 0})
 }
 
-func isProtocol(number byte) []expr.Any    { return is(metaL4proto, []byte{number}) }
-func isEtherType(number uint16) []expr.Any { return is(etherType, bigEndian16(number)) }
-func fromGroup(group uint32) []expr.Any    { return is(iifgroup, hostEndian32(group)) }
-func toGroup(group uint32) []expr.Any      { return is(oifgroup, hostEndian32(group)) }
+func isProtocol(number byte) []expr.Any    { return fieldEquals(metaL4proto, []byte{number}) }
+func isEtherType(number uint16) []expr.Any { return fieldEquals(etherType, bigEndian16(number)) }
+func fromGroup(group uint32) []expr.Any    { return fieldEquals(iifgroup, hostEndian32(group)) }
+func toGroup(group uint32) []expr.Any      { return fieldEquals(oifgroup, hostEndian32(group)) }
 func isICMPRedirect() []expr.Any {
-	return rule(isProtocol(unix.IPPROTO_ICMP), is(icmpType, []byte{icmpRedirect}))
+	return rule(isProtocol(unix.IPPROTO_ICMP), fieldEquals(icmpType, []byte{icmpRedirect}))
 }
 
 // The set links has both groups of our links.
@@ -130,7 +130,7 @@ func notToOurs() []expr.Any   { return rule(key(oifgroup), notInSet("links")) }
 
 // isEthernet is what nft writes before it looks at a MAC outside of the bridge family.
 func isEthernet() []expr.Any {
-	return is(iiftype, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER))
+	return fieldEquals(iiftype, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER))
 }
 
 // toThisHost asks the routing table whether the destination is an address of this host.

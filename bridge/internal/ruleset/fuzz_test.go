@@ -41,16 +41,16 @@ func (n *numbers) config() Config {
 	flags := n.next()
 	c := Config{Bridges: flags&1 != 0, Transparent: flags&2 != 0, NICs: []string{"eth0", "enP1s1"}[:1+flags>>2&1], Subnets: n.prefixes(3)}
 	for i := range 1 + n.next()%3 {
-		network := Network{ID: fmt.Sprintf("0000000%d", i), SNAT: n.next()&1 != 0}
+		network := Policy{ID: fmt.Sprintf("0000000%d", i), SNAT: n.next()&1 != 0}
 		if n.next()&1 != 0 {
 			network.Direct = n.prefixes(6)
 		}
-		c.Networks = append(c.Networks, network)
+		c.Policies = append(c.Policies, network)
 	}
 	for i := range n.next() % 6 {
 		flags := n.next()
 		e := Endpoint{Link: fmt.Sprintf("azv%011x", i), MAC: net.HardwareAddr{2, 0x42, n.next(), n.next(), n.next(), i}, Addr: n.addr(), NIC: c.NICs[int(flags)%len(c.NICs)],
-			Network: c.Networks[int(n.next())%len(c.Networks)].ID, Internal: flags&2 != 0, NoMetadata: flags&4 != 0}
+			PolicyID: c.Policies[int(n.next())%len(c.Policies)].ID, Internal: flags&2 != 0, NoMetadata: flags&4 != 0}
 		e.Addr = netip.AddrFrom4([4]byte(append(e.Addr.AsSlice()[:3], i))) // two endpoints never have one address
 		if flags&8 != 0 && c.Bridges {
 			e.BridgeMAC = net.HardwareAddr{6, 0x0d, 0x3a, 4, 0, n.next()}

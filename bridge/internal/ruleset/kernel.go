@@ -127,9 +127,9 @@ const (
 	ForTransparent                      // the table of family arp, and a chain of the ip table
 )
 
-// TablesExist reports whether the kernel has the ip table with the chain of that network, and the other tables
-// asked for. Then an endpoint of the network can be added by its elements alone. It does not check the rules.
-func TablesExist(n Network, parts ...OptionalTable) (bool, error) {
+// TablesExist reports whether the kernel has the ip table with the chain of that policy, and the other tables
+// asked for. Then an endpoint of the policy can be added by its elements alone. It does not check the rules.
+func TablesExist(n Policy, parts ...OptionalTable) (bool, error) {
 	first := "postrouting"
 	if n.SNAT {
 		first = snatChain(n.ID)

@@ -1,9 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
 // Package ruleset is azure-vnet's nftables rules: plain values in, tables out. The rules decide which frames a
-// container may send, which packets are forwarded, which packets leave with the NIC's address, and which port
-// of the host leads to which container. The package reads and writes nf_tables alone. It knows no links and no
-// files.
+// container may send, which packets are forwarded, which packets leave with the address of the link that they
+// leave by (SNAT), and which port of the host leads to which container. The package reads and writes nf_tables
+// alone. It knows no links and no files.
 //
 // There are up to three tables, all named azure_vnet. The one of family bridge checks what comes from ports of
 // our bridges. The one of family arp checks what comes by ARP from transparent links. The one of family ip does
@@ -37,15 +37,17 @@ type Config struct {
 	Bridges     bool           // the host has a bridge of ours
 	Transparent bool           // transparent endpoints are asked for, even if none exists yet
 	NICs        []string       // names of the VM's NICs
-	Subnets     []netip.Prefix // subnets of these NICs, which networks without a Direct list reach without SNAT
-	Networks    []Network      // each ID once
+	Subnets     []netip.Prefix // subnets of these NICs, which policies without a Direct list reach without SNAT
+	Policies    []Policy       // each ID once
 	Endpoints   []Endpoint     // every endpoint of the host
 }
 
-// Network says how packets of a network's endpoints leave the host. Networks with the same policy are one
-// Network.
-type Network struct {
-	ID     string         // names the network's chain
+// Policy says how packets of a network's endpoints leave the host. Networks with the same policy share one.
+//
+// Only SNAT is final. Where the tables let a packet leave as it is, a chain of others that comes later may still do SNAT,
+// such as that of iptables at priority 100.
+type Policy struct {
+	ID     string         // names the policy's chain
 	SNAT   bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address
 	Direct []netip.Prefix // destinations reached with the container's address, by whatever link; nil: RFC 1918, 100.64.0.0/10 and Subnets, as far as they are reached by a NIC
 }
@@ -57,7 +59,7 @@ type Endpoint struct {
 	Addr       netip.Addr
 	BridgeMAC  net.HardwareAddr // MAC of the bridge that the host end is a port of; nil: transparent
 	NIC        string           // name of the NIC that the address belongs to; empty: the NIC is gone
-	Network    string           // ID of its Network
+	PolicyID   string           // of its Policy
 	Internal   bool             // it exchanges packets with the host and with other endpoints only
 	NoMetadata bool             // it does not reach 169.254.169.254
 	Ports      []Port           // ports of the host that lead to it

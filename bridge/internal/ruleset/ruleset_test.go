@@ -50,11 +50,11 @@ func prefixes(list ...string) []netip.Prefix {
 }
 
 // example is a host with two NICs, and an endpoint of each kind in the network.
-func example(n Network, endpoints int, change func(*Endpoint)) Config {
-	c := Config{Bridges: true, NICs: []string{"eth0", "eth1"}, Subnets: prefixes("10.240.0.0/16", "203.0.112.0/24"), Networks: []Network{n}}
+func example(n Policy, endpoints int, change func(*Endpoint)) Config {
+	c := Config{Bridges: true, NICs: []string{"eth0", "eth1"}, Subnets: prefixes("10.240.0.0/16", "203.0.112.0/24"), Policies: []Policy{n}}
 	for i := range endpoints {
 		e := Endpoint{Link: "azv0000000000" + string('1'+rune(i)), MAC: net.HardwareAddr{2, 0x42, 10, 240, 0, byte(5 + i)}, Addr: netip.AddrFrom4([4]byte{10, 240, 0, byte(5 + i)}),
-			BridgeMAC: net.HardwareAddr{6, 0x0d, 0x3a, 4, 0, 1}, NIC: "eth0", Network: n.ID}
+			BridgeMAC: net.HardwareAddr{6, 0x0d, 0x3a, 4, 0, 1}, NIC: "eth0", PolicyID: n.ID}
 		if i%2 == 1 {
 			e.BridgeMAC = nil
 		}
@@ -69,17 +69,17 @@ func example(n Network, endpoints int, change func(*Endpoint)) Config {
 // The tables are, as nft lists them, what their golden file says. Writing them again changes nothing, and they
 // are mended wherever anybody cut. nft can load what it lists.
 func TestTables(t *testing.T) {
-	on := Network{ID: "0a1b2c3d", SNAT: true}
+	on := Policy{ID: "0a1b2c3d", SNAT: true}
 	for name, c := range map[string]Config{
 		"no-endpoint":    example(on, 0, nil),
 		"bridge":         example(on, 1, nil),
 		"both-modes":     example(on, 2, nil),
-		"no-bridge":      {NICs: []string{"eth0"}, Networks: []Network{on}},
-		"snat-off":       example(Network{ID: "0a1b2c3d"}, 2, nil),
-		"direct":         example(Network{ID: "0a1b2c3d", SNAT: true, Direct: prefixes("10.240.0.0/16", "172.16.0.0/12", "168.63.128.0/20", "169.254.0.0/16")}, 1, nil),
-		"direct-all":     example(Network{ID: "0a1b2c3d", SNAT: true, Direct: prefixes("0.0.0.0/0")}, 1, nil),
-		"direct-nothing": example(Network{ID: "0a1b2c3d", SNAT: true, Direct: prefixes()}, 1, nil),
-		"internal":       example(Network{ID: "0a1b2c3d"}, 2, func(e *Endpoint) { e.Internal = true }),
+		"no-bridge":      {NICs: []string{"eth0"}, Policies: []Policy{on}},
+		"snat-off":       example(Policy{ID: "0a1b2c3d"}, 2, nil),
+		"direct":         example(Policy{ID: "0a1b2c3d", SNAT: true, Direct: prefixes("10.240.0.0/16", "172.16.0.0/12", "168.63.128.0/20", "169.254.0.0/16")}, 1, nil),
+		"direct-all":     example(Policy{ID: "0a1b2c3d", SNAT: true, Direct: prefixes("0.0.0.0/0")}, 1, nil),
+		"direct-nothing": example(Policy{ID: "0a1b2c3d", SNAT: true, Direct: prefixes()}, 1, nil),
+		"internal":       example(Policy{ID: "0a1b2c3d"}, 2, func(e *Endpoint) { e.Internal = true }),
 		"no-metadata":    example(on, 1, func(e *Endpoint) { e.NoMetadata = true }),
 		"published": example(on, 2, func(e *Endpoint) {
 			last := uint16(e.Addr.As4()[3])
@@ -152,7 +152,7 @@ func checkTables(t *testing.T, name string, c Config) {
 
 // One endpoint more or less is the same whether it is added to tables that stand, or they are written with it.
 func TestOneEndpoint(t *testing.T) {
-	all := example(Network{ID: "0a1b2c3d", SNAT: true}, 4, func(e *Endpoint) {
+	all := example(Policy{ID: "0a1b2c3d", SNAT: true}, 4, func(e *Endpoint) {
 		e.NoMetadata = e.Addr.As4()[3] == 7
 		e.Ports = []Port{{HostPort: 8080 + uint16(e.Addr.As4()[3]), Port: 80}}
 	})
@@ -209,19 +209,19 @@ func TestOneEndpoint(t *testing.T) {
 
 // TablesExist is false until the tables have the chain of the network.
 func TestStands(t *testing.T) {
-	on, other := Network{ID: "0a1b2c3d", SNAT: true}, Network{ID: "ffffffff", SNAT: true}
+	on, other := Policy{ID: "0a1b2c3d", SNAT: true}, Policy{ID: "ffffffff", SNAT: true}
 	inNamespace(t, func() {
 		for _, tt := range []struct {
 			what  string
 			sync  Config
-			n     Network
+			n     Policy
 			parts []OptionalTable
 			want  bool
 		}{
 			{"nothing", Config{}, on, nil, false},
 			{"a bridge", example(on, 0, nil), on, []OptionalTable{ForBridges}, true},
 			{"another network", example(on, 0, nil), other, []OptionalTable{ForBridges}, false},
-			{"a network that needs no chain", example(on, 0, nil), Network{ID: "eeeeeeee"}, []OptionalTable{ForBridges}, true},
+			{"a network that needs no chain", example(on, 0, nil), Policy{ID: "eeeeeeee"}, []OptionalTable{ForBridges}, true},
 			{"no transparent endpoint yet", example(on, 1, nil), on, []OptionalTable{ForTransparent}, false},
 			{"transparent ones", example(on, 2, nil), on, []OptionalTable{ForTransparent}, true},
 		} {

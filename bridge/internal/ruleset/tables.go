@@ -11,14 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Priorities of our chains on their hooks. iptables' tables have -300 (raw), -100 (DNAT), 0 (filter) and 100 (SNAT). Each
-// of our chains runs just before the iptables table whose stage depends on it.
+// Priorities of our chains on their hooks. iptables' tables have -300 (raw), -100 (DNAT), 0 (filter) and 100 (SNAT).
 const (
 	beforeBrNetfilter = -300 // in the bridge family, where br_netfilter's own hook is at 0
 	beforeRaw         = -310 // before raw (-300) and conntrack (-200): a forged packet creates no flow, and meets no rule of others
-	beforeDNAT        = -101
-	atFilter          = 0
-	beforeSNAT        = 99
+	beforeDNAT        = -101 // a published port of ours comes before one of others
+	atFilter          = 0    // after every DNAT. The order beside the host's filter does not matter: a packet that one lets pass may be dropped by the other
+	beforeSNAT        = 99   // our SNAT comes before that of others, such as Docker's. Where we do none, theirs may
 )
 
 // arpInput is the hook of incoming ARP (NF_ARP_IN). The arp family numbers its hooks in its own way.
@@ -137,8 +136,8 @@ func addForward(t *table) {
 	// The host agent's HTTP (ports 80 and 32526) is for the host's own agents. Another VM's containers come by a NIC, if a
 	// service of this VM leads to the host agent.
 	t.addChain("host_agent",
-		rule(isProtocol(unix.IPPROTO_TCP), is(thDport, bigEndian16(80)), gotoChain("containers")),
-		rule(isProtocol(unix.IPPROTO_TCP), is(thDport, bigEndian16(32526)), gotoChain("containers")))
+		rule(isProtocol(unix.IPPROTO_TCP), fieldEquals(thDport, bigEndian16(80)), gotoChain("containers")),
+		rule(isProtocol(unix.IPPROTO_TCP), fieldEquals(thDport, bigEndian16(32526)), gotoChain("containers")))
 	t.addChain("containers",
 		rule(fromOurs(), dropVerdict()),
 		rule(key(iifname), inSet("nics"), dropVerdict()))
@@ -169,7 +168,7 @@ func (c Config) addPostrouting(t *table) {
 		rule(toOurs(), isLoopback(ipSaddr), masquerade()),
 		rule(toOurs(), acceptVerdict()),
 		rule(key(ipSaddr), verdictFrom("sources")))
-	for _, n := range c.Networks {
+	for _, n := range c.Policies {
 		if !n.SNAT {
 			continue
 		}
@@ -185,9 +184,9 @@ func (c Config) addPostrouting(t *table) {
 	}
 }
 
-// direct returns the destinations that packets of the network reach with the container's own address. The host agent
+// direct returns the destinations that packets of the policy's endpoints reach with the container's own address. The host agent
 // always answers a secondary address, and the metadata service never does.
-func (n Network) direct(subnets []netip.Prefix) []addrRange {
+func (n Policy) direct(subnets []netip.Prefix) []addrRange {
 	list := n.Direct
 	if list == nil {
 		list = slices.Concat(defaultDirect, subnets)
@@ -196,7 +195,7 @@ func (n Network) direct(subnets []netip.Prefix) []addrRange {
 	return subtractRanges(rangesOf(list...), rangesOf(netip.PrefixFrom(metadata, 32)))
 }
 
-func snatChain(network string) string { return "snat_" + network }
+func snatChain(policyID string) string { return "snat_" + policyID }
 
 // addElements adds to the table the elements of all endpoints that belong into it.
 func (c Config) addElements(t *table) {
@@ -237,8 +236,8 @@ func (c Config) elements(e Endpoint) []*set {
 	}
 	if e.Internal {
 		add(ipTable, "internal", none, plain(ip))
-	} else if i := slices.IndexFunc(c.Networks, func(n Network) bool { return n.ID == e.Network }); i >= 0 && c.Networks[i].SNAT {
-		add(ipTable, "sources", nftables.TypeVerdict, map[elemKey]string{{bytes: ip}: gotoWord + " " + snatChain(e.Network)})
+	} else if i := slices.IndexFunc(c.Policies, func(n Policy) bool { return n.ID == e.PolicyID }); i >= 0 && c.Policies[i].SNAT {
+		add(ipTable, "sources", nftables.TypeVerdict, map[elemKey]string{{bytes: ip}: gotoWord + " " + snatChain(e.PolicyID)})
 	}
 	if e.NoMetadata {
 		add(ipTable, "no_metadata", none, plain(ip))

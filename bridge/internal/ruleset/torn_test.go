@@ -57,7 +57,7 @@ func othersCommit(t *testing.T) (stop func()) {
 // While they do, each reading of ours has all that is there.
 func TestATableIsReadWholeWhileOthersCommit(t *testing.T) {
 	inNamespace(t, func() {
-		c := example(Network{ID: "0a1b2c3d", SNAT: true}, 1, nil)
+		c := example(Policy{ID: "0a1b2c3d", SNAT: true}, 1, nil)
 		one := c.Endpoints[0]
 		c.Endpoints = nil
 		for i := range 250 {
