@@ -148,7 +148,7 @@ func (h *Host) updateState(ctx context.Context, who string, change func(*hostSta
 // stateFaults are the NICs for which the links tell more than host.json, because the file was lost or could not
 // be read.
 func (h *Host) stateFaults(v *view) (all []fault) {
-	for _, mac := range v.adopted {
+	for _, mac := range v.unrecorded {
 		n := v.state.NICs[mac]
 		all = append(all, fault{what: "host.json does not say what was asked of the NIC " + mac, mend: func() error {
 			return h.updateState(context.Background(), "adopt what stands", func(s *hostState) error {

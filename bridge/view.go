@@ -26,8 +26,19 @@ const mainRule = 32766
 
 // view is one reading of the host, with each kind of kernel state once. Decisions rest on it: which faults
 // there are, what an endpoint may have, and what the nft tables and FORWARD should hold. Settings and files
-// that only one decision needs are not in it: sysctls, the nft tables, FORWARD and drop-ins are read once each
-// by the function that lists their faults.
+// that only one decision needs are not in it: sysctls, the nft tables, FORWARD and drop-ins are read by the
+// function that lists their faults. If host.json has lost published ports, publishedPorts also reads the nft
+// table, each time that it is called.
+//
+// A view is filled to one of these degrees. A method that needs more than a view has sees nothing there, and no
+// error tells it.
+//
+//   - readView fills all but the zones. Rounds, Check and Broken need it: the functions named Faults,
+//     wantedRules and containerPriority.
+//   - readEndpoints fills state, links, addrs, nics, endpoints and unrecorded. That is enough for the nft tables
+//     (rulesetConfig), for published ports (choosePorts), and for subnets, bridge and linkWithAddress.
+//   - readLittle fills state, one NIC, and that NIC's bridge. That is enough for decideFromView. A detacher's view
+//     has state, one endpoint, and its NIC, which is enough for rulesetEndpoint and publishedPorts.
 type view struct {
 	state               *hostState // host.json, completed from the links if the file was lost
 	links               rtnl.Links
@@ -42,9 +53,9 @@ type view struct {
 
 	zones zoneReading // of firewalld; only a round and Broken read them
 
-	nics      map[string]netlink.Link // by MAC; a NIC that is gone is missing
-	endpoints []endpoint
-	adopted   []string // MACs of the NICs for which the links tell more than host.json does
+	nics       map[string]netlink.Link // by MAC; a NIC that is gone is missing
+	endpoints  []endpoint
+	unrecorded []string // MACs of the NICs for which the links tell more than host.json does: see stateFaults
 }
 
 // endpoint is a host end whose alias says what it is for.
@@ -66,7 +77,7 @@ func (h *Host) readEndpoints() (v *view, err error) {
 	if v.addrs, err = dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_V4) }); err != nil {
 		return nil, fmt.Errorf("list the host's addresses: %w", err)
 	}
-	return v, v.adoptFromLinks()
+	return v, v.completeFromLinks()
 }
 
 // readView reads all of the view but the zones. The caller holds the host's lock, unless it changes nothing and
@@ -115,9 +126,9 @@ func (h *Host) readView() (*view, error) {
 	return v, nil
 }
 
-// adoptFromLinks lists the endpoints, and completes the state from the links: host.json may be lost, and the
-// links then tell most of it. It also finds the NICs.
-func (v *view) adoptFromLinks() error {
+// completeFromLinks lists the endpoints, and completes the state from the links: host.json may be lost, and the
+// links then tell most of it. It also finds the NICs. It writes no file: a round adopts what is unrecorded.
+func (v *view) completeFromLinks() error {
 	for _, l := range v.links {
 		if a, ok := endpointAliasOf(l); ok {
 			v.endpoints = append(v.endpoints, endpoint{a, l.Attrs()})
@@ -128,8 +139,8 @@ func (v *view) adoptFromLinks() error {
 		n := was
 		want(&n)
 		v.state.NICs[mac] = n
-		if (n.Bridge != was.Bridge || n.Transparent != was.Transparent) && !slices.Contains(v.adopted, mac) {
-			v.adopted = append(v.adopted, mac)
+		if (n.Bridge != was.Bridge || n.Transparent != was.Transparent) && !slices.Contains(v.unrecorded, mac) {
+			v.unrecorded = append(v.unrecorded, mac)
 		}
 	}
 	for _, b := range ourBridges(v.links) {
