@@ -105,7 +105,9 @@ func ReadPortFlags() (map[int]PortFlags, error) {
 	}
 	all := map[int]PortFlags{}
 	for _, m := range messages {
-		all[linkIndexOf(m)] = parsePortFlags(m)
+		if len(m) >= unix.SizeofIfInfomsg {
+			all[linkIndexOf(m)] = parsePortFlags(m)
+		}
 	}
 	return all, nil
 }
