@@ -38,7 +38,7 @@ var bridgePortFlags = []rtnl.PortFlag{
 var bridgePortDefaults = []rtnl.PortFlag{{Kind: nl.IFLA_BRPORT_ISOLATED, Name: "isolated", Value: 0}}
 
 // portForwards is BR_STATE_FORWARDING, the state of a port that passes frames.
-const portForwards = 3 // BR_STATE_FORWARDING
+const portForwards = 3
 
 // bridgePortFaults are the faults of a host end as a port of its bridge. add collects them.
 func (e endpoint) bridgePortFaults(v *view, add func(wrong bool, what string, mend func() error)) {

@@ -21,8 +21,8 @@ type fault struct {
 // needsPerson reports whether azure-vnet cannot mend the fault. Its text then says what to do.
 func (f fault) needsPerson() bool { return f.mend == nil }
 
-// listFaults says what is wrong with the host. It is the one place that says what the host should be like:
-// Ensure, Reconcile, Check and Broken all use these functions. Mending one fault may bring others to light,
+// listFaults says what is wrong with the host. The functions that it calls are the one place that says what the
+// host should be like: Ensure, Reconcile and Broken use all of them, and Check those for its endpoint. Mending one fault may bring others to light,
 // such as the ports of a bridge that was gone. So a round reads the host again after it mended something.
 //
 // The order of the calls is the order of mending: what restricts containers comes before what opens a way to
@@ -78,7 +78,8 @@ func halfMadeFaults(v *view) (all []fault) {
 	return all
 }
 
-// nicFaults are the faults of a NIC that containers are asked for on. A NIC without any has none.
+// nicFaults are the faults of a NIC that containers are asked for on. If nothing is asked of the NIC, it has no
+// faults.
 func (h *Host) nicFaults(v *view, mac string) []fault {
 	if n := v.state.NICs[mac]; n.Bridge == "" && !n.Transparent {
 		return nil

@@ -16,15 +16,17 @@ import (
 	"azurevnet/internal/dump"
 )
 
-// ErrTaken is in the error for a host whose NIC is in a bridge. The bridge is somebody else's, or was made by a
-// build of azure-vnet that moved the NIC into it. Such a host is not changed.
+// ErrTaken is in the error for a host whose NIC is a port of a bridge, or of another link that hasPorts knows. The
+// bridge is somebody else's, or was made by a build of azure-vnet that moved the NIC into it. Such a host is not
+// changed.
 var ErrTaken = errors.New("the NIC is a port of a bridge")
 
 // errNoNIC is in the error for a MAC that no NIC of this host has. The text goes on with the MAC.
 var errNoNIC = errors.New("no network interface of this host has")
 
-// ErrNameTaken is in the error for a host where another link has the name that the NIC's bridge is to have.
-// That link is not changed.
+// ErrNameTaken is in the error for a host where a bridge that is not ours has the name that the NIC's bridge is
+// to have. That bridge is not changed. If a link of another kind or another NIC's bridge has the name, the error
+// is a plain one.
 var ErrNameTaken = errors.New("the bridge's name is another link's")
 
 // notNICs are kinds of link that may have a NIC's MAC and are not the NIC.
@@ -86,8 +88,8 @@ func hasPorts(l netlink.Link) bool {
 	return slices.Contains([]string{"bridge", "bond", "team", "openvswitch", "vrf"}, l.Type())
 }
 
-// refuseTaken returns an error if the NIC is a port of any bridge, bond or team. Whoever put the NIC there
-// relies on it, and its addresses cannot be used both ways.
+// refuseTaken returns an error if the NIC is a port of any link that hasPorts knows: a bridge, a bond, a team, Open
+// vSwitch's or a VRF. Whoever put the NIC there relies on it, and its addresses cannot be used both ways.
 func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	m := links.ByIndex(nic.Attrs().MasterIndex)
 	if m == nil || !hasPorts(m) {
@@ -148,7 +150,7 @@ func (h *Host) CheckPresent(ctx context.Context, mac string) error {
 }
 
 // BridgeName returns the name of the bridge that the NIC has, or that Ensure would give it. The error is
-// ErrNameTaken if another link has that name. BridgeName changes nothing.
+// ErrNameTaken if a bridge that is not ours has that name. BridgeName changes nothing.
 func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -166,8 +168,9 @@ func (h *Host) BridgeName(ctx context.Context, spec Spec) (string, error) {
 }
 
 // CheckReady returns nil if containers could be attached to the NICs with these MACs. Without MACs, it checks
-// every NIC in host.json. The error is ErrTaken if one of the NICs is a port of a bridge, or if a bridge named
-// azure… that is not ours has a port.
+// every NIC in host.json. The error is ErrTaken if one of the NICs is a port of a bridge, or if a build of ours
+// that moved the NIC left its bridge. If none of the NICs is found, it is also ErrTaken if a bridge named azure…
+// that is not ours has a port.
 func (h *Host) CheckReady(ctx context.Context, macs ...string) error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {

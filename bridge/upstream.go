@@ -120,7 +120,7 @@ func (h *Host) removeUpstreamLink(ctx context.Context, c UpstreamContainer, name
 	if err != nil || !mayBeUpstreams(l) {
 		return false, ignoreMissing(err)
 	}
-	if has, told := c.hasOtherEnd(l); !has && (told || !byID) {
+	if has, hadNamespace := c.hasOtherEnd(l); !has && (hadNamespace || !byID) {
 		return false, nil
 	}
 	routes, err := dump.Whole(func() ([]netlink.Route, error) {
@@ -152,9 +152,9 @@ func mayBeUpstreams(l netlink.Link) bool {
 	return l.Type() == "veth" && a.Alias == "" && a.Group != ruleset.GroupBridge && a.Group != ruleset.GroupTransparent
 }
 
-// hasOtherEnd reports whether the interface IfName of the container is the link's other end. told is false if
-// there is no namespace to look into.
-func (c UpstreamContainer) hasOtherEnd(l netlink.Link) (has, told bool) {
+// hasOtherEnd reports whether the interface IfName of the container is the link's other end. hadNamespace is
+// false if there is no namespace to look into.
+func (c UpstreamContainer) hasOtherEnd(l netlink.Link) (has, hadNamespace bool) {
 	if c.Netns == "" {
 		return false, false
 	}

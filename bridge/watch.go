@@ -38,14 +38,14 @@ const watchPause = 200 * time.Millisecond
 // sends no event.
 //
 // Two things that happen with each container are no event, since their attach or detach has made all of it: elements
-// of the nft tables, and a new endpoint that is whole within 200 ms. An endpoint that has no alias by then, or is
-// down, was left by a crash.
+// of the nft tables, and a new endpoint that is ready within 200 ms, which means whole and up. An endpoint that has no
+// alias by then, or is down, was left by a crash.
 //
 // Watch works on the calling goroutine, so that it stays in the caller's network namespace. Only the system bus has a
 // goroutine of its own: its socket is a file, and belongs to no network namespace. Watch returns ctx's error when ctx
 // ends, and any error of a socket at once.
 func (h *Host) Watch(ctx context.Context, changed func()) error {
-	w := &watcher{host: h, linkKinds: map[int]linkKind{}, unready: map[int]bool{}, whole: map[int]endState{}}
+	w := &watcher{host: h, linkKinds: map[int]linkKind{}, unready: map[int]bool{}, ready: map[int]endState{}}
 	if err := w.openSockets(); err != nil {
 		w.closeSockets()
 		return fmt.Errorf("watch the host's network: %w", err)
@@ -83,7 +83,7 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 			continue
 		}
 		callAt = time.Time{}
-		if pending || len(w.unready) > 0 { // host ends that became whole in time are no longer unready
+		if pending || len(w.unready) > 0 { // host ends that became ready in time are no longer unready
 			pending = false
 			clear(w.unready)
 			changed()
@@ -101,8 +101,8 @@ type watcher struct {
 
 	// What the events have told so far, all by link index.
 	linkKinds map[int]linkKind // every link of the host
-	unready   map[int]bool     // host ends that are not whole, or down: being made, or left by a crash
-	whole     map[int]endState // host ends that are whole and up
+	unready   map[int]bool     // host ends that are not ready: being made, or left by a crash
+	ready     map[int]endState // host ends that are ready: whole, and up
 }
 
 // linkKind says what a link is to us.
@@ -116,7 +116,7 @@ const (
 	endLink // the host end of an endpoint
 )
 
-// endState is what must not change of a host end while it is whole. A change of it is an event.
+// endState is what must not change of a host end while it is ready. A change of it is an event.
 type endState struct {
 	master     int // index of its bridge; 0: transparent
 	mtu, group uint32
@@ -164,7 +164,7 @@ func (w *watcher) closeSockets() {
 	}
 }
 
-// readLinkKinds reads anew what each link is. It forgets which host ends were whole.
+// readLinkKinds reads anew what each link is. It forgets which host ends were ready.
 func (w *watcher) readLinkKinds() error {
 	links, err := rtnl.ReadLinks()
 	if err != nil {
@@ -175,7 +175,7 @@ func (w *watcher) readLinkKinds() error {
 		return err
 	}
 	clear(w.linkKinds)
-	clear(w.whole)
+	clear(w.ready)
 	for _, l := range links {
 		w.linkKinds[l.Attrs().Index] = foreignLink
 		if _, ours := bridgeAliasOf(l); ours {
@@ -183,7 +183,7 @@ func (w *watcher) readLinkKinds() error {
 		} else if l.Attrs().Group == ruleset.GroupBridge || l.Attrs().Group == ruleset.GroupTransparent {
 			w.linkKinds[l.Attrs().Index] = endLink
 			if _, whole := endpointAliasOf(l); whole && l.Attrs().Flags&net.FlagUp != 0 {
-				w.whole[l.Attrs().Index] = endState{l.Attrs().MasterIndex, uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
+				w.ready[l.Attrs().Index] = endState{l.Attrs().MasterIndex, uint32(l.Attrs().MTU), l.Attrs().Group, l.Attrs().HardwareAddr.String()}
 			}
 		}
 	}
@@ -278,7 +278,7 @@ func (w *watcher) concernsLink(e rtnl.LinkEvent) bool {
 	if e.Deleted {
 		delete(w.linkKinds, e.Index)
 		delete(w.unready, e.Index)
-		delete(w.whole, e.Index)
+		delete(w.ready, e.Index)
 		return was > foreignLink
 	}
 	ourGroup := e.Group == ruleset.GroupBridge || e.Group == ruleset.GroupTransparent
@@ -295,25 +295,25 @@ func (w *watcher) concernsLink(e rtnl.LinkEvent) bool {
 	return was > foreignLink
 }
 
-// concernsHostEnd reports whether a host end that was whole has changed. The kernel deletes a link's routes when the
+// concernsHostEnd reports whether a host end that was ready has changed. The kernel deletes a link's routes when the
 // link goes down, so this counts also if the link is up again at once.
 func (w *watcher) concernsHostEnd(e rtnl.LinkEvent, ourGroup bool) bool {
-	before, wasWhole := w.whole[e.Index]
+	before, wasReady := w.ready[e.Index]
 	if _, whole := parseAlias(e.Alias); !whole || !e.Up || !ourGroup {
 		w.unready[e.Index] = true
-		delete(w.whole, e.Index)
-		return wasWhole
+		delete(w.ready, e.Index)
+		return wasReady
 	}
 	now := endState{master: e.Master, mtu: e.MTU, group: e.Group, mac: e.MAC}
 	delete(w.unready, e.Index)
-	w.whole[e.Index] = now
-	return wasWhole && now != before
+	w.ready[e.Index] = now
+	return wasReady && now != before
 }
 
 // concernsBridgePort reports whether a port of ours has lost a flag. While an endpoint is made, its port does not have
-// the flags yet; so only a host end that is whole counts.
+// the flags yet; so only a host end that is ready counts.
 func (w *watcher) concernsBridgePort(e rtnl.LinkEvent) bool {
-	if _, whole := w.whole[e.Index]; !whole || e.Deleted {
+	if _, ready := w.ready[e.Index]; !ready || e.Deleted {
 		return false
 	}
 	return slices.ContainsFunc(slices.Concat(bridgePortFlags, bridgePortDefaults), func(f rtnl.PortFlag) bool {
@@ -329,13 +329,13 @@ func (w *watcher) concernsEntry(e rtnl.EntryEvent) bool {
 	if !e.Forwarding {
 		return e.Deleted && e.Protocol == ourProtocol
 	}
-	_, whole := w.whole[e.Link]
-	return w.linkKinds[e.Bridge] == bridgeLink && (e.Deleted || whole || w.linkKinds[e.Link] == foreignLink)
+	_, ready := w.ready[e.Link]
+	return w.linkKinds[e.Bridge] == bridgeLink && (e.Deleted || ready || w.linkKinds[e.Link] == foreignLink)
 }
 
-// concernsSysctl reports whether a sysctl of that link is one that Reconcile looks after. A host end that is not whole
+// concernsSysctl reports whether a sysctl of that link is one that Reconcile looks after. A host end that is not ready
 // yet gets its sysctls from the attach that makes it.
 func (w *watcher) concernsSysctl(link int) bool {
-	_, whole := w.whole[link]
-	return whole || link == rtnl.AllLinks || w.linkKinds[link] == nicLink || w.linkKinds[link] == bridgeLink
+	_, ready := w.ready[link]
+	return ready || link == rtnl.AllLinks || w.linkKinds[link] == nicLink || w.linkKinds[link] == bridgeLink
 }
