@@ -39,7 +39,7 @@ type detacher struct {
 }
 
 // closeSockets runs after the lock was given back, because closing a netfilter socket takes long: see
-// ruleset.Conn. Rare work closes its sockets under the lock: the making of nft tables (mendTables, Sync) and
+// ruleset.Conn. Rare work closes its sockets under the lock: the making and deletion of nft tables, and
 // RemoveUpstreamLink.
 func (d *detacher) closeSockets() {
 	d.nft.Close()
