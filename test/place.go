@@ -79,7 +79,9 @@ func InContainer(h Host, name string, addr netip.Addr) Place {
 	return Place{name, addr, []string{Client, "exec", name}, h}
 }
 
-// Fetch bounds wget from outside: with -T Debian's static one crashes.
+// Fetch prints what an HTTP server answers. A server that has just been started may not listen yet, so it asks for two
+// seconds. timeout bounds wget from outside: with -T Debian's static one crashes.
 func Fetch(url string) []string {
-	return []string{"timeout", "5", "busybox", "wget", "-q", "-O", "-", url}
+	const ask = `for i in 1 2 3 4 5 6 7 8 9; do busybox wget -q -O - "$0" && exit; busybox sleep 0.2; done; exit 1`
+	return []string{"timeout", "5", "busybox", "sh", "-c", ask, url}
 }
