@@ -26,7 +26,7 @@ import (
 )
 
 // OwnerPrefix begins the owner of every lease and every link of Docker's.
-const OwnerPrefix = "docker/"
+const OwnerPrefix = pool.DockerOwner
 
 // Config says what the driver works on. The fields from NetworkMade on may be nil.
 type Config struct {
@@ -93,7 +93,8 @@ func checkIDs(ids ...string) error {
 }
 
 // CreateNetwork checks the network, writes it to networks.json and ensures its bridge. A repeat with the same options is
-// a success. After an error the network is not in networks.json.
+// a success. If the bridge cannot be ensured for a new network, the network is taken out of networks.json again. If that
+// fails too, the error says both, and the network stays there until ForgetUnlisted. A network that was there before stays.
 func (d *Driver) CreateNetwork(ctx context.Context, r *network.CreateNetworkRequest) error {
 	n, err := d.planNetwork(ctx, r)
 	if err != nil {

@@ -185,7 +185,9 @@ func (d *Driver) attachContainer(ctx context.Context, w endpointWish, lease pool
 // waiting, it detaches the interface and is an error.
 func (d *Driver) confirmLease(ctx context.Context, w endpointWish, lease pool.Lease) error {
 	err := d.cfg.Pool.Confirm(ctx, lease)
-	if err == nil {
+	if err != nil {
+		err = fmt.Errorf("confirm %s: %w", lease.Addr, err)
+	} else {
 		err = ctx.Err() // after the deadline, the answer reaches nobody
 	}
 	if err == nil {

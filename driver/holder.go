@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"azurevnet/bridge"
 	"azurevnet/pool"
@@ -88,17 +90,54 @@ func (d *Driver) networkName(ctx context.Context, id string) string {
 
 // inDockersWords replaces the owners in the text of err, which mean nothing to a Docker user. err is the error of a call
 // for the endpoint. Its text may name this endpoint, and another endpoint that has the address, the MAC or the port.
+// The result wraps err.
 func (d *Driver) inDockersWords(ctx context.Context, endpoint string, err error) error {
 	if err == nil {
 		return nil
 	}
-	text := strings.ReplaceAll(err.Error(), OwnerPrefix+endpoint, "the endpoint")
+	text := replaceOwner(err.Error(), OwnerPrefix+endpoint, "the endpoint")
 	var held *bridge.InUseError
 	if errors.As(err, &held) && held.Owner != "" {
-		text = strings.ReplaceAll(text, held.Owner, d.nameOwner(ctx, held.Owner))
+		text = replaceOwner(text, held.Owner, d.nameOwner(ctx, held.Owner))
 	}
 	if text == err.Error() {
 		return err
 	}
-	return errors.New(text)
+	return &wordedError{text, err}
+}
+
+// wordedError is an error with another text.
+type wordedError struct {
+	text string
+	err  error
+}
+
+func (e *wordedError) Error() string { return e.text }
+
+func (e *wordedError) Unwrap() error { return e.err }
+
+// replaceOwner replaces an owner in a text by a name. It leaves a longer owner that only has the owner in it, such as
+// docker/abcd for docker/ab.
+func replaceOwner(text, owner, name string) string {
+	var b strings.Builder
+	for {
+		before, after, found := strings.Cut(text, owner)
+		b.WriteString(before)
+		if !found {
+			return b.String()
+		}
+		last, _ := utf8.DecodeLastRuneInString(before)
+		next, _ := utf8.DecodeRuneInString(after)
+		if mayBeInOwner(last) || mayBeInOwner(next) {
+			b.WriteString(owner)
+		} else {
+			b.WriteString(name)
+		}
+		text = after
+	}
+}
+
+// mayBeInOwner reports whether an owner may go on with r. A colon or a full stop after an owner ends it.
+func mayBeInOwner(r rune) bool {
+	return unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune("/-_", r)
 }

@@ -72,6 +72,18 @@ func TestErrorsDoNotNameTheEndpointByItsOwner(t *testing.T) {
 	}
 }
 
+// The id of one endpoint may begin the id of another one.
+func TestErrorsKeepOwnersThatOnlyBeginAlike(t *testing.T) {
+	err := fmt.Errorf("detach docker/ab: docker/abcd has it, and docker/ab. /run/docker/ab: %w", bridge.ErrAttached)
+	got := New(Config{}).inDockersWords(t.Context(), "ab", err)
+	if want := "detach the endpoint: docker/abcd has it, and the endpoint. /run/docker/ab: " + bridge.ErrAttached.Error(); got.Error() != want {
+		t.Errorf("%v, want %s", got, want)
+	}
+	if !errors.Is(got, bridge.ErrAttached) {
+		t.Error("the error's chain is lost")
+	}
+}
+
 // An error that names no owner is not changed.
 func TestErrorsWithoutAHolderStayAsTheyAre(t *testing.T) {
 	for _, err := range []error{bridge.ErrAttached, &bridge.InUseError{}, nil} {
@@ -99,7 +111,7 @@ func TestAnAuxiliaryAddressThatAnotherHolds(t *testing.T) {
 	if !errors.Is(err, pool.ErrInUse) || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
-	d.cfg.Engine = mute{t} // Reserve words no error, so it asks for no name
+	d.cfg.Engine = mute{t} // HoldAllAux words no error, so it asks for no name
 	if err := d.HoldAllAux(t.Context()); err != nil {
 		t.Errorf("it delays others: %v", err)
 	}

@@ -102,7 +102,9 @@ func (d *Driver) holdAux(ctx context.Context, id string, n Network, aux Aux, kno
 	}
 	file, err := d.readNetworks()
 	if err == nil && !slices.ContainsFunc(file.Networks[id].Aux, aux.same) {
-		_, err = d.cfg.Pool.Return(ctx, lease)
+		if _, err = d.cfg.Pool.Return(ctx, lease); err != nil {
+			err = fmt.Errorf("return %s: %w", lease.Addr, err)
+		}
 	}
 	return err
 }
@@ -147,7 +149,7 @@ func (d *Driver) releaseAux(ctx context.Context, n Network) error {
 			continue
 		}
 		if _, err := d.cfg.Pool.Release(ctx, aux.Owner, aux.Addr); err != nil {
-			errs = append(errs, err) // CollectAux releases it later
+			errs = append(errs, fmt.Errorf("release %s: %w", aux.Addr, err)) // CollectAux releases it later
 		}
 	}
 	return errors.Join(errs...)
@@ -181,7 +183,7 @@ func (d *Driver) CollectAux(ctx context.Context) ([]pool.Lease, error) {
 		}
 		ended, err := d.cfg.Pool.Return(ctx, lease)
 		if err != nil {
-			return released, err
+			return released, fmt.Errorf("return %s: %w", lease.Addr, err)
 		}
 		if ended {
 			released = append(released, lease)

@@ -1,7 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
 // Package ipamdriver is libnetwork's IpamDriver: it translates Docker's pools and addresses for package pool. It makes
-// no link. It keeps nothing that a later call needs, because a PoolID says all.
+// no link. No call fails for want of what an earlier call said, because a PoolID says all. Two maps keep what engines asked
+// lately. They only make errors better, and a restart empties them.
 //
 // Errors do not name the call, because the engine puts its name before them.
 package ipamdriver
@@ -99,7 +100,7 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 	var want, within netip.Prefix
 	var err error
 	if r.Pool != "" {
-		if want, err = parseSubnet(r.Pool); err != nil {
+		if want, err = parseExactPrefix(r.Pool); err != nil {
 			return nil, fmt.Errorf("--subnet %w", err)
 		}
 	}
@@ -107,7 +108,7 @@ func (d *Driver) RequestPool(ctx context.Context, r *ipam.RequestPoolRequest) (*
 		if r.Pool == "" {
 			return nil, errors.New("--ip-range needs --subnet")
 		}
-		if within, err = parseSubnet(r.SubPool); err != nil {
+		if within, err = parseExactPrefix(r.SubPool); err != nil {
 			return nil, fmt.Errorf("--ip-range %w", err)
 		}
 		if !containsPrefix(want, within) {
@@ -253,8 +254,8 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 // 15 s at most. The longest question to the sources takes 8 s of it.
 const requestTime = 9 * time.Second
 
-// RequestAddress leases an address of the pool: the one that the engine asks for, or else the one that was released
-// longest ago. The gateway is Azure's, and is answered without a lease.
+// RequestAddress leases an address of the pool: the one that the engine asks for, or else one that was never lent, or
+// else the one that was released longest ago. The gateway is Azure's, and is answered without a lease.
 //
 // An engine asks for --ip and for --aux-address in the same words, and an auxiliary address may be anybody's. So an
 // address of the subnet that is not this VM's is answered without a lease, too. The NetworkDriver gives no container an
@@ -367,6 +368,9 @@ func (d *Driver) releaseAddress(ctx context.Context, id poolID, addr netip.Addr)
 	if link != "" {
 		return fmt.Errorf("%s is still attached to %s: it is released when that link is gone", addr, link)
 	}
-	_, err = d.cfg.Pool.Return(ctx, lease) // this very lease: the address may be leased to the network's next container by now
-	return err
+	// This very lease: the address may be leased to the network's next container by now.
+	if _, err = d.cfg.Pool.Return(ctx, lease); err != nil {
+		return fmt.Errorf("return %s: %w", addr, err)
+	}
+	return nil
 }

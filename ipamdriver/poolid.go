@@ -9,10 +9,9 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
-)
 
-// ownerPrefix begins the owner of every lease of a Docker network. The PoolID follows it.
-const ownerPrefix = "docker/"
+	"azurevnet/pool"
+)
 
 // poolID says all that a later call needs. After a reboot an engine asks for addresses of a pool that it never requests
 // again.
@@ -45,7 +44,7 @@ func (id poolID) String() string {
 }
 
 // owner returns the owner of the pool's leases.
-func (id poolID) owner() string { return ownerPrefix + id.String() }
+func (id poolID) owner() string { return pool.DockerOwner + id.String() }
 
 // gateway returns Azure's gateway, which is always the first address of a subnet.
 func (id poolID) gateway() netip.Addr { return id.prefix.Addr().Next() }
@@ -86,7 +85,7 @@ func escapePrefix(p netip.Prefix) string { return strings.ReplaceAll(p.String(),
 
 // unescapePrefix reads what escapePrefix writes.
 func unescapePrefix(s string) (netip.Prefix, error) {
-	return parseSubnet(strings.ReplaceAll(s, "_", "/"))
+	return parseExactPrefix(strings.ReplaceAll(s, "_", "/"))
 }
 
 // withColons returns 12 hex digits as a MAC.
@@ -101,8 +100,8 @@ func withColons(mac string) string {
 	return b.String()
 }
 
-// parseSubnet reads an IPv4 prefix without host bits.
-func parseSubnet(s string) (netip.Prefix, error) {
+// parseExactPrefix reads an IPv4 prefix without host bits.
+func parseExactPrefix(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	switch {
 	case err != nil:

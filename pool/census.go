@@ -9,7 +9,7 @@ import (
 )
 
 // Census counts the ipconfigs of a NIC in one subnet. Each ipconfig is counted once: Own, Free, Held, Kept, Cooling,
-// OnHost and Led add up to Configs.
+// OnHost and Routed add up to Configs.
 type Census struct {
 	Configs   int `json:"ipconfigs"` // all ipconfigs
 	Own       int `json:"own"`       // the NIC's primary one, which is never lent
@@ -18,7 +18,7 @@ type Census struct {
 	Kept      int `json:"kept"`      // leased without a link: a network's auxiliary address, or another main plugin's container
 	Cooling   int `json:"cooling"`   // released lately; lent only if nothing is free
 	OnHost    int `json:"onHost"`    // held by a link of the host; not lent
-	Led       int `json:"led"`       // not leased, but a route leads to a container that has it, such as another plugin's; not lent
+	Routed    int `json:"led"`       // not leased, but a route leads to a container that has it, such as another plugin's; not lent
 	Withdrawn int `json:"withdrawn"` // leased, though the source lists them no more; not counted in Configs
 }
 
@@ -31,19 +31,19 @@ func (v *snapshot) countSubnet(mac string, sub Subnet) Census {
 	}
 	listed := secondarySet([]NIC{{Subnets: []Subnet{sub}}})
 	for a := range listed {
-		switch is := v.standingOf(a); {
+		switch is := v.lendabilityOf(a); {
 		case is == isFresh || is == isRested:
 			c.Free++
 		case is == isCooling:
 			c.Cooling++
-		case is == isHeld && v.Leases[a].Linkless:
+		case is == isLeased && v.Leases[a].Linkless:
 			c.Kept++
-		case is == isHeld:
+		case is == isLeased:
 			c.Held++
 		case is == isOnHost:
 			c.OnHost++
-		case is == isLed:
-			c.Led++
+		case is == isRouted:
+			c.Routed++
 		}
 	}
 	for a, l := range v.Leases {
@@ -62,7 +62,7 @@ func (c Census) String() string {
 		what string
 	}{
 		{c.Own, "the NIC's own"}, {c.Held, "held"}, {c.Kept, "kept for networks (auxiliary addresses) or another main plugin's containers"},
-		{c.Cooling, "cooling"}, {c.OnHost, "on the host"}, {c.Led, "of other containers"}, {c.Free, "free"},
+		{c.Cooling, "cooling"}, {c.OnHost, "on the host"}, {c.Routed, "of other containers"}, {c.Free, "free"},
 	} {
 		if part.n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", part.n, part.what))

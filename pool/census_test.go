@@ -16,7 +16,7 @@ func TestEveryIpconfigIsCountedOnce(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 8))
 	p := newPool(t, f)
 	f.occupied.onHost = map[netip.Addr]string{addr("10.0.0.10"): "eth0"}
-	f.occupied.led = map[netip.Addr]int{addr("10.0.0.11"): 17}
+	f.occupied.routed = map[netip.Addr]int{addr("10.0.0.11"): 17}
 	f.occupied.nameOf = func(int) string { return "azv17" }
 	counted := func(want string) {
 		t.Helper()
@@ -32,7 +32,7 @@ func TestEveryIpconfigIsCountedOnce(t *testing.T) {
 			if c.String() != want {
 				t.Errorf("got  %s\nwant %s", c, want)
 			}
-			if sum := c.Own + c.Free + c.Held + c.Kept + c.Cooling + c.OnHost + c.Led; sum != c.Configs {
+			if sum := c.Own + c.Free + c.Held + c.Kept + c.Cooling + c.OnHost + c.Routed; sum != c.Configs {
 				t.Errorf("%+v adds up to %d", c, sum)
 			}
 		}

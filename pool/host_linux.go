@@ -33,8 +33,8 @@ func readOccupied() (occupied, error) {
 	if err != nil {
 		return occupied{}, err
 	}
-	led, err := hostRoutes()
-	return occupied{onHost, led, linkName}, err
+	routed, err := hostRoutes()
+	return occupied{onHost, routed, linkName}, err
 }
 
 // hostAddrs returns the IPv4 addresses on links of this network namespace, and the name of each one's link.
@@ -83,11 +83,11 @@ func hostRoutes() (map[netip.Addr]int, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the host's routes: %w", err)
 	}
-	led := make(map[netip.Addr]int, len(routes))
+	routed := make(map[netip.Addr]int, len(routes))
 	for _, r := range routes {
-		led[r.to] = r.link
+		routed[r.to] = r.link
 	}
-	return led, nil
+	return routed, nil
 }
 
 // hostRoute is a route to one address.

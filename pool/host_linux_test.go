@@ -88,11 +88,11 @@ func TestTheHostIsReadFromTheKernel(t *testing.T) {
 			}
 		}
 		routes, err := hostRoutes()
-		led := map[netip.Addr]string{}
+		routed := map[netip.Addr]string{}
 		for to, link := range routes {
-			led[to] = linkName(link)
+			routed[to] = linkName(link)
 		}
-		if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.8"): "azure0", addr("10.0.0.9"): "eth1"}, led, compareAddr); err != nil || diff != "" {
+		if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.8"): "azure0", addr("10.0.0.9"): "eth1"}, routed, compareAddr); err != nil || diff != "" {
 			t.Errorf("led, %v (-want +got):\n%s", err, diff)
 		}
 		lendBesideTheHost(t)

@@ -88,7 +88,7 @@ func (r *reading) readNIC(told docNIC) (NIC, bool) {
 	nic := NIC{MAC: mac, Primary: told.Primary.isTrue()}
 	var flagged, all []netip.Addr
 	for _, s := range told.Subnets {
-		prefix, err := parseSubnet(s.Prefix)
+		prefix, err := parseSubnetMasked(s.Prefix)
 		if err != nil {
 			r.addNote("subnet %q of NIC %s was left out: %v", s.Prefix, mac, err)
 			continue

@@ -21,7 +21,7 @@ func (p *Pool) Lease(ctx context.Context, r Request) (Lease, error) {
 		return Lease{}, errors.New("lease: no owner")
 	}
 	if r.Prefix.IsValid() && r.Prefix != r.Prefix.Masked() || r.Range.IsValid() && r.Range != r.Range.Masked() {
-		return Lease{}, fmt.Errorf("lease for %s: %s and %s must be without host bits", r.Owner, r.Prefix, r.Range)
+		return Lease{}, fmt.Errorf("%s and %s must be without host bits", r.Prefix, r.Range)
 	}
 	return p.lendAddress(ctx, r)
 }
@@ -52,7 +52,7 @@ func (p *Pool) lendAddress(ctx context.Context, r Request) (l Lease, err error) 
 			}
 			q = question{}
 			// A container that had an address without a lease may have ended since the routes were read.
-			if retry = err != nil && len(has.led) > 0 && !again; retry {
+			if retry = err != nil && len(has.routed) > 0 && !again; retry {
 				again = true
 				return statefile.ErrUnchanged
 			}
@@ -107,10 +107,12 @@ func (p *Pool) newSnapshot(s *state, has occupied) (snapshot, error) {
 // Confirm is called when the link of a lease stands. It returns nil if the owner still holds the lease l, and ErrGone
 // if the lease has ended: the caller must then undo what it built.
 //
+// The errors of Confirm, Release and Return do not name the lease: the caller does, in the words of its reader.
+//
 // Collect may be judging an old lease just now, from a list of links that lacks the new one. Confirm marks such a
 // lease. Collect looks for the mark under the lock, and leaves the lease.
 func (p *Pool) Confirm(ctx context.Context, l Lease) error {
-	err := p.updateState(ctx, "confirm "+l.Addr.String(), func(s *state) error {
+	return p.updateState(ctx, "confirm "+l.Addr.String(), func(s *state) error {
 		if !s.holds(l) {
 			return ErrGone
 		}
@@ -123,10 +125,6 @@ func (p *Pool) Confirm(ctx context.Context, l Lease) error {
 		s.Leases[l.Addr] = r
 		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("confirm %s: %w", l.Addr, err)
-	}
-	return nil
 }
 
 // MakeLinkless marks the lease l as Linkless: it turned out to be of an auxiliary address. It may be repeated. It is
@@ -177,10 +175,7 @@ func (p *Pool) Release(ctx context.Context, owner string, addr netip.Addr) (bool
 		released = true
 		return nil
 	})
-	if err != nil {
-		return false, fmt.Errorf("release %s: %w", addr, err)
-	}
-	return released, nil
+	return released && err == nil, err
 }
 
 // Return ends exactly the lease l, as it was given. It is false if that lease has ended. If an owner has many
@@ -195,10 +190,7 @@ func (p *Pool) Return(ctx context.Context, l Lease) (bool, error) {
 		returned = true
 		return nil
 	})
-	if err != nil {
-		return false, fmt.Errorf("return %s: %w", l.Addr, err)
-	}
-	return returned, nil
+	return returned && err == nil, err
 }
 
 // ReleaseOwners ends all leases of the owners, and returns their addresses, ascending.

@@ -408,7 +408,7 @@ func TestStatus(t *testing.T) {
 		Sources: []SourceStatus{{Name: "wireserver", Used: true, Answered: true, Age: 20 * time.Second}},
 		NICs: []NICStatus{{MAC: mac1, Primary: true, Subnets: []SubnetStatus{{
 			Prefix: prefix("10.0.0.0/24"), Primary: addr("10.0.0.4"),
-			Hosted: map[netip.Addr]string{addr("10.0.0.9"): "eth0"}, LedTo: map[netip.Addr]string{},
+			Hosted: map[netip.Addr]string{addr("10.0.0.9"): "eth0"}, RoutedBy: map[netip.Addr]string{},
 			Census: Census{Configs: 6, Own: 1, Free: 2, Held: 1, Cooling: 1, OnHost: 1},
 		}}}},
 		Leases:  map[netip.Addr]Lease{a.Addr: a},

@@ -137,7 +137,7 @@ func parseIMDS(body []byte) (document, error) {
 			if length := withoutBlanks(string(s.Prefix)); length != "" {
 				text += "/" + length
 			}
-			prefix, _ := parseSubnet(text) // an invalid prefix contains no address; interpretDocument notes it
+			prefix, _ := parseSubnetMasked(text) // an invalid prefix contains no address; interpretDocument notes it
 			prefixes = append(prefixes, prefix)
 			nic.Subnets = append(nic.Subnets, docSubnet{Prefix: text})
 		}
@@ -183,8 +183,8 @@ func parseMAC(text string) (string, error) {
 	return strings.Join(pairs, ":"), nil
 }
 
-// parseSubnet reads a prefix, and clears its host bits. A prefix without a length has 24, as IMDS documents it.
-func parseSubnet(text string) (netip.Prefix, error) {
+// parseSubnetMasked reads a prefix, and clears its host bits. A prefix without a length has 24, as IMDS documents it.
+func parseSubnetMasked(text string) (netip.Prefix, error) {
 	text = withoutBlanks(text)
 	if !strings.Contains(text, "/") {
 		text += "/24"

@@ -23,32 +23,36 @@ type snapshot struct {
 // occupied has the addresses that the host or one of its containers has.
 type occupied struct {
 	onHost map[netip.Addr]string // on a link of the host: the link's name
-	led    map[netip.Addr]int    // a route leads to this address alone: the index of the route's link. Our own containers have such routes too
+	routed map[netip.Addr]int    // a route leads to this address alone: the index of the route's link. Our own containers have such routes too
 	nameOf func(link int) string // returns the name of a link
 }
 
-// standing is why an address can be lent, or why not. The order is that of the choice: the first are lent first.
-type standing int
+// lendability says whether an address can be lent now, or why not. Those up to isCooling can be lent, in this order. The
+// others cannot.
+type lendability int
 
 const (
-	isFresh   standing = iota // it was never lent
-	isRested                  // it was released longer ago than it cools
-	isCooling                 // it was released lately
-	isHeld                    // it is leased
-	isOnHost                  // a link of the host has it
-	isLed                     // it is not leased, and a route leads to it: a container has it without a lease
+	isFresh   lendability = iota // it was never lent
+	isRested                     // it was released longer ago than it cools
+	isCooling                    // it was released lately
+	isLeased                     // it is leased
+	isOnHost                     // a link of the host has it
+	isRouted                     // it is not leased, and a route leads to it: a container has it without a lease
 )
 
-// standingOf returns the standing of an address.
-func (v *snapshot) standingOf(a netip.Addr) standing {
+// canBeLent reports whether an address of the lendability can be lent.
+func (l lendability) canBeLent() bool { return l <= isCooling }
+
+// lendabilityOf returns the lendability of an address.
+func (v *snapshot) lendabilityOf(a netip.Addr) lendability {
 	if _, ok := v.Leases[a]; ok {
-		return isHeld
+		return isLeased
 	}
 	if _, ok := v.onHost[a]; ok {
 		return isOnHost
 	}
-	if _, ok := v.led[a]; ok {
-		return isLed
+	if _, ok := v.routed[a]; ok {
+		return isRouted
 	}
 	r, ok := v.Freed[a]
 	switch {
@@ -74,16 +78,16 @@ func (p *Pool) pickAddress(v *snapshot, r Request) (Lease, error) {
 	if r.Range.IsValid() && (r.Range.Bits() < sub.Prefix.Bits() || !sub.Prefix.Contains(r.Range.Addr())) {
 		return l, fmt.Errorf("range %s: %w: it does not lie in subnet %s", r.Range, ErrNotOurs, sub.Prefix)
 	}
-	best := isHeld
+	best := isCooling + 1 // nothing that can be lent
 	for _, a := range sub.Secondary {
 		if r.Range.IsValid() && !r.Range.Contains(a) {
 			continue
 		}
-		if is := v.standingOf(a); is < best || is == best && is != isFresh && v.Freed[a].At < v.Freed[l.Addr].At {
+		if is := v.lendabilityOf(a); is < best || is == best && is != isFresh && v.Freed[a].At < v.Freed[l.Addr].At {
 			best, l.Addr = is, a
 		}
 	}
-	if best >= isHeld {
+	if !best.canBeLent() {
 		return l, p.explainExhausted(v, nic, sub, r.Range)
 	}
 	l.Early = best == isCooling
@@ -109,11 +113,11 @@ func (p *Pool) checkLendable(v *snapshot, nic NIC, sub Subnet, a netip.Addr) err
 		return fmt.Errorf("address %s: %w: Azure reserves it, as the first four and the last of subnet %s", a, ErrNotOurs, sub.Prefix)
 	}
 	if slices.Contains(sub.Secondary, a) {
-		switch v.standingOf(a) {
+		switch v.lendabilityOf(a) {
 		case isOnHost:
 			return fmt.Errorf("address %s: %w: %s", a, ErrNotOurs, p.describeOnHost([]string{a.String()}, v.onHost[a]))
-		case isLed:
-			return fmt.Errorf("%w: %s", ErrInUse, v.describeLed(a))
+		case isRouted:
+			return fmt.Errorf("%w: %s", ErrInUse, v.describeRouted(a))
 		}
 		return nil
 	}
@@ -147,13 +151,13 @@ func (p *Pool) explainExhausted(v *snapshot, nic NIC, sub Subnet, within netip.P
 			ErrExhausted, where, plural(c.Configs, "ipconfig"), p.describeAge(v), addCommand)
 	}
 	counts := fmt.Sprintf("%s has %s", where, c)
-	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.standingOf(a) == isLed }); i >= 0 {
-		counts += " (" + v.describeLed(sub.Secondary[i]) + ")"
+	if i := slices.IndexFunc(sub.Secondary, func(a netip.Addr) bool { return v.lendabilityOf(a) == isRouted }); i >= 0 {
+		counts += " (" + v.describeRouted(sub.Secondary[i]) + ")"
 	}
 	var on []string
 	var link string
 	for _, a := range sub.Secondary {
-		if v.standingOf(a) == isOnHost {
+		if v.lendabilityOf(a) == isOnHost {
 			on, link = append(on, a.String()), v.onHost[a]
 		}
 	}
@@ -167,9 +171,9 @@ func (p *Pool) explainExhausted(v *snapshot, nic NIC, sub Subnet, within netip.P
 	return fmt.Errorf("%w: %s%s; remove containers, or add ipconfigs: %s", ErrExhausted, counts, p.describeAge(v), addCommand)
 }
 
-// describeLed says that a container has the address without a lease.
-func (v *snapshot) describeLed(a netip.Addr) string {
-	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.led[a]))
+// describeRouted says that a container has the address without a lease.
+func (v *snapshot) describeRouted(a netip.Addr) string {
+	return fmt.Sprintf("%s is led to %s by a route, and no lease tells of it: it is a container's of another plugin, such as Azure's own azure-vnet, or one whose lease was lost and is restored within a minute", a, v.nameOf(v.routed[a]))
 }
 
 // describeOnHost says that a link of the host has the addresses, and what to do. link is its name.

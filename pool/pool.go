@@ -21,12 +21,15 @@ import (
 
 // Errors that callers branch on. The error around each of them says what failed, why, and what to do.
 var (
-	ErrExhausted = errors.New("no free address")                // Lease: no address is left, not even a cooling one
-	ErrInUse     = errors.New("address in use")                 // Lease: the address that is asked for is held
-	ErrNotOurs   = errors.New("not ours to lend")               // the NIC, the subnet or the address is not this VM's, or cannot be lent
-	ErrGone      = errors.New("lease gone")                     // Confirm, MakeLinkless: the lease has ended
-	ErrSource    = errors.New("no word of this VM's addresses") // no source answers, and none ever did
+	ErrExhausted = errors.New("no free address")        // Lease: no address is left, not even a cooling one
+	ErrInUse     = errors.New("address in use")         // Lease: the address that is asked for is held
+	ErrNotOurs   = errors.New("not ours to lend")       // the NIC, the subnet or the address is not this VM's, or cannot be lent
+	ErrGone      = errors.New("lease gone")             // Confirm, MakeLinkless: the lease has ended
+	ErrSource    = errors.New("no source has answered") // none since leases.json is new
 )
+
+// DockerOwner begins the owner of every lease and every link of Docker's. Both of its drivers need it.
+const DockerOwner = "docker/"
 
 // Config says where the pool lives and whom it asks.
 type Config struct {

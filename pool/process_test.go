@@ -216,7 +216,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 		}
 		listed, links := 7, map[netip.Addr]bool{}
 		f.list(nic(mac1, "10.0.0.0/24", listed))
-		f.occupied = occupied{onHost: map[netip.Addr]string{}, led: map[netip.Addr]int{}}
+		f.occupied = occupied{onHost: map[netip.Addr]string{}, routed: map[netip.Addr]int{}}
 		var pools [3]*Pool
 		for i := range pools {
 			pools[i] = poolIn(t, f, dir)
@@ -229,7 +229,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 		address := func() netip.Addr { return addr(fmt.Sprintf("10.0.0.%d", rapid.IntRange(3, 12).Draw(rt, "address"))) }
 		can := func(a netip.Addr) bool {
 			n := int(a.As4()[3])
-			return n > 4 && n < 4+listed && f.occupied.onHost[a] == "" && f.occupied.led[a] == 0
+			return n > 4 && n < 4+listed && f.occupied.onHost[a] == "" && f.occupied.routed[a] == 0
 		}
 		take := func(l Lease, err error) {
 			if err != nil {
@@ -289,8 +289,8 @@ func TestAnyOrderOfCalls(t *testing.T) {
 			"time":        func(rt *rapid.T) { f.pass(time.Duration(rapid.IntRange(1, 400).Draw(rt, "s")) * time.Second) },
 			"host takes":  func(*rapid.T) { f.occupied.onHost[address()] = "eth0" },
 			"host gives":  func(*rapid.T) { delete(f.occupied.onHost, address()) },
-			"route comes": func(*rapid.T) { f.occupied.led[address()] = 17 },
-			"route goes":  func(*rapid.T) { delete(f.occupied.led, address()) },
+			"route comes": func(*rapid.T) { f.occupied.routed[address()] = 17 },
+			"route goes":  func(*rapid.T) { delete(f.occupied.routed, address()) },
 			"azure lists": func(rt *rapid.T) {
 				listed = rapid.IntRange(1, 8).Draw(rt, "n")
 				f.list(nic(mac1, "10.0.0.0/24", listed))

@@ -23,10 +23,9 @@ const stateVersion = 1
 // ignores changes of the wall clock, and begins anew with each boot. Fields may be added. Any other change needs
 // another version.
 //
-// The clock is 0 at the boot, so a time a few minutes ago may be negative. No program writes a negative time, but a
-// test or an operator does to make a lease look older. A negative time is compared as any other. In a field where 0
-// means never, 0 must not be compared: it would be later than a negative time, and on a machine that booted a second
-// ago it would look like a second ago.
+// A time may be negative: no program writes one, but a test or an operator may, to make a lease look older than the boot.
+// It is compared like any other time. In some fields 0 means never. Test for 0 before you compare such a field: as a time,
+// 0 is the boot, which may be a second ago.
 type state struct {
 	Version int                   `json:"version"`
 	Boot    string                `json:"boot"`              // boot id; the leases of another boot are void

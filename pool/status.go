@@ -43,10 +43,10 @@ type NICStatus struct {
 
 // SubnetStatus is one subnet of a NIC.
 type SubnetStatus struct {
-	Prefix  netip.Prefix          `json:"prefix"`
-	Primary netip.Addr            `json:"primary,omitzero"` // the NIC's own address; zero: it lies in another subnet
-	Hosted  map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that a link of the host has: the link's name
-	LedTo   map[netip.Addr]string `json:"ledTo,omitempty"`  // secondary addresses that containers have without a lease: the name of the link that a route leads by
+	Prefix   netip.Prefix          `json:"prefix"`
+	Primary  netip.Addr            `json:"primary,omitzero"` // the NIC's own address; zero: it lies in another subnet
+	Hosted   map[netip.Addr]string `json:"hosted,omitempty"` // secondary addresses that a link of the host has: the link's name
+	RoutedBy map[netip.Addr]string `json:"ledTo,omitempty"`  // secondary addresses that containers have without a lease: the name of the link that a route leads by
 	Census
 }
 
@@ -109,8 +109,8 @@ func (p *Pool) Unleased(ctx context.Context) (map[netip.Addr]string, error) {
 	v, found := snapshot{state: &s, occupied: has}, map[netip.Addr]string{}
 	for _, a := range s.Answers {
 		for addr := range secondarySet(a.NICs) {
-			if v.standingOf(addr) == isLed {
-				found[addr] = has.nameOf(has.led[addr])
+			if v.lendabilityOf(addr) == isRouted {
+				found[addr] = has.nameOf(has.routed[addr])
 			}
 		}
 	}
@@ -134,13 +134,13 @@ func (s *state) sourceStatus(name string, used bool, now time.Duration) SourceSt
 func (v *snapshot) nicStatus(n NIC) NICStatus {
 	st := NICStatus{MAC: n.MAC, Primary: n.Primary}
 	for _, sub := range n.Subnets {
-		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, LedTo: map[netip.Addr]string{}, Census: v.countSubnet(n.MAC, sub)}
+		one := SubnetStatus{Prefix: sub.Prefix, Primary: sub.Primary, Hosted: map[netip.Addr]string{}, RoutedBy: map[netip.Addr]string{}, Census: v.countSubnet(n.MAC, sub)}
 		for _, a := range sub.Secondary {
-			switch v.standingOf(a) {
+			switch v.lendabilityOf(a) {
 			case isOnHost:
 				one.Hosted[a] = v.onHost[a]
-			case isLed:
-				one.LedTo[a] = v.nameOf(v.led[a])
+			case isRouted:
+				one.RoutedBy[a] = v.nameOf(v.routed[a])
 			}
 		}
 		st.Subnets = append(st.Subnets, one)
@@ -164,8 +164,8 @@ func (p *Pool) listWarnings(v *snapshot, st Status) []string {
 				w = append(w, fmt.Sprintf("NIC %s in subnet %s: %s cannot be lent: %s", n.MAC, s.Prefix,
 					plural(s.OnHost, "address"), p.describeOnHost(s.listHosted(), s.Hosted[addr])))
 			}
-			for _, addr := range slices.SortedFunc(maps.Keys(s.LedTo), netip.Addr.Compare) {
-				w = append(w, v.describeLed(addr))
+			for _, addr := range slices.SortedFunc(maps.Keys(s.RoutedBy), netip.Addr.Compare) {
+				w = append(w, v.describeRouted(addr))
 			}
 		}
 	}

@@ -6,7 +6,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"strings"
 
@@ -82,8 +81,8 @@ func releaseAll(ctx context.Context, c *cni.Call, wanted func(owner string) bool
 		if !lease.Linkless {
 			continue
 		}
-		if _, err := l.Release(ctx, lease.Owner, lease.Addr); err != nil {
-			return fmt.Errorf("%s: %w", lease.Holder(), err)
+		if err := l.Release(ctx, lease.Owner, lease.Addr); err != nil {
+			return err
 		}
 		text := lease.Addr.String()
 		if lease.Owner != c.Owner() { // GC releases: its line in the log does not name the container otherwise

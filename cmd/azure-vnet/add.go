@@ -21,7 +21,8 @@ import (
 // it leaves nothing.
 //
 // The order matters if the process is killed between two steps. The address is leased before the kernel has it, so
-// another call never gets it too. The worst that is left is a lease without a link, which heals within minutes.
+// another call never gets it too. Before the link has its alias, the worst that is left is a lease without a link,
+// which heals within minutes. After that, a whole link is left with its lease: the DEL that follows removes both.
 func add(ctx context.Context, c *cni.Call) (*current.Result, error) {
 	l, err := checkAdd(c)
 	if err != nil {
@@ -151,7 +152,7 @@ func finishAdd(ctx context.Context, c *cni.Call, g *grant, br bridge.Bridge, att
 	}
 	result := &current.Result{Interfaces: listInterfaces(c, br, veth, attached), Routes: g.routes, DNS: c.Conf.DNS}
 	container := len(result.Interfaces) - 1
-	result.IPs = []*current.IPConfig{{Interface: &container, Address: ipNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
+	result.IPs = []*current.IPConfig{{Interface: &container, Address: lender.IPNet(g.addr), Gateway: net.IP(g.gateway.AsSlice())}}
 	if c.Conf.DNS.IsEmpty() {
 		result.DNS = g.dns
 	}

@@ -73,7 +73,7 @@ func detach(ctx context.Context, args []string) error {
 	if len(args) != 3 {
 		return fmt.Errorf("detach wants a conflist and a container's id\n\n%s", usage)
 	}
-	if err := moveEarlierResults(); err != nil { // the error is about other containers, so this one is attached all the same
+	if err := moveEarlierResults(); err != nil { // the error is about other containers, so this one is detached all the same
 		fmt.Fprintln(os.Stderr, "azure-vnet:", err)
 	}
 	run, list, rt, err := openConflist(args)

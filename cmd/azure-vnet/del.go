@@ -52,7 +52,7 @@ func del(ctx context.Context, c *cni.Call) error {
 // lease, and the other owners are removed all the same.
 //
 // An owner may have a lease and no link: the link is gone with the container's namespace, or was never made. Such an
-// owner's routes and rules may still stand, and no link says which they are. So the host is looked over as a whole, once
+// owner's routes and rules may still stand, and no link says which they are. So the host is reconciled as a whole, once
 // for all such owners.
 func removeOwners(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...string) error {
 	leases, err := l.LeasesOf(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
@@ -93,10 +93,10 @@ func removeOwners(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...
 	return errors.Join(errs...)
 }
 
-// reconcileHost looks the whole host over. If that fails, the call goes on: the next round mends what is left.
+// reconcileHost reconciles the whole host. If that fails, the call goes on: the next round mends what is left.
 func reconcileHost(ctx context.Context, c *cni.Call, l *lender.Lender) {
 	if _, err := l.Host.Reconcile(ctx); err != nil {
-		c.Warn("look the host over: " + err.Error())
+		c.Warn("reconcile the host: " + err.Error())
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"github.com/containernetworking/cni/pkg/invoke"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"azurevnet/internal/lender"
 )
 
 // answering is an IPAM plugin that prints what it is made of.
@@ -57,12 +59,12 @@ func FuzzDelegated(f *testing.F) {
 			t.Fatalf("taken: %s, routes %v", g.addr, g.routes)
 		}
 		for _, r := range g.routes {
-			g.isAttachs(r)
+			g.attachMade(r)
 			if route := g.kernelRoute(r, 7); route.Dst == nil || route.LinkIndex != 7 {
 				t.Errorf("route %v is %v", r, route)
 			}
 		}
-		result := &current.Result{Routes: g.routes, DNS: g.dns, IPs: []*current.IPConfig{{Address: ipNet(g.addr), Gateway: g.gateway.AsSlice()}}}
+		result := &current.Result{Routes: g.routes, DNS: g.dns, IPs: []*current.IPConfig{{Address: lender.IPNet(g.addr), Gateway: g.gateway.AsSlice()}}}
 		for _, v := range cniversion.All.SupportedVersions() {
 			told, err := result.GetAsVersion(v)
 			if err == nil {

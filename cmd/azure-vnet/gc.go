@@ -32,7 +32,7 @@ func gc(ctx context.Context, c *cni.Call) error {
 	if err := moveEarlierResults(); err != nil {
 		c.Warn("look for what an earlier build attached: " + err.Error())
 	}
-	owners, err := listOwners(ctx, l, stale, c.IsAttached)
+	owners, err := listOwners(ctx, l, stale, c.AttachedByWord)
 	if err != nil {
 		return err
 	}
@@ -70,7 +70,8 @@ type gcOwners struct {
 }
 
 // listOwners lists the owners of the host's leases and links. A link whose alias has no room for the owner has the hash
-// of the owner. Such a link is left out, because its lease has the owner itself.
+// of the owner. Such a link is left out: the lease that azure-vnet gave has the owner itself. With another IPAM
+// there is no such lease, and only DEL finds the link.
 func listOwners(ctx context.Context, l *lender.Lender, stale, attached func(string) bool) (gcOwners, error) {
 	leases, err := l.LeasesOf(ctx, func(string) bool { return true })
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -55,12 +54,9 @@ func lendAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant, er
 	g := &grant{
 		nic: lease.MAC, addr: netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()), gateway: lease.Prefix.Addr().Next(), routes: r.Routes,
 		confirm: func(ctx context.Context) error { return l.Confirm(ctx, lease) },
-		release: func(ctx context.Context) error {
-			_, err := l.Return(ctx, lease) // this very lease: the owner may have got another one since
-			return err
-		},
+		release: func(ctx context.Context) error { return l.Return(ctx, lease) }, // this very lease: the owner may have got another one since
 	}
-	nics, err := l.KnownNICs(ctx)
+	nics, err := l.Pool.KnownNICs(ctx)
 	if err != nil {
 		undo, cancel := cni.Undo(ctx)
 		defer cancel()
@@ -96,7 +92,7 @@ func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant
 		nic: nic, primary: primary, confirm: func(context.Context) error { return nil },
 		release: func(ctx context.Context) error { return delegateVerb(ctx, c, invoke.DelegateDel) },
 	}
-	if nics, err := l.KnownNICs(ctx); err == nil { // where another IPAM gives all addresses, maybe no call ever asked for the NICs
+	if nics, err := l.Pool.KnownNICs(ctx); err == nil { // where another IPAM gives all addresses, maybe no call ever asked for the NICs
 		g.noteNICs(nics)
 	}
 	if err := g.readResult(raw); err != nil {
@@ -143,7 +139,7 @@ func (g *grant) readResult(raw types.Result) error {
 		g.gateway = gw.Unmap()
 	}
 	g.dns = r.DNS
-	g.routes = []*types.Route{{Dst: ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), GW: g.gateway.AsSlice()}}
+	g.routes = []*types.Route{{Dst: lender.IPNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), GW: g.gateway.AsSlice()}}
 	for _, route := range r.Routes {
 		if ones, _ := route.Dst.Mask.Size(); ones > 0 {
 			g.routes = append(g.routes, route)
@@ -169,9 +165,4 @@ func checkInstalled(c *cni.Call) error {
 		return cni.Errorf(types.ErrInvalidNetworkConfig, "IPAM plugin %s: %v: install it there, or name another as ipam.type", c.Conf.IPAM.Type, err)
 	}
 	return nil
-}
-
-// ipNet returns an IPv4 prefix as package net has it.
-func ipNet(p netip.Prefix) net.IPNet {
-	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
 }

@@ -50,7 +50,7 @@ func addRoutes(c *cni.Call, g *grant) error {
 		return fmt.Errorf("find %s in %s: %w", c.IfName, c.Netns, err)
 	}
 	for _, r := range g.routes[1:] {
-		if g.isAttachs(r) {
+		if g.attachMade(r) {
 			continue
 		}
 		route := g.kernelRoute(r, l.Attrs().Index)
@@ -67,9 +67,9 @@ func addRoutes(c *cni.Call, g *grant) error {
 	return nil
 }
 
-// isAttachs reports whether r is one of the routes that bridge.Attach gives every container: to the gateway, and to the
+// attachMade reports whether r is one of the routes that bridge.Attach gives every container: to the gateway, and to the
 // subnet by the gateway.
-func (g *grant) isAttachs(r *types.Route) bool {
+func (g *grant) attachMade(r *types.Route) bool {
 	if r.Table != nil || r.Priority != 0 || r.GW != nil && !r.GW.Equal(g.gateway.AsSlice()) {
 		return false
 	}

@@ -28,7 +28,7 @@ func status(ctx context.Context, c *cni.Call) error {
 		return err
 	}
 	nic, primary, err := checkCanAddress(ctx, c, l)
-	var macs []string // if it stays empty, Ready looks at the NICs that were asked for since the boot
+	var macs []string // if it stays empty, CheckReady looks at the NICs that were asked for since the boot
 	if nic != "" {
 		macs = []string{nic}
 	}
@@ -57,7 +57,7 @@ func status(ctx context.Context, c *cni.Call) error {
 func checkCanAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (nic string, primary bool, err error) {
 	if lendsHere(c) {
 		nic, err = l.CheckCanLend(ctx)
-		nics, _ := l.KnownNICs(ctx) // if this fails, CheckCanLend has failed too, and says why
+		nics, _ := l.Pool.KnownNICs(ctx) // if this fails, CheckCanLend has failed too, and says why
 		primary = slices.ContainsFunc(nics, func(n pool.NIC) bool { return n.MAC == nic && n.Primary })
 		return nic, primary, err
 	}

@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"azurevnet/internal/cni"
+	"azurevnet/internal/lender"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -264,7 +265,7 @@ func TestRoutesThatAnotherIPAMWants(t *testing.T) {
 		{"on the link", types.Route{Dst: cidr("172.16.0.0/12"), Scope: &onLink}, false, "172.16.0.0/12 via <nil> onlink=false"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if made := g.isAttachs(&tt.r); made != tt.made {
+			if made := g.attachMade(&tt.r); made != tt.made {
 				t.Fatalf("attachMade: %v", made)
 			}
 			if tt.made {
@@ -279,4 +280,4 @@ func TestRoutesThatAnotherIPAMWants(t *testing.T) {
 	}
 }
 
-func cidr(s string) net.IPNet { return ipNet(netip.MustParsePrefix(s)) }
+func cidr(s string) net.IPNet { return lender.IPNet(netip.MustParsePrefix(s)) }

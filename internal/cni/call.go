@@ -212,7 +212,10 @@ func (c *Call) readStdinFirst() error {
 	if err != nil {
 		return fmt.Errorf("hand the network configuration on: %w", err)
 	}
-	go func() { // if skel refuses the call, nobody reads, and this ends with the process
+	// skel reads to the end of the pipe, or refuses the call before and reads nothing. This process keeps the reading end
+	// open, so the write succeeds or waits until the process ends. If it failed all the same, skel would read less than
+	// conf, and refuse that as no JSON. So its error tells nothing more.
+	go func() {
 		_, _ = write.Write(conf)
 		_ = write.Close()
 	}()

@@ -38,11 +38,11 @@ type Conf struct {
 	Network    string // the network's name
 
 	// Keys of the main plugin.
-	Master     string           // the NIC, by name or MAC; empty: the VM's primary NIC
+	Master     string           // the NIC, by name or MAC; empty: the first NIC that has the subnet or, with another IPAM, the one of the default route
 	Mode       string           // ModeBridge or ModeTransparent; empty: ModeBridge
 	Bridge     string           // name of the NIC's bridge; empty: the bridge has its default name, or the mode is transparent
 	MTU        int              // bytes, of the container's interface; 0: the NIC's
-	SNAT       bool             // what leaves for the internet gets the host's address
+	SNAT       bool             // what goes to no direct destination leaves with the address of the link that it leaves by
 	Direct     []netip.Prefix   // reached without SNAT; nil: the key is missing
 	NoMetadata bool             // containers do not reach 169.254.169.254
 	MAC        net.HardwareAddr // of the container's interface; nil: derived from its address

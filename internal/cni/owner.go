@@ -63,8 +63,8 @@ func (c *Call) Stale() (func(owner string) bool, error) {
 	return func(owner string) bool { return strings.HasPrefix(owner, c.runtimePrefix()) && !keep[owner] }, nil
 }
 
-// IsAttached reports whether the word attach attached the owner to the call's network.
-func (c *Call) IsAttached(owner string) bool {
+// AttachedByWord reports whether the word attach attached the owner to the call's network.
+func (c *Call) AttachedByWord(owner string) bool {
 	return strings.HasPrefix(owner, attachPrefix+c.Conf.Network+"/")
 }
 

@@ -25,7 +25,7 @@ import (
 
 // Lender is the pool that one call lends from, with the host whose links prove the leases.
 type Lender struct {
-	*pool.Pool
+	Pool *pool.Pool
 	Host *bridge.Host
 	call *cni.Call
 }
@@ -41,12 +41,12 @@ func Open(c *cni.Call) (*Lender, error) {
 	if err != nil {
 		return nil, cni.Errorf(types.ErrInvalidNetworkConfig, "the configuration of network %s: %v", c.Conf.Network, err)
 	}
-	return &Lender{p, host, c}, nil
+	return &Lender{Pool: p, Host: host, call: c}, nil
 }
 
 // LeasesOf lists the leases whose owner is wanted, by address. It asks no source.
 func (l *Lender) LeasesOf(ctx context.Context, wanted func(owner string) bool) ([]pool.Lease, error) {
-	all, err := l.Leases(ctx)
+	all, err := l.Pool.Leases(ctx)
 	return slices.DeleteFunc(all, func(lease pool.Lease) bool { return !wanted(lease.Owner) }), err
 }
 
@@ -74,14 +74,14 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 		return pool.Lease{}, err
 	}
 	r := pool.Request{Owner: c.Owner(), MAC: mac, Prefix: c.Conf.IPAM.Subnet, Addr: c.Conf.Addr, Pod: c.Pod, Linkless: linkless}
-	lease, err := l.lease(ctx, r)
+	lease, err := l.leaseForOwner(ctx, r)
 	if errors.Is(err, pool.ErrExhausted) || errors.Is(err, pool.ErrNotOurs) && c.Conf.Reclaim {
 		freed, bad := l.freeAddresses(ctx)
 		if bad != nil {
 			return lease, errors.Join(err, bad)
 		}
 		if freed {
-			lease, err = l.lease(ctx, r)
+			lease, err = l.leaseForOwner(ctx, r)
 		}
 	}
 	if c.Conf.AddrBy != "" && (errors.Is(err, pool.ErrInUse) || errors.Is(err, pool.ErrNotOurs)) {
@@ -97,36 +97,61 @@ func (l *Lender) Lend(ctx context.Context, linkless bool) (pool.Lease, error) {
 	return lease, nil
 }
 
-// lease leases an address. Its error names the owner, and so the container.
-func (l *Lender) lease(ctx context.Context, r pool.Request) (pool.Lease, error) {
-	lease, err := l.Lease(ctx, r)
+// leaseForOwner leases an address. Its error names the owner, and so the container.
+func (l *Lender) leaseForOwner(ctx context.Context, r pool.Request) (pool.Lease, error) {
+	lease, err := l.Pool.Lease(ctx, r)
 	if err != nil {
 		return pool.Lease{}, fmt.Errorf("lease for %s: %w", r.Owner, err)
 	}
 	return lease, nil
 }
 
+// Confirm is pool.Confirm. Its error names the address and the owner.
+func (l *Lender) Confirm(ctx context.Context, lease pool.Lease) error {
+	if err := l.Pool.Confirm(ctx, lease); err != nil {
+		return fmt.Errorf("confirm %s for %s: %w", lease.Addr, lease.Owner, err)
+	}
+	return nil
+}
+
+// Return is pool.Return, and a success too if the lease has ended. Its error names the address and the owner.
+func (l *Lender) Return(ctx context.Context, lease pool.Lease) error {
+	if _, err := l.Pool.Return(ctx, lease); err != nil {
+		return fmt.Errorf("return %s of %s: %w", lease.Addr, lease.Owner, err)
+	}
+	return nil
+}
+
+// Release is pool.Release, and a success too if the owner does not hold the address. Its error names both.
+func (l *Lender) Release(ctx context.Context, owner string, addr netip.Addr) error {
+	if _, err := l.Pool.Release(ctx, owner, addr); err != nil {
+		return fmt.Errorf("release %s of %s: %w", addr, owner, err)
+	}
+	return nil
+}
+
 // freeAddresses ends leaked leases. If the configuration says reclaim, it also takes secondary addresses off the host's
-// NICs. freed reports whether an address became free.
+// NICs. freed reports whether a lease may find an address now: a lease ended, an address left a
+// NIC, or the round mended something, which may have been the route to an address.
 func (l *Lender) freeAddresses(ctx context.Context) (freed bool, err error) {
 	leaked, err := upkeep.ReleaseLeaked(ctx, l.Host, l.Pool)
 	for _, lease := range leaked {
 		l.call.Warn(fmt.Sprintf("%s was held by %s, which has no link any more: released", lease.Addr, lease.Holder()))
 	}
 	freed = len(leaked) > 0
-	if freed || l.someAreLed(ctx) {
-		round, cancel := context.WithTimeout(ctx, roundTime)
+	if freed || l.someAreRouted(ctx) {
+		round, cancel := context.WithTimeout(ctx, reconcileTime)
 		defer cancel()
 		mended, bad := l.Host.Reconcile(round)
 		if bad != nil {
-			l.call.Warn("look the host over: " + bad.Error())
+			l.call.Warn("reconcile the host: " + bad.Error())
 		}
 		freed = freed || len(mended) > 0
 	}
 	if err != nil || !l.call.Conf.Reclaim {
 		return freed, err
 	}
-	nics, err := l.NICs(ctx)
+	nics, err := l.Pool.NICs(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -137,23 +162,23 @@ func (l *Lender) freeAddresses(ctx context.Context) (freed bool, err error) {
 	return freed, err
 }
 
-// roundTime bounds the round of a call that finds no free address. The round holds the bridge's lock. Calls that would
+// reconcileTime bounds the round of a call that finds no free address. The round holds the bridge's lock. Calls that would
 // free an address wait for this lock.
-const roundTime = 5 * time.Second
+const reconcileTime = 5 * time.Second
 
-// someAreLed reports whether a route of the host leads to an address that nobody leases. Such an address is not lent. A
+// someAreRouted reports whether a route of the host leads to an address that nobody leases. Such an address is not lent. A
 // crash may have left the route, or a DEL whose Reconcile failed.
-func (l *Lender) someAreLed(ctx context.Context) bool {
-	nics, _ := l.CountIPConfigs(ctx) // if the counts cannot be read, the lease has failed for the same reason
+func (l *Lender) someAreRouted(ctx context.Context) bool {
+	nics, _ := l.Pool.CountIPConfigs(ctx) // if the counts cannot be read, the lease has failed for the same reason
 	return slices.ContainsFunc(nics, func(nic pool.NICStatus) bool {
-		return slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Led > 0 })
+		return slices.ContainsFunc(nic.Subnets, func(s pool.SubnetStatus) bool { return s.Routed > 0 })
 	})
 }
 
 // EndLeases releases all addresses that the owners hold, and notes them in the call's log line. It is a success if they
 // hold none.
 func (l *Lender) EndLeases(ctx context.Context, owners ...string) error {
-	addrs, err := l.ReleaseOwners(ctx, owners...)
+	addrs, err := l.Pool.ReleaseOwners(ctx, owners...)
 	if len(addrs) > 0 {
 		l.call.Note("released", fmt.Sprint(addrs))
 	}
@@ -163,9 +188,14 @@ func (l *Lender) EndLeases(ctx context.Context, owners ...string) error {
 // Result returns a lease as the result of an IPAM plugin: the address, its gateway and a default route.
 func Result(lease pool.Lease) *current.Result {
 	gateway := net.IP(lease.Prefix.Addr().Next().AsSlice()) // Azure's gateway is the first address of the subnet
-	address := net.IPNet{IP: lease.Addr.AsSlice(), Mask: net.CIDRMask(lease.Prefix.Bits(), lease.Addr.BitLen())}
+	address := IPNet(netip.PrefixFrom(lease.Addr, lease.Prefix.Bits()))
 	return &current.Result{
 		IPs:    []*current.IPConfig{{Address: address, Gateway: gateway}},
-		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: gateway}},
+		Routes: []*types.Route{{Dst: IPNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0)), GW: gateway}},
 	}
+}
+
+// IPNet returns an IPv4 prefix as package net has it. It keeps the host bits.
+func IPNet(p netip.Prefix) net.IPNet {
+	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}
 }

@@ -29,20 +29,20 @@ func (l *Lender) checkCanLend(ctx context.Context) (mac string, err error) {
 	if mac, err = l.master(ctx); err != nil {
 		return "", err
 	}
-	nic, sub, err := l.Subnet(ctx, mac, l.call.Conf.IPAM.Subnet)
+	nic, sub, err := l.Pool.Subnet(ctx, mac, l.call.Conf.IPAM.Subnet)
 	if err == nil && len(sub.Secondary) == 0 {
-		if _, err = l.NICs(ctx); err == nil {
-			nic, sub, err = l.Subnet(ctx, mac, l.call.Conf.IPAM.Subnet)
+		if _, err = l.Pool.NICs(ctx); err == nil {
+			nic, sub, err = l.Pool.Subnet(ctx, mac, l.call.Conf.IPAM.Subnet)
 		}
 	}
 	if err != nil {
 		return mac, err
 	}
-	st, err := l.Status(ctx)
+	st, err := l.Pool.Status(ctx)
 	if err != nil {
 		return nic.MAC, err
 	}
-	if c := censusOf(st, nic, sub); c.Free+c.Held+c.Cooling+c.Led > 0 || c.OnHost > 0 && l.call.Conf.Reclaim {
+	if c := censusOf(st, nic, sub); c.Free+c.Held+c.Cooling+c.Routed > 0 || c.OnHost > 0 && l.call.Conf.Reclaim {
 		return nic.MAC, nil
 	}
 	err = fmt.Errorf("no address of NIC %s in subnet %s can be lent", nic.MAC, sub.Prefix)

@@ -18,13 +18,14 @@ import (
 )
 
 const (
-	roundEvery = 30 * time.Second       // a round begins this often without any event
-	roundQuiet = 500 * time.Millisecond // a round begins this long after an event, since events come in bunches
-	roundTime  = 60 * time.Second       // bounds one round
-	watchWait  = 5 * time.Second        // before a watch that ended begins again
+	reconcileEvery = 30 * time.Second       // the plugin reconciles this often without any event
+	reconcileDelay = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
+	reconcileTime  = 60 * time.Second       // bounds one run of reconcileOnce
+	watchWait      = 5 * time.Second        // before a watch that ended begins again
 )
 
-// reconciler does the rounds of the plugin: at its start, on events of the kernel, and every 30 s.
+// reconciler reconciles in the background: at the plugin's start, on events of the kernel, and every 30 s. One of its parts
+// is a round of package bridge.
 type reconciler struct {
 	log      *logrus.Logger
 	host     *bridge.Host
@@ -33,11 +34,11 @@ type reconciler struct {
 	reclaim  bool // the setting RECLAIM
 
 	mu       sync.Mutex            // guards failures
-	failures map[string]failureRow // by the part of a round that fails: see logFailure
+	failures map[string]failureRow // by the part of reconcileOnce that fails: see logFailure
 }
 
-// start restores the networks in the background, calls restored, and then does rounds until end is called. end waits
-// for the round that runs, 1 s at most, because a disk may hang.
+// start restores the networks in the background, calls restored, and then reconciles until end is called. end waits
+// for the part that runs, 1 s at most, because a disk may hang.
 func (r *reconciler) start(ctx context.Context, p places, restored func(context.Context)) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
@@ -46,7 +47,7 @@ func (r *reconciler) start(ctx context.Context, p places, restored func(context.
 		defer lockPlugin(ctx, r.log, p)()
 		r.logFailure(ctx, "restore networks", r.networks.Restore(ctx))
 		restored(ctx)
-		r.runRounds(ctx)
+		r.reconcileUntilDone(ctx)
 	}()
 	return func() {
 		cancel()
@@ -57,14 +58,14 @@ func (r *reconciler) start(ctx context.Context, p places, restored func(context.
 	}
 }
 
-// runRounds does rounds until ctx is done.
-func (r *reconciler) runRounds(ctx context.Context) {
+// reconcileUntilDone reconciles again and again until ctx is done.
+func (r *reconciler) reconcileUntilDone(ctx context.Context) {
 	events := make(chan struct{}, 1)
 	go r.watchKernel(ctx, events)
-	tick := time.NewTicker(roundEvery)
+	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
 	for {
-		r.runRound(ctx)
+		r.reconcileOnce(ctx)
 		select {
 		case <-ctx.Done():
 			return
@@ -72,7 +73,7 @@ func (r *reconciler) runRounds(ctx context.Context) {
 		case <-events:
 			select {
 			case <-ctx.Done():
-			case <-time.After(roundQuiet):
+			case <-time.After(reconcileDelay):
 			}
 			select {
 			case <-events:
@@ -83,7 +84,7 @@ func (r *reconciler) runRounds(ctx context.Context) {
 }
 
 // watchKernel sends to events when the kernel reports a change. The channel has room for one event, so a bunch of
-// changes causes one round.
+// changes causes one run of reconcileOnce.
 func (r *reconciler) watchKernel(ctx context.Context, events chan<- struct{}) {
 	for ctx.Err() == nil {
 		err := r.host.Watch(ctx, func() {
@@ -102,13 +103,13 @@ func (r *reconciler) watchKernel(ctx context.Context, events chan<- struct{}) {
 	}
 }
 
-// checkNIC names a part of the round in the log: the check whether a NIC is a port of a bridge of somebody else.
+// checkNIC names a part of reconcileOnce in the log: the check whether a NIC is a port of a bridge of somebody else.
 const checkNIC = "look at the NIC"
 
-// runRound does one round. If a part fails, the parts after it are done all the same. Restore comes last, because each
-// network whose NIC is gone may take 15 s.
-func (r *reconciler) runRound(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, roundTime)
+// reconcileOnce does each part once. If a part fails, the parts after it are done all the same. Restore comes
+// last, because each network whose NIC is gone may take 15 s.
+func (r *reconciler) reconcileOnce(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, reconcileTime)
 	defer cancel()
 	r.logFailure(ctx, "reconcile the host", r.mendHost(ctx))
 	r.logFailure(ctx, "collect leaked leases", r.collectLeases(ctx))
@@ -132,7 +133,7 @@ func (r *reconciler) mendHost(ctx context.Context) error {
 	return err
 }
 
-// primaryOf returns the MAC of the primary NIC, and none if the primary NIC is not known. Ready need not look at the
+// primaryOf returns the MAC of the primary NIC, and none if the primary NIC is not known. CheckReady need not look at the
 // other NICs: Restore does, if networks use them.
 func primaryOf(nics []pool.NIC) (macs []string) {
 	for _, nic := range nics {

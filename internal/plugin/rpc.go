@@ -58,8 +58,8 @@ func takingAway[Q any](call func(context.Context, *Q) error) method {
 	return m
 }
 
-// unasked makes a method of a driver's function that has an answer and no request.
-func unasked[A any](call func(context.Context) (*A, error)) method {
+// withoutRequest makes a method of a driver's function that has an answer and no request.
+func withoutRequest[A any](call func(context.Context) (*A, error)) method {
 	return method{bodiless: true, call: func(ctx context.Context, _ []byte) (any, error) { return call(ctx) }}
 }
 
@@ -79,7 +79,7 @@ func decodeRequest[Q any](body []byte) (*Q, error) {
 // methods has every call of the plugin protocol, by its name.
 func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 	return map[string]method{
-		"NetworkDriver.GetCapabilities":             unasked(n.GetCapabilities),
+		"NetworkDriver.GetCapabilities":             withoutRequest(n.GetCapabilities),
 		"NetworkDriver.CreateNetwork":               unanswered(n.CreateNetwork),
 		"NetworkDriver.DeleteNetwork":               takingAway(n.DeleteNetwork),
 		"NetworkDriver.AllocateNetwork":             answered(n.AllocateNetwork),
@@ -93,8 +93,8 @@ func methods(n *driver.Driver, i *ipamdriver.Driver) map[string]method {
 		"NetworkDriver.RevokeExternalConnectivity":  takingAway(n.RevokeExternalConnectivity),
 		"NetworkDriver.DiscoverNew":                 unanswered(n.DiscoverNew),
 		"NetworkDriver.DiscoverDelete":              unanswered(n.DiscoverDelete),
-		"IpamDriver.GetCapabilities":                unasked(i.GetCapabilities),
-		"IpamDriver.GetDefaultAddressSpaces":        unasked(i.GetDefaultAddressSpaces),
+		"IpamDriver.GetCapabilities":                withoutRequest(i.GetCapabilities),
+		"IpamDriver.GetDefaultAddressSpaces":        withoutRequest(i.GetDefaultAddressSpaces),
 		"IpamDriver.RequestPool":                    answered(i.RequestPool),
 		"IpamDriver.ReleasePool":                    takingAway(i.ReleasePool),
 		"IpamDriver.RequestAddress":                 answered(i.RequestAddress),

@@ -107,7 +107,7 @@ func TestCallsAreAnsweredAsTheProtocolSays(t *testing.T) {
 	p := start(t, openGate(), map[string]method{
 		"T.Echo":  answered(echo),
 		"T.Does":  unanswered(func(context.Context, *ping) error { return nil }),
-		"T.Says":  unasked(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
+		"T.Says":  withoutRequest(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
 		"T.Fails": unanswered(func(context.Context, *ping) error { return errors.New(`no "address" left`) }),
 		"T.Panic": unanswered(func(context.Context, *ping) error { panic("oh") }),
 		"T.Hangs": unanswered(func(context.Context, *ping) error { select {} }),
@@ -191,7 +191,7 @@ func TestCallsWaitForTheGate(t *testing.T) {
 	g := newGate("restoring azure0")
 	p := start(t, g, map[string]method{
 		"T.Echo": answered(echo),
-		"T.Says": unasked(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
+		"T.Says": withoutRequest(func(context.Context) (*ping, error) { return &ping{"caps"}, nil }),
 		"T.Ends": takingAway(func(context.Context, *ping) error { return nil }),
 	})
 	p.takeAway.deadline = 10 * time.Second

@@ -11,9 +11,9 @@ import (
 	"strings"
 	"time"
 
-	"azurevnet/internal/statefile"
-
 	"github.com/sirupsen/logrus"
+
+	"azurevnet/internal/statefile"
 )
 
 // settings are what docker plugin set may change. They come in the environment.

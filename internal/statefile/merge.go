@@ -8,13 +8,13 @@ import (
 	"reflect"
 )
 
-// mergeUnknown returns next with the keys in raw that the program does not know. raw is the file as a program of
-// another version wrote it. known is the part of raw that this program understood. next is the new value. A key that
-// known has and next lacks was deleted: it stays deleted, with everything below it.
+// mergeUnknown returns next, the new value, with the unknown keys of raw. raw is the file, which a program of another
+// version wrote. known is what this program read of it. A key is unknown if raw has it and known lacks it. A key that
+// known has and next lacks was deleted, and stays deleted.
 //
-// Objects are compared key by key. The elements of a list have no name. An element that did not change is found
-// wherever it is now. An element that changed is found only if the list kept its length. So state whose unknown keys
-// matter should be in objects.
+// An unknown key is kept if the object around it is found in next. In an object, a value is found by its key. In a list,
+// an element is found if it did not change, or if the list kept its length. So state whose unknown keys matter should be
+// in objects.
 func mergeUnknown(raw, known, next []byte) ([]byte, error) {
 	var trees [3]any
 	for i, body := range [][]byte{raw, known, next} {

@@ -93,16 +93,32 @@ func updateFile[T any](ctx context.Context, path, who string, durable bool, chan
 	if body = append(body, '\n'); bytes.Equal(body, old.body) {
 		return nil
 	}
-	return replaceFile(path, body, 0o600, durable)
+	// The temporary file always has the same name: this caller holds the lock, and overwrites what a killed writer left.
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("write state: %w", err)
+	}
+	return replaceFile(f, path, body, durable)
 }
 
 // Replace writes body to the file at path, whole or not at all, with the permissions of mode. It makes missing
-// directories. It takes no lock: of several writers, the last one counts.
+// directories. It takes no lock: of several writers, the last one counts. Each writes a temporary file of its own. If it is
+// killed, that file stays: <path>.tmp-<number>.
 func Replace(path string, body []byte, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("write state: %w", err)
 	}
-	return replaceFile(path, body, mode, false)
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp-*")
+	if err != nil {
+		return fmt.Errorf("write state: %w", err)
+	}
+	if err := f.Chmod(mode); err != nil {
+		f.Close()
+		os.Remove(f.Name())
+		return fmt.Errorf("write state: %w", err)
+	}
+	return replaceFile(f, path, body, false)
 }
 
 // SetAside renames an unreadable file to <path>.bad-<time>, so that the next Update begins with the zero value. It
@@ -203,15 +219,10 @@ func decodeLenient(body []byte, v any) error {
 
 func isNull(body []byte) bool { return string(bytes.TrimSpace(body)) == "null" }
 
-// replaceFile writes a temporary file, and renames it to path. The temporary file always has the same name: the caller
-// holds the lock, and a file that a killed writer left is overwritten. If replaceFile fails, the old file stays.
-func replaceFile(path string, body []byte, mode os.FileMode, durable bool) (err error) {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
-	if err != nil {
-		return fmt.Errorf("write state: %w", err)
-	}
-	_, err = f.Write(body)
+// replaceFile writes the temporary file f, closes it, and renames it to path. If replaceFile fails, the old file stays,
+// and f is removed.
+func replaceFile(f *os.File, path string, body []byte, durable bool) error {
+	_, err := f.Write(body)
 	if err == nil && durable {
 		err = f.Sync()
 	}
@@ -219,10 +230,10 @@ func replaceFile(path string, body []byte, mode os.FileMode, durable bool) (err 
 		err = e
 	}
 	if err == nil {
-		err = os.Rename(tmp, path)
+		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		os.Remove(tmp) // maybe this file filled the disk
+		os.Remove(f.Name()) // maybe this file filled the disk
 		return fmt.Errorf("write state, %s is as it was: %w", path, err)
 	}
 	if durable {

@@ -4,6 +4,7 @@ package statefile
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -438,5 +439,30 @@ func TestReplaceMakesTheDirectoryAndLeavesNoOtherFile(t *testing.T) {
 	}
 	if all, err := os.ReadDir(filepath.Dir(path)); err != nil || len(all) != 1 {
 		t.Errorf("%v, %v", all, err)
+	}
+}
+
+// Replace takes no lock. Each writer of several renames a whole file of its own.
+func TestReplaceOfSeveralWritersIsWhole(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "plugin.json")
+	var writers sync.WaitGroup
+	for i := range 8 {
+		body := bytes.Repeat([]byte{byte('a' + i)}, (i+1)<<14)
+		writers.Go(func() {
+			for range 20 {
+				if err := Replace(path, body, 0o644); err != nil {
+					t.Error(err)
+				}
+				got := fileText(t, path)
+				if n := int(got[0]-'a') + 1; got != strings.Repeat(got[:1], n<<14) {
+					t.Errorf("the file is torn: it has %d bytes", len(got))
+				}
+			}
+		})
+	}
+	writers.Wait()
+	all, err := os.ReadDir(filepath.Dir(path))
+	if info, bad := os.Stat(path); err != nil || len(all) != 1 || bad != nil || info.Mode() != 0o644 {
+		t.Errorf("%v, %v; %v, %v", all, err, info, bad)
 	}
 }

@@ -64,7 +64,7 @@ var retired = map[string]map[string]string{
 		"tell": "printStatus", "hear": "refreshNICs", "own": "lendsHere", "obtain": "getAddress",
 		"delegate": "delegateAddress", "delegated": "delegateVerb", "installed": "checkInstalled", "given": "grant",
 		"plain": "configuredKeys", "claimed": "hasOurResult", "claimEarlier": "moveEarlierResults",
-		"attachedEarlier": "isEarlierAttach", "clearLeftover": "removeLeftover", "misnamed": "codeMisnamed",
+		"attachedEarlier": "isEarlierAttach", "isAttachs": "attachMade", "ipNet": "lender.IPNet", "clearLeftover": "removeLeftover", "misnamed": "codeMisnamed",
 		"inside": "openContainer", "sweep": "sweepLinkless", "endUpstreams": "removeUpstreamLink",
 		"takeAway": "removeOwners", "addressable": "checkCanAddress",
 	},
@@ -72,14 +72,16 @@ var retired = map[string]map[string]string{
 		"checkHeld": "checkLeases",
 	},
 	"internal/cni": {
-		"wrong": "Errorf", "removing": "removeAndUnlock",
+		"wrong": "Errorf", "IsAttached": "AttachedByWord", "removing": "removeAndUnlock",
 		"unwritable": "explainUnwritable", "validSaid": "listsValid", "oldest": "oldestVersion",
 	},
 	"internal/plugin": {
-		"beSeen": "lockPlugin", "linkOf": "findLink", "begin": "start", "loop": "runRounds", "mend": "runRound",
+		"beSeen": "lockPlugin", "linkOf": "findLink", "begin": "start", "loop": "reconcileUntilDone", "mend": "reconcileOnce",
 		"tell": "logFailure", "compareOnce": "compareNetworksOnce", "leavePlace": "writePlace",
 		"leaveSettings": "writeSettings", "leftSettings": "readLastSettings", "leave": "statefile.Replace",
-		"mendEvery": "roundEvery", "mendQuiet": "roundQuiet", "mendTime": "roundTime",
+		"mendEvery": "reconcileEvery", "mendQuiet": "reconcileDelay", "mendTime": "reconcileTime",
+		"roundEvery": "reconcileEvery", "roundQuiet": "reconcileDelay", "roundTime": "reconcileTime",
+		"runRounds": "reconcileUntilDone", "runRound": "reconcileOnce", "unasked": "withoutRequest",
 	},
 	"driver": {
 		"heldPorts": "boundPorts", "HoldPorts": "BindPorts", "agrees": "checkSharedBridge",
@@ -89,7 +91,8 @@ var retired = map[string]map[string]string{
 	"ipamdriver": {
 		"Used": "NetworkMade", "Agrees": "CheckNIC", "Reserve": "HoldAux", "Holder": "WhoHas",
 		"Attached": "FindLink", "forget": "dropChoice", "foreign": "isNobodysToLend", "flat": "escapePrefix",
-		"unflat": "unescapePrefix", "colons": "withColons",
+		"unflat": "unescapePrefix", "colons": "withColons", "parseSubnet": "parseExactPrefix",
+		"ownerPrefix": "pool.DockerOwner",
 	},
 	"internal/statefile": {
 		"graft": "graftValue", "lenient": "decodeLenient", "taken": "markTaken", "Durable": "UpdateDurably",
@@ -101,8 +104,14 @@ var retired = map[string]map[string]string{
 	"internal/upkeep": {
 		"Release": "ReleaseLeaked", "Adopt": "AdoptLost", "refuseHeld": "refuseLinkless",
 	},
+	"internal/lender": {
+		"someAreLed": "someAreRouted", "roundTime": "reconcileTime",
+	},
 	"pool": {
-		"Keep": "MakeLinkless", "ponder": "questionFor",
+		"standing": "lendability", "standingOf": "lendabilityOf", "isHeld": "isLeased", "isLed": "isRouted",
+		"led": "routed", "Led": "Routed", "LedTo": "RoutedBy", "describeLed": "describeRouted",
+		"parseSubnet": "parseSubnetMasked",
+		"Keep":        "MakeLinkless", "ponder": "questionFor",
 		"lag": "describeAge", "silence": "silenceError",
 		"aside": "quickQuestion", "soon": "pressingAge", "unadopted": "needsAdoption", "passing": "mayPass",
 		"unmarked": "trimBody", "squeezed": "withoutBlanks", "unlike": "wrongFormat", "absurd": "isAbsurd",

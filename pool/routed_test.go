@@ -18,7 +18,7 @@ import (
 // A container that another plugin runs keeps its address: a route of the host leads to it, and no lease tells of it.
 func TestAnAddressThatARouteLeadsToIsNotLent(t *testing.T) {
 	f := azure(nic(mac1, "10.0.0.0/24", 4)) // .5, .6 and .7 can be lent
-	f.occupied.led = map[netip.Addr]int{addr("10.0.0.5"): 17, addr("10.0.9.9"): 4}
+	f.occupied.routed = map[netip.Addr]int{addr("10.0.0.5"): 17, addr("10.0.9.9"): 4}
 	p := newPool(t, f)
 	const whose = "10.0.0.5 is led to azv17 by a route, and no lease tells of it: it is a container's of another plugin"
 	_, err := p.Lease(t.Context(), Request{Owner: "me", Addr: addr("10.0.0.5")})
@@ -31,23 +31,23 @@ func TestAnAddressThatARouteLeadsToIsNotLent(t *testing.T) {
 	_, err = p.Lease(t.Context(), Request{Owner: "me"})
 	wants(t, err, ErrExhausted, "4 ipconfigs: 1 the NIC's own, 2 held, 1 of other containers", whose)
 
-	f.occupied.led[addr("10.0.0.6")] = 5 // the route to a container of ours, which has a lease
+	f.occupied.routed[addr("10.0.0.6")] = 5 // the route to a container of ours, which has a lease
 	st, err := p.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	sub := st.NICs[0].Subnets[0]
-	if want := (Census{Configs: 4, Own: 1, Held: 2, Led: 1}); sub.Census != want {
+	if want := (Census{Configs: 4, Own: 1, Held: 2, Routed: 1}); sub.Census != want {
 		t.Errorf("census is %+v, want %+v", sub.Census, want)
 	}
-	if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.5"): "azv17"}, sub.LedTo, compareAddr); diff != "" {
+	if diff := cmp.Diff(map[netip.Addr]string{addr("10.0.0.5"): "azv17"}, sub.RoutedBy, compareAddr); diff != "" {
 		t.Errorf("led to (-want +got):\n%s", diff)
 	}
 	if !slices.ContainsFunc(st.Warnings, func(w string) bool { return strings.HasPrefix(w, whose) }) {
 		t.Errorf("no warning says %q: %q", whose, st.Warnings)
 	}
 
-	delete(f.occupied.led, addr("10.0.0.5"))
+	delete(f.occupied.routed, addr("10.0.0.5"))
 	if l := p.must(t, Request{Owner: "me"}); l.Addr != addr("10.0.0.5") {
 		t.Errorf("when its container is gone, lent %s", l.Addr)
 	}
@@ -64,7 +64,7 @@ func TestARouteThatGoesMeanwhile(t *testing.T) {
 	p.occupied = func() (occupied, error) {
 		has, err := read()
 		if reads++; reads == 1 {
-			has.led = map[netip.Addr]int{ending.Addr: 17} // and then it ends
+			has.routed = map[netip.Addr]int{ending.Addr: 17} // and then it ends
 			if _, err := p.Release(t.Context(), "ending", ending.Addr); err != nil {
 				t.Error(err)
 			}
@@ -86,7 +86,7 @@ func TestALeaseThatWasTakenOutOfTheFile(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.occupied.led = map[netip.Addr]int{lost.Addr: 5, kept.Addr: 5}
+	f.occupied.routed = map[netip.Addr]int{lost.Addr: 5, kept.Addr: 5}
 	if l := p.must(t, Request{Owner: "new"}); l.Addr != addr("10.0.0.7") {
 		t.Errorf("lent %s to another", l.Addr)
 	}
