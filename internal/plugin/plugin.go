@@ -31,9 +31,9 @@ import (
 
 // The times of calls. An engine that ends waits for DeleteEndpoint and then for ReleaseAddress of each container, in
 // parallel, and then for the plugin. After 15 s in all it gives up, and does not write its files. So a call that only
-// takes away has 4 s. If both calls of a container hang, the engine still ends in time. A container with published ports has two
-// calls more, Revoke and Leave: if all four hang, the engine gives up. The engine ignores the
-// errors of these calls, and what they leave heals.
+// takes away has 4 s. If both calls of a container hang, the engine still ends in time. A container with published
+// ports has two calls more, Revoke and Leave: if all four hang, the engine gives up. The engine ignores the errors of
+// these calls, and what they leave heals.
 var (
 	serving  = limits{deadline: 18 * time.Second, grace: 2 * time.Second} // 20 s in all: an engine waits 30 s for an answer
 	takeAway = limits{deadline: 4 * time.Second, grace: time.Second}
