@@ -26,7 +26,7 @@ import (
 )
 
 // OwnerPrefix begins the owner of every lease and every link of Docker's.
-const OwnerPrefix = pool.DockerOwner
+const OwnerPrefix = "docker/"
 
 // Config says what the driver works on. The fields from NetworkMade on may be nil.
 type Config struct {

@@ -9,8 +9,6 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
-
-	"azurevnet/pool"
 )
 
 // poolID says all that a later call needs. After a reboot an engine asks for addresses of a pool that it never requests
@@ -43,8 +41,11 @@ func (id poolID) String() string {
 	return strings.Join([]string{strings.ReplaceAll(id.mac, ":", ""), escapePrefix(id.prefix), within, id.serial}, "-")
 }
 
+// OwnerPrefix begins the owner of every lease of Docker's. The package driver has the same one.
+const OwnerPrefix = "docker/"
+
 // owner returns the owner of the pool's leases.
-func (id poolID) owner() string { return pool.DockerOwner + id.String() }
+func (id poolID) owner() string { return OwnerPrefix + id.String() }
 
 // gateway returns Azure's gateway, which is always the first address of a subnet.
 func (id poolID) gateway() netip.Addr { return id.prefix.Addr().Next() }

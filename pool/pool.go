@@ -28,9 +28,6 @@ var (
 	ErrSource    = errors.New("no source has answered") // none since leases.json is new
 )
 
-// DockerOwner begins the owner of every lease and every link of Docker's. Both of its drivers need it.
-const DockerOwner = "docker/"
-
 // Config says where the pool lives and whom it asks.
 type Config struct {
 	Dir           string        // directory of leases.json and its lock, such as /run/azure-vnet; made if missing

@@ -3,6 +3,8 @@
 package plugin
 
 import (
+	"azurevnet/driver"
+	"azurevnet/ipamdriver"
 	"bytes"
 	"encoding/json"
 	"os"
@@ -98,5 +100,12 @@ func TestReadmeNamesEverySetting(t *testing.T) {
 		if !strings.Contains(string(readme), "`"+d.key+"`") {
 			t.Errorf("README.md does not tell of %s", d.key)
 		}
+	}
+}
+
+// TestBothDriversNameOwnersAlike: the NetworkDriver ends leases that the IpamDriver made, and knows them by their owners.
+func TestBothDriversNameOwnersAlike(t *testing.T) {
+	if driver.OwnerPrefix != ipamdriver.OwnerPrefix {
+		t.Errorf("%q and %q", driver.OwnerPrefix, ipamdriver.OwnerPrefix)
 	}
 }

@@ -92,7 +92,6 @@ var retired = map[string]map[string]string{
 		"Used": "NetworkMade", "Agrees": "CheckNIC", "Reserve": "HoldAux", "Holder": "WhoHas",
 		"Attached": "FindLink", "forget": "dropChoice", "foreign": "isNobodysToLend", "flat": "escapePrefix",
 		"unflat": "unescapePrefix", "colons": "withColons", "parseSubnet": "parseExactPrefix",
-		"ownerPrefix": "pool.DockerOwner",
 	},
 	"internal/statefile": {
 		"graft": "graftValue", "lenient": "decodeLenient", "taken": "markTaken", "Durable": "UpdateDurably",
