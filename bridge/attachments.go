@@ -46,8 +46,9 @@ func attachmentOf(l netlink.Link, a alias) Attachment {
 		MTU: l.Attrs().MTU, InContainer: l.Attrs().NetNsID >= 0}
 }
 
-// Attachment finds owner's attachment, and reads less than Attachments does. ok is false if there is none.
-// Ports is not set.
+// Attachment finds owner's attachment, and reads less than Attachments does: one link by its name, and host.json if the
+// endpoint has published ports. ok is false if there is none. It lists nothing, so other links that come and go cannot
+// interrupt it.
 func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, error) {
 	host, peer := linkNames(owner)
 	l, err := netlink.LinkByName(host)
@@ -64,6 +65,13 @@ func (h *Host) Attachment(ctx context.Context, owner string) (Attachment, bool, 
 	attachment := attachmentOf(l, a)
 	if !attachment.InContainer {
 		attachment.Peer = peer
+	}
+	if a.ports > 0 {
+		state, err := h.readState()
+		if err != nil {
+			return Attachment{}, false, err
+		}
+		attachment.Ports = notIdle(state.Ports[attachment.Link])
 	}
 	return attachment, true, nil
 }

@@ -83,14 +83,12 @@ func (d *Driver) Leave(ctx context.Context, r *network.LeaveRequest) error {
 // EndpointInfo tells which ports of the host lead to the endpoint. Engines ask, but show only those of their own drivers.
 func (d *Driver) EndpointInfo(ctx context.Context, r *network.InfoRequest) (*network.InfoResponse, error) {
 	info := &network.InfoResponse{Value: map[string]string{}}
-	all, err := d.cfg.Host.Attachments(ctx)
+	attached, _, err := d.cfg.Host.Attachment(ctx, OwnerPrefix+r.EndpointID)
 	if err != nil {
 		return nil, err
 	}
-	for _, attached := range all {
-		if attached.Owner == OwnerPrefix+r.EndpointID && len(attached.Ports) > 0 {
-			info.Value["ports"] = portsText(attached.Ports)
-		}
+	if len(attached.Ports) > 0 {
+		info.Value["ports"] = portsText(attached.Ports)
 	}
 	return info, nil
 }
