@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 go=$(command -v go || echo /usr/local/go/bin/go)
 
-SOAK=${SOAK:-10m} "$go" test -count=1 -timeout 24h -v -run 'TestSoak|TestTwentyBoots|TestEveryRestart|TestThePluginIsKilled|TestDockerAndCNI|TestDockerRun|TestADiskThatHangs|TestEveryArchitecture|TestDockerfile|TestDockerUpgrade|TestRecorded' ./test/...
+SOAK=${SOAK:-10m} "$go" test -count=1 -timeout 24h -v -run 'TestSoak|TestTwentyBoots|TestEveryRestart|TestThePluginIsKilled|TestKilled|TestDockerAndCNI|TestDockerRun|TestADiskThatHangs|TestEveryArchitecture|TestDockerfile|TestDockerUpgrade|TestRecorded' ./test/...
 SOAK=${SOAK:-10m} "$go" test -count=1 -timeout 24h ./bridge/... ./pool
 for dir in $("$go" list -f '{{.Dir}}' ./...); do
 	# shellcheck disable=SC2013 # a name is one word

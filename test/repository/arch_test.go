@@ -59,6 +59,7 @@ var arrows = map[string][]string{
 	"azurevnet/test/docker":               {},
 	"azurevnet/test/cni":                  {},
 	"azurevnet/test/host":                 {},
+	"azurevnet/test/kill":                 {},
 	"azurevnet/test/repository":           {},
 	"azurevnet/test/demo":                 {"internal/vnetsim"},
 }

@@ -1,0 +1,8 @@
+// Copyright (c) The azure-vnet authors. MIT licence.
+
+package kill
+
+import "golang.org/x/sys/unix"
+
+// older are the system calls of this architecture that newer ones lack.
+var older = map[uint64]string{unix.SYS_RENAMEAT: "rename"}
