@@ -4,8 +4,14 @@ package kill
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
+	"fmt"
+	"net/netip"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -27,6 +33,7 @@ func newNode(t *testing.T, vm vnetsim.VMConfig) node {
 	}
 	_, vms := test.NewVNet(t, vm, vnetsim.VMConfig{})
 	n := node{Node: test.OnNode(vms[0])}
+	n.Must("iptables", "-P", "FORWARD", "DROP") // as engines and kubelets do
 	n.probes = startProbes(t, vms[1], n.Primary)
 	return n
 }
@@ -34,29 +41,57 @@ func newNode(t *testing.T, vm vnetsim.VMConfig) node {
 // in is the node, failing a subtest instead.
 func (n node) in(t *testing.T) node { return node{n.Node.In(t), n.probes} }
 
-// conf is a configuration in which a pod is given its address, so that histories with and without a kill end alike.
-func (n node) conf(pod int, more ...string) []byte {
-	return test.Stdin("1.1.0", "azure", test.Azure(more...), map[string]any{
-		"ipam": map[string]any{"type": "azure-vnet-ipam", "ipAddress": n.Secondaries()[pod].String()}})
+// conf is a configuration in which a pod is given the NIC's address of that number, so that histories with and without a
+// kill end alike.
+func (n node) conf(nic, number int, more map[string]any) []byte {
+	all := map[string]any{"ipam": map[string]any{"type": "azure-vnet-ipam", "ipAddress": n.NICs()[nic].Secondaries[number].String()}}
+	for key, value := range more {
+		all[key] = value
+	}
+	return test.Stdin("1.1.0", "azure", test.Azure(), all)
 }
 
-// traced runs azure-vnet under the tracer. If it was not killed, it succeeds.
-func (n node) traced(tr *trace, verb, id string, conf []byte, more ...string) {
+// published has a pod publish a TCP and a UDP port.
+var published = map[string]any{"runtimeConfig": map[string]any{"portMappings": []any{
+	map[string]any{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
+	map[string]any{"hostPort": 5353, "containerPort": 53, "protocol": "udp"}}}}
+
+// hostEnd is the host's link to a pod.
+func hostEnd(id string) string {
+	sum := sha256.Sum256([]byte("cni/azure/" + id + "/eth0"))
+	return "azv" + hex.EncodeToString(sum[:])[:11]
+}
+
+func netnsOf(id string) string {
+	if id == "" {
+		return ""
+	}
+	return "/run/netns/" + id
+}
+
+// traced makes a call under the tracer.
+func (n node) traced(tr *trace, verb, id string, conf []byte) {
+	n.T.Helper()
+	n.tracedWord(tr, n.Environ(verb, id, netnsOf(id)), conf)
+}
+
+// tracedWord runs azure-vnet under the tracer. If it was not killed, it succeeds.
+func (n node) tracedWord(tr *trace, environ []string, stdin []byte, word ...string) {
 	n.T.Helper()
 	tr.program = filepath.Join(n.Dir, "azure-vnet")
-	cmd := n.Command(n.T.Context(), tr.program)
+	cmd := n.Command(n.T.Context(), tr.program, word...)
 	var out bytes.Buffer
-	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = n.Environ(verb, id, "/run/netns/"+id, more...), bytes.NewReader(conf), &out, &out
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = environ, bytes.NewReader(stdin), &out, &out
 	code, err := tr.run(cmd)
-	if err != nil || code != 0 && !tr.killed {
-		n.T.Fatalf("%s of %s under the tracer: code %d, %v: %s", verb, id, code, err, &out)
+	if err != nil || code != 0 && !tr.ended() {
+		n.T.Fatalf("%s under the tracer: code %d, %v: %s", cmd, code, err, &out)
 	}
 }
 
 // calls makes a call that succeeds.
 func (n node) calls(verb, id string, conf []byte) {
 	n.T.Helper()
-	if out, err := n.Call(verb, id, "/run/netns/"+id, conf); err != nil {
+	if out, err := n.Call(verb, id, netnsOf(id), conf); err != nil {
 		n.T.Errorf("%s of %s: %s %v", verb, id, out, err)
 	}
 }
@@ -64,14 +99,25 @@ func (n node) calls(verb, id string, conf []byte) {
 // heal is a round past the grace.
 func (n node) heal() {
 	n.T.Helper()
-	n.LeasesAged()
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d/root/run/azure-vnet/leases.json", n.PidOne())); err == nil {
+		n.LeasesAged()
+	}
 	n.Must(n.Dir+"/azure-vnet", "reconcile")
+}
+
+// reset removes all that azure-vnet made, and the settings that an uninstall leaves.
+func (n node) reset() {
+	n.T.Helper()
+	n.Must(n.Dir+"/azure-vnet", "uninstall")
+	if err := n.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }); err != nil {
+		n.T.Fatal(err)
+	}
 }
 
 // addAgain is what runtimes do after an ADD that was killed: one ends the container and makes it anew, one tries again, and
 // one comes back long after. Each pod runs in the end.
-func (n node) addAgain(id string, conf []byte) func(killed bool, way int, heal func()) {
-	return func(killed bool, way int, heal func()) {
+func (n node) addAgain(id string, conf []byte) func(way int, heal func()) {
+	return func(way int, heal func()) {
 		n.T.Helper()
 		switch way {
 		case 0:
@@ -80,7 +126,7 @@ func (n node) addAgain(id string, conf []byte) func(killed bool, way int, heal f
 			heal()
 			n.calls("DEL", id, conf)
 		}
-		out, err := n.Call("ADD", id, "/run/netns/"+id, conf)
+		out, err := n.Call("ADD", id, netnsOf(id), conf)
 		var told *types.Error
 		if errors.As(err, &told) && told.Code == 100 && way == 1 {
 			err = nil // it was killed with all done, or not at all
@@ -91,37 +137,157 @@ func (n node) addAgain(id string, conf []byte) func(killed bool, way int, heal f
 	}
 }
 
-// TestKilledCalls kills ADD and DEL of a node that has a pod already.
+// again repeats a call, one way long after.
+func (n node) again(repeat func()) func(way int, heal func()) {
+	return func(way int, heal func()) {
+		if way == 2 {
+			heal()
+		}
+		repeat()
+	}
+}
+
+// TestKilledCalls kills calls on a node that has a pod already.
 func TestKilledCalls(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, vnetsim.VMConfig{Secondaries: 4})
+	n.Netns("keeper", "pod", "stale")
+	keeper := n.conf(0, 0, nil)
+	n.calls("ADD", "keeper", keeper)
+	none := func() {}
+	for i, c := range []struct {
+		name    string
+		history func(n node) history
+	}{
+		{"ADD", func(n node) history { return n.adding(n.conf(0, 1, nil)) }},
+		{"ADD with ports", func(n node) history { return n.adding(n.conf(0, 1, published)) }},
+		{"DEL", func(n node) history {
+			conf := n.conf(0, 1, published)
+			return history{
+				begin: func() { n.calls("ADD", "pod", conf) },
+				call:  func(tr *trace) { n.traced(tr, "DEL", "pod", conf) },
+				next:  n.again(func() { n.calls("DEL", "pod", conf) }),
+				end:   none,
+			}
+		}},
+		{"GC", func(n node) history {
+			conf := test.Stdin("1.1.0", "azure", test.Azure(), map[string]any{
+				"cni.dev/valid-attachments": []any{map[string]any{"containerID": "keeper", "ifname": "eth0"}}})
+			return history{
+				begin: func() {
+					n.calls("ADD", "pod", n.conf(0, 1, published))
+					n.calls("ADD", "stale", n.conf(0, 2, nil))
+				},
+				call: func(tr *trace) { n.traced(tr, "GC", "", conf) },
+				next: n.again(func() { n.calls("GC", "", conf) }),
+				end:  none,
+			}
+		}},
+		{"reconcile", func(n node) history { return n.reconciling() }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := n.in(t)
+			h := c.history(n)
+			h.heal, h.pods = n.heal, []string{"keeper", "pod"}
+			h.try(t, n.Host, n.probes, i)
+		})
+	}
+}
+
+// adding kills the ADD of a pod.
+func (n node) adding(conf []byte) history {
+	return history{
+		call: func(tr *trace) { n.traced(tr, "ADD", "pod", conf) },
+		next: n.addAgain("pod", conf),
+		end:  func() { n.calls("DEL", "pod", conf) },
+	}
+}
+
+// reconciling kills a round that has much to mend.
+func (n node) reconciling() history {
+	pod, stale := n.conf(0, 1, published), n.conf(0, 2, nil)
+	return history{
+		begin: func() {
+			n.calls("ADD", "pod", pod)
+			n.calls("ADD", "stale", stale)
+			n.LeasesAged()
+			n.Must("sh", "-euc", strings.NewReplacer("KEEPER", hostEnd("keeper"), "POD", hostEnd("pod"), "STALE", hostEnd("stale")).Replace(`
+				ip link del STALE # its lease leaks, and its routes are strays
+				ip link set POD nomaster
+				ip neigh flush dev azure0 nud permanent
+				ip route flush table 16863
+				ip rule del lookup 16863
+				ip addr add 10.240.99.1/32 dev azure0
+				echo 0 >/proc/sys/net/ipv4/conf/azure0/forwarding
+				echo 0 >/proc/sys/net/ipv4/conf/azure0/proxy_arp
+				nft delete table bridge azure_vnet
+				nft delete chain ip azure_vnet postrouting
+				iptables -F FORWARD`))
+		},
+		call: func(tr *trace) { n.tracedWord(tr, os.Environ(), nil, "reconcile") },
+		next: func(way int, heal func()) {
+			if way == 1 { // a container comes and goes meanwhile
+				n.calls("ADD", "stale", stale)
+				n.calls("DEL", "stale", stale)
+			}
+		},
+		end: func() { n.calls("DEL", "pod", pod) },
+	}
+}
+
+// TestKilledFirsts kills calls that have to make what a host needs for its containers, or that take it away.
+func TestKilledFirsts(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, vnetsim.VMConfig{Secondaries: 4, NICs: []vnetsim.NICConfig{{Subnet: netip.MustParsePrefix("10.241.0.0/16"), Secondaries: 2}}})
 	n.Netns("keeper", "pod")
-	n.calls("ADD", "keeper", n.conf(0))
-	conf := n.conf(1)
-	t.Run("ADD", func(t *testing.T) {
+	keeper := n.conf(0, 0, nil)
+	for i, c := range []struct {
+		name   string
+		nic    int
+		more   map[string]any
+		beside bool // another pod
+	}{
+		{"ADD, first of the boot", 0, nil, false},
+		{"ADD with an unknown policy", 0, map[string]any{"snat": false, "direct": []any{"10.50.0.0/16"}, "metadata": false}, true},
+		{"ADD, first on the second NIC", 1, map[string]any{"master": "eth1"}, true},
+		{"ADD, first in transparent mode", 0, map[string]any{"mode": "transparent"}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := n.in(t)
+			h := n.adding(n.conf(c.nic, 1, c.more))
+			del := h.end
+			h.end = func() { del(); n.calls("DEL", "keeper", keeper); n.reset() }
+			if c.beside {
+				h.begin = func() { n.calls("ADD", "keeper", keeper) }
+			}
+			h.heal, h.pods = n.heal, []string{"keeper", "pod"}
+			h.try(t, n.Host, n.probes, i)
+		})
+	}
+	t.Run("uninstall", func(t *testing.T) {
 		n := n.in(t)
+		pod := n.conf(1, 1, map[string]any{"master": "eth1"})
+		uninstall := func() { n.Must(n.Dir+"/azure-vnet", "uninstall") }
 		history{
-			call: func(tr *trace) { n.traced(tr, "ADD", "pod", conf) },
-			next: n.addAgain("pod", conf),
-			heal: n.heal,
-			pods: []string{"keeper", "pod"},
-			end:  func() { n.calls("DEL", "pod", conf) },
-		}.try(t, n.Host, n.probes, 1)
-	})
-	t.Run("DEL", func(t *testing.T) {
-		n := n.in(t)
-		history{
-			begin: func() { n.calls("ADD", "pod", conf) },
-			call:  func(tr *trace) { n.traced(tr, "DEL", "pod", conf) },
-			next: func(_ bool, way int, heal func()) {
-				if way == 2 {
+			begin: func() {
+				for id, conf := range map[string][]byte{"keeper": keeper, "pod": pod} {
+					n.calls("ADD", id, conf)
+					n.calls("DEL", id, conf)
+				}
+			},
+			call: func(tr *trace) { n.tracedWord(tr, os.Environ(), nil, "uninstall") },
+			next: func(way int, heal func()) {
+				switch way {
+				case 1:
+					n.calls("ADD", "keeper", keeper)
+					n.calls("DEL", "keeper", keeper)
+				case 2:
 					heal()
 				}
-				n.calls("DEL", "pod", conf)
+				uninstall()
 			},
 			heal: n.heal,
-			pods: []string{"keeper", "pod"},
-			end:  func() {},
-		}.try(t, n.Host, n.probes, 2)
+			end:  n.reset,
+		}.try(t, n.Host, n.probes, 4)
 	})
 }

@@ -14,3 +14,6 @@ var older = map[uint64]string{
 	unix.SYS_LINK:     "link",
 	unix.SYS_SYMLINK:  "link",
 }
+
+// olderPath is which argument of them names what they change.
+var olderPath = map[uint64]int{unix.SYS_RENAME: 1, unix.SYS_RENAMEAT: 3, unix.SYS_LINK: 1, unix.SYS_SYMLINK: 1}

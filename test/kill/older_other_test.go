@@ -5,4 +5,7 @@
 package kill
 
 // older is nil where nobody has tried the tracer.
-var older map[uint64]string
+var (
+	older     map[uint64]string
+	olderPath map[uint64]int
+)

@@ -3,6 +3,7 @@
 package kill
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"os"
@@ -51,10 +52,11 @@ func step(tgid, tid int, c call) string {
 		}
 		return "write " + file
 	case "bind":
-		if family, _ := socket(tgid, int(int32(c.args[0]))); family == unix.AF_NETLINK {
+		family, _ := socket(tgid, int(int32(c.args[0])))
+		if family == unix.AF_NETLINK {
 			return "" // which changes nothing
 		}
-		return kind
+		return fmt.Sprintf("bind of family %d", family)
 	case "send":
 		family, protocol := socket(tgid, int(int32(c.args[0])))
 		if family != unix.AF_NETLINK {
@@ -67,7 +69,20 @@ func step(tgid, tid int, c call) string {
 		}
 		return message(protocol, read(tid, at, unix.SizeofNlMsghdr))
 	}
-	return kind
+	return kind + " " + text(tid, c.args[path(c.nr)])
+}
+
+// path is which argument of a call names what it changes.
+func path(nr uint64) int {
+	switch nr {
+	case unix.SYS_RENAMEAT2, unix.SYS_LINKAT, unix.SYS_MOVE_MOUNT:
+		return 3
+	case unix.SYS_UNLINKAT, unix.SYS_MKDIRAT, unix.SYS_MOUNT:
+		return 1
+	case unix.SYS_SYMLINKAT:
+		return 2
+	}
+	return olderPath[nr]
 }
 
 // message names what a netlink message changes; empty: it asks only.
@@ -120,6 +135,13 @@ func read(tid int, at uint64, size int) []byte {
 		return nil
 	}
 	return b[:n]
+}
+
+// text reads a string of it, up to the end of its page at least.
+func text(tid int, at uint64) string {
+	b := read(tid, at, int(min(256, 4096-at%4096)))
+	end := bytes.IndexByte(b, 0)
+	return string(b[:max(end, 0)])
 }
 
 // word reads a 64-bit word of it.

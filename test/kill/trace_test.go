@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,41 +20,55 @@ import (
 // trace counts the steps of a program and of all that it starts, over all their threads. It kills them after one of the
 // steps.
 type trace struct {
-	program string // counting begins when a process executes it; empty: at once
+	program string // counting begins when a process executes it; empty: with begin
 	killAt  int    // the step, from 1, that the processes end after; 0: none
 
 	threads map[int]*thread
-	begun   bool
-	killed  bool
 
-	mu    sync.Mutex
-	steps []string // guarded by mu: what was done, in order
+	mu     sync.Mutex // guards what follows
+	begun  bool
+	killed bool
+	steps  []string // what was done, in order
 }
 
 // thread is a traced thread.
 type thread struct {
-	tgid    int
-	running call   // that it is in
-	step    string // what that will have changed; empty: nothing
+	tgid int
+	step string // what the call that it is in will have changed; empty: nothing
 }
 
-const traceOptions = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACECLONE |
-	unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
+const traceOptions = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK |
+	unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
 
 // done is what was done up to now.
 func (tr *trace) done() []string {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	return append([]string{}, tr.steps...)
+	return slices.Clone(tr.steps)
 }
 
-// run starts a command and waits for the end of all processes. code is the command's exit code, -1 if it was killed.
+// begin counts from now on.
+func (tr *trace) begin() {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	tr.begun = true
+}
+
+// ended says that the processes were killed.
+func (tr *trace) ended() bool {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	return tr.killed
+}
+
+// run starts a command and waits for the end of all its processes. code is its exit code, -1 if it was killed.
 func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 	done := make(chan struct{})
-	go func() { // a thread of its own: only the thread that traces may wait
+	go func() { // on a thread of its own: only the thread that traces may wait
 		defer close(done)
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
+		filtered(cmd)
 		cmd.SysProcAttr.Ptrace = true
 		if err = cmd.Start(); err != nil {
 			return
@@ -67,7 +82,7 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 			return
 		}
 		tr.threads = map[int]*thread{first: {tgid: first}}
-		tr.resume(first, 0)
+		_ = unix.PtraceCont(first, 0)
 		code, err = tr.follow(first)
 		_ = cmd.Wait() // for its output; the process is waited for
 	}()
@@ -75,50 +90,7 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 	return code, err
 }
 
-// seize begins to trace a process that runs. ended is closed when it has ended.
-func (tr *trace) seize(pid int) (ended chan struct{}, err error) {
-	ended = make(chan struct{})
-	begun := make(chan error)
-	go func() {
-		defer close(ended)
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		if err := tr.seizeAll(pid); err != nil {
-			begun <- err
-			return
-		}
-		close(begun)
-		_, _ = tr.follow(pid)
-	}()
-	return ended, <-begun
-}
-
-// seizeAll seizes all threads of a process. One that begins meanwhile is found by another look.
-func (tr *trace) seizeAll(pid int) error {
-	tr.threads, tr.begun = map[int]*thread{}, true
-	for found := true; found; {
-		found = false
-		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-		if err != nil {
-			return err
-		}
-		for _, task := range tasks {
-			tid, err := strconv.Atoi(task.Name())
-			if err != nil || tr.threads[tid] != nil {
-				continue
-			}
-			_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, traceOptions, 0, 0)
-			if errno != 0 && errno != unix.ESRCH && errno != unix.EPERM { // gone, or seized by its parent's options
-				return fmt.Errorf("trace thread %d: %w", tid, errno)
-			}
-			tr.threads[tid], found = &thread{tgid: pid}, true
-			_ = unix.PtraceInterrupt(tid) // it stops, and goes on from system call to system call
-		}
-	}
-	return nil
-}
-
-// follow leads the threads from system call to system call until all have ended.
+// follow leads the threads from stop to stop until all have ended.
 func (tr *trace) follow(first int) (code int, err error) {
 	code = -1
 	for {
@@ -142,44 +114,40 @@ func (tr *trace) follow(first int) (code int, err error) {
 	}
 }
 
-// stopped looks at why a thread stopped, and lets it go on.
+// stopped looks at why a thread stopped, and lets it go on. One that is killed meanwhile cannot, which is no error.
 func (tr *trace) stopped(tid int, status unix.WaitStatus) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
 	t := tr.threads[tid]
 	fresh := t == nil
-	if fresh { // it stops before its parent tells of it
+	if fresh {
 		t = &thread{tgid: processOf(tid)}
 		tr.threads[tid] = t
 		if tr.killed {
 			_ = unix.Kill(t.tgid, unix.SIGKILL)
 		}
 	}
-	event := int(status) >> 16
-	switch sig := status.StopSignal(); {
-	case sig == unix.SIGTRAP|0x80:
-		tr.atCall(tid, t)
-		tr.resume(tid, 0)
+	sig, pass := status.StopSignal(), 0
+	switch event := int(status) >> 16; {
+	case event == unix.PTRACE_EVENT_SECCOMP:
+		if tr.atEntry(tid, t); t.step != "" {
+			_ = unix.PtraceSyscall(tid, 0) // up to its exit
+			return
+		}
 	case event == unix.PTRACE_EVENT_EXEC:
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", tid))
 		tr.begun = tr.begun || exe == tr.program
 		*t = thread{tgid: tid}
-		tr.resume(tid, 0)
-	case event != 0 || fresh && sig == unix.SIGSTOP:
-		tr.resume(tid, 0)
-	default:
-		tr.resume(tid, sig)
+	case sig == unix.SIGTRAP|0x80:
+		tr.atExit(tid, t)
+	case event == 0 && !(fresh && sig == unix.SIGSTOP):
+		pass = int(sig)
 	}
+	_ = unix.PtraceCont(tid, pass)
 }
 
-func (tr *trace) resume(tid int, sig unix.Signal) {
-	if tr.begun {
-		_ = unix.PtraceSyscall(tid, int(sig)) // one that is killed meanwhile cannot
-	} else {
-		_ = unix.PtraceCont(tid, int(sig))
-	}
-}
-
-// syscallInfo is struct ptrace_syscall_info of the kernel: at entry the number and arguments, at exit the result and whether
-// that is an error.
+// syscallInfo is struct ptrace_syscall_info of the kernel. Its data are at entry the number and arguments, at exit the
+// result and whether that is an error.
 type syscallInfo struct {
 	op   uint8
 	_    [3]uint8
@@ -188,34 +156,30 @@ type syscallInfo struct {
 	data [8]uint64
 }
 
-// atCall notes what a thread that stopped at a system call is about to change, or that it has changed it.
-func (tr *trace) atCall(tid int, t *thread) {
-	if tr.killed {
-		return
+func infoOf(tid int) (info syscallInfo, ok bool) {
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	return info, errno == 0
+}
+
+// atEntry notes what a thread is about to change.
+func (tr *trace) atEntry(tid int, t *thread) {
+	t.step = ""
+	if info, ok := infoOf(tid); ok && tr.begun && !tr.killed {
+		t.step = step(t.tgid, tid, call{info.data[0], [6]uint64(info.data[1:7])})
 	}
-	var info syscallInfo
-	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0); errno != 0 {
-		return
-	}
-	switch info.op {
-	case unix.PTRACE_SYSCALL_INFO_ENTRY:
-		t.running.nr = info.data[0]
-		copy(t.running.args[:], info.data[1:7])
-		t.step = step(t.tgid, tid, t.running)
-	case unix.PTRACE_SYSCALL_INFO_EXIT:
-		failed := uint8(info.data[1]) != 0
-		if t.step == "" || failed {
-			return
-		}
-		tr.mu.Lock()
+}
+
+// atExit notes that it has changed it, and kills if that was the step.
+func (tr *trace) atExit(tid int, t *thread) {
+	info, ok := infoOf(tid)
+	failed := uint8(info.data[1]) != 0
+	if ok && t.step != "" && !failed && !tr.killed {
 		tr.steps = append(tr.steps, t.step)
-		due := len(tr.steps) == tr.killAt
-		tr.mu.Unlock()
-		t.step = ""
-		if due {
+		if len(tr.steps) == tr.killAt {
 			tr.kill()
 		}
 	}
+	t.step = ""
 }
 
 // kill ends all processes at once.
