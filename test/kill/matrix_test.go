@@ -3,7 +3,9 @@
 package kill
 
 import (
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -19,6 +21,8 @@ type history struct {
 	heal  func()                     // a round of reconciling, past the grace that a leak is given
 	pods  []string                   // whose namespaces are looked at
 	end   func()                     // back to the beginning
+
+	patience time.Duration // until a round that began has ended; 0: heal waits for it
 }
 
 // ways are so many that each is met when every seventh step is tried.
@@ -30,7 +34,7 @@ var stride = map[bool]int{true: 1, false: 7}[test.Soaking]
 // try runs a history without a kill, and then with one after every stride-th step. offset differs between cases.
 func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 	before := p.last()
-	want, steps := hi.run(host, &trace{}, 0)
+	want, steps := hi.run(host, &trace{}, 0, nil)
 	if lost := p.lost(before); lost > 1 {
 		t.Errorf("without a kill, %d probes of the host were lost: this history shows nothing", lost)
 	}
@@ -39,7 +43,7 @@ func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 	kills := 0
 	for at := 1 + offset%stride; at <= len(steps) && !t.Failed(); at += stride {
 		before := p.last()
-		is, done := hi.run(host, &trace{killAt: at}, at%ways)
+		is, done := hi.run(host, &trace{killAt: at}, at%ways, want)
 		if len(done) < at {
 			t.Logf("kill %d: there were %d steps only", at, len(done))
 			continue
@@ -62,15 +66,23 @@ func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 	t.Logf("%d kills", kills)
 }
 
-// run runs the history once. It returns the state before its end, and the steps of the call.
-func (hi history) run(host test.Host, tr *trace, way int) (state, steps []string) {
+// run runs the history once. It returns the state before its end, and the steps of the call. The state is looked at until
+// it is as wanted: a plugin does its rounds by itself.
+func (hi history) run(host test.Host, tr *trace, way int, want []string) (state, steps []string) {
 	if hi.begin != nil {
 		hi.begin()
 	}
 	hi.call(tr)
 	hi.next(way, hi.heal)
 	hi.heal()
+	if want == nil && hi.patience > 0 {
+		time.Sleep(time.Second)
+	}
 	state = picture(host, hi.pods...)
+	for deadline := time.Now().Add(hi.patience); want != nil && time.Now().Before(deadline) && !slices.Equal(state, want); {
+		time.Sleep(100 * time.Millisecond)
+		state = picture(host, hi.pods...)
+	}
 	hi.end()
 	return state, tr.done()
 }

@@ -111,11 +111,11 @@ func settings() string {
 	return out.String()
 }
 
-// files are those of /run that calls write, below the root of a VM. Locks are left out, which are empty or name their last
+// files are those that calls write, below the root of a VM. Locks are left out, which are empty or name their last
 // holder, and what a killed writer left under the one name that the next writer overwrites.
 func files(root string) string {
 	var out strings.Builder
-	for _, dir := range []string{"/run/azure-vnet", "/run/systemd/network", "/run/NetworkManager/conf.d"} {
+	for _, dir := range []string{"/run/azure-vnet", "/var/lib/azure-vnet", "/run/systemd/network", "/run/NetworkManager/conf.d"} {
 		_ = filepath.WalkDir(root+dir, func(path string, e fs.DirEntry, err error) error {
 			switch name := strings.TrimPrefix(path, root); {
 			case err != nil || e.IsDir() || slices.Contains([]string{".lock", ".ask", ".tmp"}, filepath.Ext(name)):
@@ -131,8 +131,8 @@ func files(root string) string {
 	return out.String()
 }
 
-// times are the keys in the files that tell when something was.
-var times = []string{"since", "confirmed", "at", "until", "failedAt", "waited", "boot"}
+// times are the keys in the files that tell when something was, or which address was lent last.
+var times = []string{"freed", "since", "confirmed", "at", "until", "failedAt", "waited", "boot"}
 
 // timeless is JSON without times.
 func timeless(body []byte) string {

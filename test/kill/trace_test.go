@@ -23,12 +23,11 @@ type trace struct {
 	program string // counting begins when a process executes it; empty: with begin
 	killAt  int    // the step, from 1, that the processes end after; 0: none
 
+	mu      sync.Mutex // guards what follows
 	threads map[int]*thread
-
-	mu     sync.Mutex // guards what follows
-	begun  bool
-	killed bool
-	steps  []string // what was done, in order
+	begun   bool
+	killed  bool
+	steps   []string // what was done, in order
 }
 
 // thread is a traced thread.
@@ -81,7 +80,9 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 		if err = unix.PtraceSetOptions(first, traceOptions); err != nil {
 			return
 		}
+		tr.mu.Lock()
 		tr.threads = map[int]*thread{first: {tgid: first}}
+		tr.mu.Unlock()
 		_ = unix.PtraceCont(first, 0)
 		code, err = tr.follow(first)
 		_ = cmd.Wait() // for its output; the process is waited for
@@ -90,12 +91,13 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 	return code, err
 }
 
-// follow leads the threads from stop to stop until all have ended.
+// follow leads the threads from stop to stop until all have ended. They are one process group: the thread that waits may
+// have other children.
 func (tr *trace) follow(first int) (code int, err error) {
 	code = -1
 	for {
 		var status unix.WaitStatus
-		tid, err := unix.Wait4(-1, &status, unix.WALL|unix.WNOTHREAD, nil)
+		tid, err := unix.Wait4(-first, &status, unix.WALL|unix.WNOTHREAD, nil)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
@@ -107,7 +109,9 @@ func (tr *trace) follow(first int) (code int, err error) {
 			if tid == first && status.Exited() {
 				code = status.ExitStatus()
 			}
+			tr.mu.Lock()
 			delete(tr.threads, tid)
+			tr.mu.Unlock()
 		case status.Stopped():
 			tr.stopped(tid, status)
 		}
@@ -180,6 +184,13 @@ func (tr *trace) atExit(tid int, t *thread) {
 		}
 	}
 	t.step = ""
+}
+
+// end kills the processes, if they run.
+func (tr *trace) end() {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	tr.kill()
 }
 
 // kill ends all processes at once.
