@@ -3,6 +3,7 @@
 package kill
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -33,37 +34,49 @@ var stride = map[bool]int{true: 1, false: 7}[test.Soaking]
 
 // try runs a history without a kill, and then with one after every stride-th step. offset differs between cases.
 func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
+	t.Helper()
+	for _, fault := range hi.faults(t, host, p, 1+offset%stride, stride) {
+		t.Error(fault)
+	}
+}
+
+// faults are what differs between the history without a kill and those with one, after the first step and every stride-th
+// that follows. The first kill that has a fault is the last one.
+func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride int) (faults []string) {
+	t.Helper()
 	before := p.last()
 	want, steps := hi.run(host, &trace{}, 0, nil)
 	if lost := p.lost(before); lost > 1 {
-		t.Errorf("without a kill, %d probes of the host were lost: this history shows nothing", lost)
+		t.Fatalf("without a kill, %d probes of the host were lost: this history shows nothing", lost)
+	}
+	if len(steps) < 3 {
+		t.Fatalf("only %d steps were counted: the tracer is blind", len(steps))
 	}
 	begun := picture(host, hi.pods...)
-	t.Logf("%d steps: %q", len(steps), steps)
 	kills := 0
-	for at := 1 + offset%stride; at <= len(steps) && !t.Failed(); at += stride {
+	for at := first; at <= len(steps) && len(faults) == 0 && !t.Failed(); at += stride {
 		before := p.last()
 		is, done := hi.run(host, &trace{killAt: at}, at%ways, want)
 		if len(done) < at {
-			t.Logf("kill %d: there were %d steps only", at, len(done))
-			continue
+			continue // programs that this one starts do not always do the same
 		}
 		kills++
-		diff, lost := cmp.Diff(want, is), p.lost(before)
-		if diff != "" {
-			t.Errorf("the host is not as without the kill (- without, + with):\n%s", diff)
+		what := fmt.Sprintf("killed after step %d (%s), way %d", at, done[at-1], at%ways)
+		if diff := cmp.Diff(want, is); diff != "" {
+			faults = append(faults, fmt.Sprintf("%s: the host is not as without the kill (- without, + with):\n%s", what, diff))
 		}
-		if lost > 1 {
-			t.Errorf("%d probes of the host were lost", lost)
+		if lost := p.lost(before); lost > 1 {
+			faults = append(faults, fmt.Sprintf("%s: %d probes of the host were lost", what, lost))
 		}
 		if t.Failed() {
-			t.Errorf("it was killed after step %d (%s), way %d", at, done[at-1], at%ways)
+			t.Log(what)
 		}
 	}
-	if diff := cmp.Diff(begun, picture(host, hi.pods...)); diff != "" {
-		t.Errorf("the last history does not end as the first one did (- first, + last):\n%s", diff)
+	if diff := cmp.Diff(begun, picture(host, hi.pods...)); len(faults) == 0 && diff != "" {
+		faults = append(faults, fmt.Sprintf("the last history does not end as the first one did (- first, + last):\n%s", diff))
 	}
-	t.Logf("%d kills", kills)
+	t.Logf("%d kills at %d steps", kills, len(steps))
+	return faults
 }
 
 // run runs the history once. It returns the state before its end, and the steps of the call. The state is looked at until

@@ -147,8 +147,10 @@ func timeless(body []byte) string {
 			for _, key := range times {
 				delete(v, key)
 			}
-			for _, e := range v {
-				strip(e)
+			for key, e := range v {
+				if strip(e); e == nil { // which is as good as not there
+					delete(v, key)
+				}
 			}
 		case []any:
 			for _, e := range v {
