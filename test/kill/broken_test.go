@@ -26,6 +26,11 @@ var inPlace = breakage{"internal/statefile/statefile.go",
 	[]string{`tmp := path + ".tmp"`, `_, err = f.Write(body)`},
 	[]string{`tmp := path`, `_, err = f.Write(body[:len(body)/2]); if err == nil { _, err = f.Write(body[len(body)/2:]) }`}}
 
+// leaseFirst has a DEL and a GC release addresses before their links are gone.
+var leaseFirst = breakage{"cmd/azure-vnet/del.go",
+	[]string{`	leased := map[string][]netip.Addr{}`},
+	[]string{`	_ = l.Free(ctx, owners...); leased := map[string][]netip.Addr{}`}}
+
 // build builds azure-vnet with a mistake.
 func (b breakage) build(t *testing.T) (dir string) {
 	t.Helper()
@@ -72,21 +77,32 @@ func TestKilledMistakesAreFound(t *testing.T) {
 			t.Errorf("%d probes were lost", lost)
 		}
 	})
-	t.Run("state that is written in place", func(t *testing.T) {
-		n := n.in(t)
-		n.Dir = inPlace.build(t)
-		tr := &trace{}
-		h := n.adding(n.conf(0, 1, nil))
-		h.heal, h.pods = n.heal, []string{"pod"}
-		h.run(n.Host, tr, 0, nil)
-		torn := slices.Index(tr.done(), "write /run/azure-vnet/leases.json")
-		if torn < 0 {
-			t.Fatalf("the mistake is not in the steps %q", tr.done())
-		}
-		faults := h.faults(t, n.Host, n.probes, torn+1, 1)
-		if len(faults) == 0 {
-			t.Error("the matrix finds nothing wrong")
-		}
-		t.Log(faults)
-	})
+	conf := n.conf(0, 1, nil)
+	for _, c := range []struct {
+		what    string
+		mistake breakage
+		history func(n node) history
+		step    string // that the mistake is at
+	}{
+		{"state that is written in place", inPlace, func(n node) history { return n.adding(conf) }, "write /run/azure-vnet/leases.json"},
+		{"an address that is released before its link is gone", leaseFirst, func(n node) history { return n.deleting(conf) }, "rename /run/azure-vnet/leases.json"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			n := n.in(t)
+			n.Dir = c.mistake.build(t)
+			h := c.history(n)
+			h.heal, h.pods = n.heal, []string{"pod"}
+			tr := &trace{}
+			h.run(n.Host, tr, 0, nil)
+			at := slices.Index(tr.done(), c.step)
+			if at < 0 {
+				t.Fatalf("the mistake is not in the steps %q", tr.done())
+			}
+			faults := h.faults(t, n.Host, n.probes, at+1, 1)
+			if len(faults) == 0 {
+				t.Error("the matrix finds nothing wrong")
+			}
+			t.Log(faults)
+		})
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -105,13 +106,33 @@ func (n node) heal() {
 	n.Must(n.Dir+"/azure-vnet", "reconcile")
 }
 
-// reset removes all that azure-vnet made, and the settings that an uninstall leaves.
-func (n node) reset() {
+// wipe removes all that azure-vnet made, and sets back what an uninstall leaves. It is cheaper than calls and an uninstall.
+func (n node) wipe() {
 	n.T.Helper()
-	n.Must(n.Dir+"/azure-vnet", "uninstall")
-	if err := n.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }); err != nil {
-		n.T.Fatal(err)
+	var said string
+	if err := n.Do(func() error {
+		said = command("link del "+strings.Join(n.ours(), "\nlink del ")+"\nrule flush protocol 168\nroute flush table all protocol 168\n", "ip", "-force", "-batch", "-") +
+			command("destroy table bridge azure_vnet\ndestroy table arp azure_vnet\ndestroy table ip azure_vnet\nflush chain ip filter FORWARD\ndestroy chain ip filter AZURE-VNET\n", "nft", "-f", "-")
+		return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0)
+	}); err != nil {
+		n.T.Fatal(err, said)
 	}
+	for _, path := range []string{"/run/azure-vnet", "/run/systemd"} {
+		if err := os.RemoveAll(fmt.Sprintf("/proc/%d/root%s", n.PidOne(), path)); err != nil {
+			n.T.Fatal(err, said)
+		}
+	}
+}
+
+// ours are the names of azure-vnet's links in the calling thread's network namespace.
+func (n node) ours() (names []string) {
+	links, _ := net.Interfaces()
+	for _, l := range links {
+		if strings.HasPrefix(l.Name, "azv") || strings.HasPrefix(l.Name, "azure") {
+			names = append(names, l.Name)
+		}
+	}
+	return names
 }
 
 // addAgain is what runtimes do after an ADD that was killed: one ends the container and makes it anew, one tries again, and
@@ -137,16 +158,6 @@ func (n node) addAgain(id string, conf []byte) func(way int, heal func()) {
 	}
 }
 
-// again repeats a call, one way long after.
-func (n node) again(repeat func()) func(way int, heal func()) {
-	return func(way int, heal func()) {
-		if way == 2 {
-			heal()
-		}
-		repeat()
-	}
-}
-
 // TestKilledCalls kills calls on a node that has a pod already.
 func TestKilledCalls(t *testing.T) {
 	t.Parallel()
@@ -154,22 +165,13 @@ func TestKilledCalls(t *testing.T) {
 	n.Netns("keeper", "pod", "stale")
 	keeper := n.conf(0, 0, nil)
 	n.calls("ADD", "keeper", keeper)
-	none := func() {}
 	for i, c := range []struct {
 		name    string
 		history func(n node) history
 	}{
 		{"ADD", func(n node) history { return n.adding(n.conf(0, 1, nil)) }},
 		{"ADD with ports", func(n node) history { return n.adding(n.conf(0, 1, published)) }},
-		{"DEL", func(n node) history {
-			conf := n.conf(0, 1, published)
-			return history{
-				begin: func() { n.calls("ADD", "pod", conf) },
-				call:  func(tr *trace) { n.traced(tr, "DEL", "pod", conf) },
-				next:  n.again(func() { n.calls("DEL", "pod", conf) }),
-				end:   none,
-			}
-		}},
+		{"DEL", func(n node) history { return n.deleting(n.conf(0, 1, published)) }},
 		{"GC", func(n node) history {
 			conf := test.Stdin("1.1.0", "azure", test.Azure(), map[string]any{
 				"cni.dev/valid-attachments": []any{map[string]any{"containerID": "keeper", "ifname": "eth0"}}})
@@ -179,8 +181,13 @@ func TestKilledCalls(t *testing.T) {
 					n.calls("ADD", "stale", n.conf(0, 2, nil))
 				},
 				call: func(tr *trace) { n.traced(tr, "GC", "", conf) },
-				next: n.again(func() { n.calls("GC", "", conf) }),
-				end:  none,
+				next: func(way int, heal func()) {
+					if way == 2 {
+						heal()
+					}
+					n.calls("GC", "", conf)
+				},
+				end: func() {},
 			}
 		}},
 		{"reconcile", func(n node) history { return n.reconciling() }},
@@ -200,6 +207,21 @@ func (n node) adding(conf []byte) history {
 		call: func(tr *trace) { n.traced(tr, "ADD", "pod", conf) },
 		next: n.addAgain("pod", conf),
 		end:  func() { n.calls("DEL", "pod", conf) },
+	}
+}
+
+// deleting kills the DEL of a pod.
+func (n node) deleting(conf []byte) history {
+	return history{
+		begin: func() { n.calls("ADD", "pod", conf) },
+		call:  func(tr *trace) { n.traced(tr, "DEL", "pod", conf) },
+		next: func(way int, heal func()) {
+			if way == 2 {
+				heal()
+			}
+			n.calls("DEL", "pod", conf)
+		},
+		end: func() {},
 	}
 }
 
@@ -255,8 +277,7 @@ func TestKilledFirsts(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			n := n.in(t)
 			h := n.adding(n.conf(c.nic, 1, c.more))
-			del := h.end
-			h.end = func() { del(); n.calls("DEL", "keeper", keeper); n.reset() }
+			h.end = n.wipe
 			if c.beside {
 				h.begin = func() { n.calls("ADD", "keeper", keeper) }
 			}
@@ -287,7 +308,7 @@ func TestKilledFirsts(t *testing.T) {
 				uninstall()
 			},
 			heal: n.heal,
-			end:  n.reset,
+			end:  n.wipe,
 		}.try(t, n.Host, n.probes, 4)
 	})
 }

@@ -3,13 +3,18 @@
 package kill
 
 import (
+	"encoding/json"
 	"fmt"
+	"os"
+	"regexp"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 
+	"azurevnet/internal/dump"
 	"azurevnet/test"
 )
 
@@ -45,7 +50,7 @@ func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride int) (faults []string) {
 	t.Helper()
 	before := p.last()
-	want, steps := hi.run(host, &trace{}, 0, nil)
+	want, steps, _ := hi.run(host, &trace{}, 0, nil)
 	if lost := p.lost(before); lost > 1 {
 		t.Fatalf("without a kill, %d probes of the host were lost: this history shows nothing", lost)
 	}
@@ -56,12 +61,15 @@ func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride 
 	kills := 0
 	for at := first; at <= len(steps) && len(faults) == 0 && !t.Failed(); at += stride {
 		before := p.last()
-		is, done := hi.run(host, &trace{killAt: at}, at%ways, want)
+		is, done, unleased := hi.run(host, &trace{killAt: at}, at%ways, want)
 		if len(done) < at {
 			continue // programs that this one starts do not always do the same
 		}
 		kills++
 		what := fmt.Sprintf("killed after step %d (%s), way %d", at, done[at-1], at%ways)
+		if len(unleased) > 0 {
+			faults = append(faults, fmt.Sprintf("%s: containers have %v, which can be lent to others", what, unleased))
+		}
 		if diff := cmp.Diff(want, is); diff != "" {
 			faults = append(faults, fmt.Sprintf("%s: the host is not as without the kill (- without, + with):\n%s", what, diff))
 		}
@@ -79,13 +87,14 @@ func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride 
 	return faults
 }
 
-// run runs the history once. It returns the state before its end, and the steps of the call. The state is looked at until
-// it is as wanted: a plugin does its rounds by itself.
-func (hi history) run(host test.Host, tr *trace, way int, want []string) (state, steps []string) {
+// run runs the history once. It returns the state before its end, the steps of the call, and the addresses that containers
+// have and nobody holds just after it. The state is looked at until it is as wanted: a plugin does its rounds by itself.
+func (hi history) run(host test.Host, tr *trace, way int, want []string) (state, steps, unleased []string) {
 	if hi.begin != nil {
 		hi.begin()
 	}
 	hi.call(tr)
+	unleased = unleasedOf(host)
 	hi.next(way, hi.heal)
 	hi.heal()
 	if want == nil && hi.patience > 0 {
@@ -97,5 +106,30 @@ func (hi history) run(host test.Host, tr *trace, way int, want []string) (state,
 		state = picture(host, hi.pods...)
 	}
 	hi.end()
-	return state, tr.done()
+	return state, tr.done(), unleased
+}
+
+// attached matches the alias of a host's end of a link that is whole.
+var attached = regexp.MustCompile(`^azv2 addr=([0-9.]+)/`)
+
+// unleasedOf are the addresses that a host's links lead to, and that leases.json does not know. There is no moment in which
+// one may be lent to somebody else.
+func unleasedOf(host test.Host) (unleased []string) {
+	host.T.Helper()
+	var file struct{ Leases map[string]any }
+	if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/run/azure-vnet/leases.json", host.PidOne())); err == nil {
+		_ = json.Unmarshal(text, &file) // one that is torn knows nothing
+	}
+	if err := host.Do(func() error {
+		links, err := dump.Whole(netlink.LinkList)
+		for _, l := range links {
+			if of := attached.FindStringSubmatch(l.Attrs().Alias); of != nil && file.Leases[of[1]] == nil {
+				unleased = append(unleased, of[1])
+			}
+		}
+		return err
+	}); err != nil {
+		host.T.Fatal(err)
+	}
+	return unleased
 }
