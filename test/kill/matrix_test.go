@@ -59,7 +59,7 @@ func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride 
 	}
 	begun := picture(host, hi.pods...)
 	kills := 0
-	for at := first; at <= len(steps) && len(faults) == 0 && !t.Failed(); at += stride {
+	for at := min(first, len(steps)); at <= len(steps) && len(faults) == 0 && !t.Failed(); at += stride {
 		before := p.last()
 		is, done, unleased := hi.run(host, &trace{killAt: at}, at%ways, want)
 		if len(done) < at {
