@@ -84,6 +84,7 @@ func reconcile(ctx context.Context, out io.Writer) error {
 	for _, what := range mended {
 		fmt.Fprintln(out, "mended:", what)
 	}
+	cni.RemoveLeftLocks()
 	err = errors.Join(err, moveEarlierResults())
 	p, bad := pool.New(pool.Config{Dir: cni.StateDir})
 	if bad != nil {

@@ -61,6 +61,17 @@ func TryLockOwner(plugin, owner string) (unlock func(), ok bool, err error) {
 	return removeAndUnlock(path, unlock), ok, err
 }
 
+// RemoveLeftLocks deletes the lock files that calls left which were killed. A runtime may never call for these interfaces
+// again. A lock file that a call holds stays.
+func RemoveLeftLocks() {
+	paths, _ := filepath.Glob(filepath.Join(callsDir, "*"))
+	for _, path := range paths {
+		if unlock, ok, err := statefile.TryLock(path, "reconcile"); err == nil && ok {
+			removeAndUnlock(path, unlock)()
+		}
+	}
+}
+
 // tryState writes a file into the directory that ADD and DEL write to, and removes it.
 func (c *Call) tryState() error {
 	path := filepath.Join(callsDir, c.plugin.Name+"-status")
