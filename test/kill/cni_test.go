@@ -196,7 +196,7 @@ func TestKilledCalls(t *testing.T) {
 			n := n.in(t)
 			h := c.history(n)
 			h.heal, h.pods = n.heal, []string{"keeper", "pod"}
-			h.try(t, n.Host, n.probes, i)
+			h.try(t, n.Host, n.probes, 2*i)
 		})
 	}
 }
