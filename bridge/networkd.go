@@ -56,13 +56,20 @@ func (h *Host) dropInFaults(v *view) (all []fault) {
 	return all
 }
 
-// removeDropIns removes the drop-ins. If there are none, that is success.
+// removeDropIns removes the drop-ins, and what a killed writer left of them. If there are none, that is success.
 func (h *Host) removeDropIns() error {
 	var errs []error
 	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
-		if err := os.Remove(filepath.Join(h.cfg.Run, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
+		file := filepath.Join(h.cfg.Run, name)
+		for _, path := range []string{file, leftName(file)} {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// leftName is the name of what a killed writer left of a file: see statefile.Replace. Neither systemd-networkd nor
+// NetworkManager reads a file of this name.
+func leftName(file string) string { return file + ".tmp" }
