@@ -282,7 +282,7 @@ func TestKilledFirsts(t *testing.T) {
 				h.begin = func() { n.calls("ADD", "keeper", keeper) }
 			}
 			h.heal, h.pods = n.heal, []string{"keeper", "pod"}
-			h.try(t, n.Host, n.probes, i)
+			h.try(t, n.Host, n.probes, i+4)
 		})
 	}
 	t.Run("uninstall", func(t *testing.T) {

@@ -112,13 +112,14 @@ func settings() string {
 }
 
 // files are those that calls write, below the root of a VM. Locks are left out, which are empty or name their last
-// holder, and what a killed writer left under the one name that the next writer overwrites.
+// holder, and in directories of azure-vnet what a killed writer left under the one name that the next writer overwrites.
 func files(root string) string {
 	var out strings.Builder
 	for _, dir := range []string{"/run/azure-vnet", "/var/lib/azure-vnet", "/run/systemd/network", "/run/NetworkManager/conf.d"} {
 		_ = filepath.WalkDir(root+dir, func(path string, e fs.DirEntry, err error) error {
 			switch name := strings.TrimPrefix(path, root); {
-			case err != nil || e.IsDir() || slices.Contains([]string{".lock", ".ask", ".tmp"}, filepath.Ext(name)):
+			case err != nil || e.IsDir() || slices.Contains([]string{".lock", ".ask"}, filepath.Ext(name)):
+			case filepath.Ext(name) == ".tmp" && strings.Contains(dir, "azure-vnet"):
 			case filepath.Ext(name) == ".json":
 				body, _ := os.ReadFile(path)
 				fmt.Fprintf(&out, "%s %s\n", name, timeless(body))
