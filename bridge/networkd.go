@@ -47,7 +47,11 @@ func (h *Host) dropInFaults(v *view) (all []fault) {
 			continue
 		}
 		all = append(all, fault{what: file + " is not as it should be", mend: func() error {
-			if err := statefile.Replace(file, []byte(text), 0o644); err != nil {
+			err := removeTemporaryFiles(file)
+			if err == nil {
+				err = statefile.Replace(file, []byte(text), 0o644)
+			}
+			if err != nil {
 				return fmt.Errorf("keep systemd-networkd and NetworkManager off our links: %w", err)
 			}
 			return nil
@@ -61,15 +65,20 @@ func (h *Host) removeDropIns() error {
 	var errs []error
 	for _, name := range []string{networkdDropIn, networkManagerDropIn} {
 		file := filepath.Join(h.cfg.Run, name)
-		for _, path := range []string{file, leftName(file)} {
-			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				errs = append(errs, err)
-			}
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
+		errs = append(errs, removeTemporaryFiles(file))
 	}
 	return errors.Join(errs...)
 }
 
-// leftName is the name of what a killed writer left of a file: see statefile.Replace. Neither systemd-networkd nor
-// NetworkManager reads a file of this name.
-func leftName(file string) string { return file + ".tmp" }
+// removeTemporaryFiles removes the temporary files of a drop-in's killed writers: see statefile.Replace. The caller holds the
+// host's lock, so no writer lives. Neither systemd-networkd nor NetworkManager reads files of these names.
+func removeTemporaryFiles(dropIn string) error {
+	left, err := filepath.Glob(dropIn + ".tmp-*")
+	for _, file := range left {
+		err = errors.Join(err, os.Remove(file))
+	}
+	return err
+}

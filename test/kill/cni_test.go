@@ -259,6 +259,9 @@ func (n node) reconciling() history {
 
 // TestKilledFirsts kills calls that have to make what a host needs for its containers, or that take it away.
 func TestKilledFirsts(t *testing.T) {
+	if !test.Soaking {
+		t.Skip("takes a minute: make soak")
+	}
 	t.Parallel()
 	n := newNode(t, vnetsim.VMConfig{Secondaries: 4, NICs: []vnetsim.NICConfig{{Subnet: netip.MustParsePrefix("10.241.0.0/16"), Secondaries: 2}}})
 	n.Netns("keeper", "pod")
