@@ -135,7 +135,7 @@ func TestUninstallRemovesDropIns(t *testing.T) {
 			t.Errorf("%s: %q %v", name, text, err)
 		}
 	}
-	h.sh("touch " + filepath.Join(h.cfg.Run, networkdDropIn)+".tmp-1") // as a killed writer leaves it
+	h.sh("touch " + filepath.Join(h.cfg.Run, networkdDropIn) + ".tmp-1") // as a killed writer leaves it
 	if err := h.removeAll(); err != nil {
 		t.Error(err)
 	}
