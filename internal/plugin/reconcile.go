@@ -18,10 +18,12 @@ import (
 )
 
 const (
-	reconcileEvery = 30 * time.Second       // the plugin reconciles this often without any event
-	reconcileDelay = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
-	reconcileTime  = 60 * time.Second       // bounds one run of reconcileOnce
-	watchWait      = 5 * time.Second        // before a watch that ended begins again
+	reconcileEvery = 30 * time.Second // the plugin reconciles this often without any event
+	// The first one may read the host before the kernel is watched. The second one sees what changed between the two.
+	secondReconcile = 2 * time.Second
+	reconcileDelay  = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
+	reconcileTime   = 60 * time.Second       // bounds one run of reconcileOnce
+	watchWait       = 5 * time.Second        // before a watch that ended begins again
 )
 
 // reconciler reconciles in the background: at the plugin's start, on events of the kernel, and every 30 s. One of its parts
@@ -64,12 +66,14 @@ func (r *reconciler) reconcileUntilDone(ctx context.Context) {
 	go r.watchKernel(ctx, events)
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
+	second := time.After(secondReconcile)
 	for {
 		r.reconcileOnce(ctx)
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-second:
 		case <-events:
 			select {
 			case <-ctx.Done():
