@@ -18,15 +18,16 @@ unformatted=$("$go" list -f '{{.Dir}}' ./... | xargs "$(dirname "$("$go" env GOR
 for os in windows darwin; do GOOS=$os "$go" vet ./pool ./internal/cni ./internal/statefile; done
 
 # Each package's tests begin on a machine that booted a second ago.
-# The tests that may run beside others wait more than they work.
-run="$go test -json -exec '$PWD/scripts/young.sh' -timeout 40m -parallel 4"
+run="$go test -json -exec '$PWD/scripts/young.sh' -timeout 40m"
 # The race detector watches the product. The tests below test/ start the product as users do, built without it. A
 # process of the detector sleeps a second before it ends, and tests start many.
-race="env CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 $run -race"
+# These wait more than they work, so four of a package run at once. The tests below test/ start engines, and two of a
+# package are enough for two cores.
+race="env CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 $run -race -parallel 4"
 if [ $# -gt 0 ]; then
 	set -- "$race $(printf " '%s'" "$@")"
 else
 	product=$("$go" list ./... | grep -v /test | tr '\n' ' ')
-	set -- "status=0; $race $product || status=1; $run ./test/... || status=1; exit \$status"
+	set -- "status=0; $race $product || status=1; $run -parallel 2 ./test/... || status=1; exit \$status"
 fi
 exec "$go" tool gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg --raw-command -- sh -c "$1"

@@ -24,6 +24,7 @@ ping6 -c 2 -W 1 -I eth0 ff02::1 & arping -c 2 -w 2 -I eth0 10.240.88.88 & wait
 awk '/^Ip6OutMcastPkts/{print $2}' /proc/net/snmp6`
 
 func TestContainersAreFirstClassCitizens(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t,
 		vnetsim.VMConfig{Secondaries: 6, MTU: 9000}, vnetsim.VMConfig{Secondaries: 4, MTU: 9000}, vnetsim.VMConfig{})
 	vm1, vm2, plain := vms[0], vms[1], vms[2]
@@ -211,6 +212,7 @@ func TestContainersAreFirstClassCitizens(t *testing.T) {
 }
 
 func TestAContainersLife(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 31}, vnetsim.VMConfig{})
 	h, plain := vms[0], test.OnHost(vms[1])
 	h.WithPlugin()

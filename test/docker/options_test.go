@@ -63,6 +63,7 @@ func TestAContainerOnNetworksOfTwoNICs(t *testing.T) {
 }
 
 func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
+	t.Parallel()
 	second := netip.MustParsePrefix("10.241.0.0/16")
 	vnet, vms := test.NewVNet(t,
 		vnetsim.VMConfig{Secondaries: 4, NICs: []vnetsim.NICConfig{{Subnet: second, Secondaries: 4}}},
@@ -224,6 +225,7 @@ func TestEachNetworkUsesItsOwnNIC(t *testing.T) {
 }
 
 func TestNetworkOptions(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 13}, vnetsim.VMConfig{})
 	h, plain := vms[0], test.OnHost(vms[1])
 	h.WithPlugin("COOL_DOWN=0s")
@@ -330,6 +332,7 @@ func TestNetworkOptions(t *testing.T) {
 }
 
 func TestTwoNICsInOneSubnet(t *testing.T) {
+	t.Parallel()
 	subnet := netip.MustParsePrefix("10.240.0.0/16")
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 2}}}, vnetsim.VMConfig{})
 	h, plain := vms[0], test.OnHost(vms[1])

@@ -121,6 +121,7 @@ func askUDP(t *testing.T, from *vnetsim.Namespace, to netip.AddrPort) (string, e
 }
 
 func TestPublishedPorts(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
 	vm, plain := vms[0], vms[1]
 	vm.WithPlugin()

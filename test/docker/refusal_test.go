@@ -15,6 +15,7 @@ import (
 )
 
 func TestRefusalsSayWhatToDo(t *testing.T) {
+	t.Parallel()
 	_, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h := vms[0]
 	h.WithPlugin("COOL_DOWN=0s")
@@ -107,6 +108,7 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 }
 
 func TestAddressesThatTheHostHolds(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2, HoldSecondaries: true}, vnetsim.VMConfig{})
 	h := vms[0]
 	h.WithPlugin()

@@ -35,6 +35,7 @@ func inWords(h test.Host, arg, want []string, not ...string) {
 // TestWhoHoldsIsNamedInDockersWords: an error names the holder of an address, a port or a MAC as docker ps and docker
 // network ls do.
 func TestWhoHoldsIsNamedInDockersWords(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 6}, vnetsim.VMConfig{})
 	h, plain := vms[0], test.OnHost(vms[1])
 	h.WithPlugin("COOL_DOWN=0s")
@@ -77,6 +78,7 @@ func TestWhoHoldsIsNamedInDockersWords(t *testing.T) {
 
 // TestAnAddressThatCannotBeLentSaysWhy: az network nic ip-config create is advised for an address that Azure would give.
 func TestAnAddressThatCannotBeLentSaysWhy(t *testing.T) {
+	t.Parallel()
 	subnet := netip.MustParsePrefix("10.240.0.0/16")
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 1}}})
 	h := vms[0]
@@ -107,6 +109,7 @@ func TestAnAddressThatCannotBeLentSaysWhy(t *testing.T) {
 // TestCreateWarnsOfWhatHelpsNobody: a range without an ipconfig, and an auxiliary address that the host has. Both may be
 // meant for later, so the network is made.
 func TestCreateWarnsOfWhatHelpsNobody(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]
 	h.WithPlugin()
@@ -126,6 +129,7 @@ func TestCreateWarnsOfWhatHelpsNobody(t *testing.T) {
 
 // TestAContainerOnTwoNetworksOfOneNIC: the engine refuses the second interface, and the container goes on as it was.
 func TestAContainerOnTwoNetworksOfOneNIC(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 	h, plain := vms[0], test.OnHost(vms[1])
 	h.WithPlugin("COOL_DOWN=0s")
@@ -152,6 +156,7 @@ func TestAContainerOnTwoNetworksOfOneNIC(t *testing.T) {
 // TestASwarmNetworkWithoutAConfigurationIsRefused: a manager makes such a network without a subnet and without an
 // IpamDriver. The first call of a node comes with its first task.
 func TestASwarmNetworkWithoutAConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]
 	h.WithPlugin()
