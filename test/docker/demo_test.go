@@ -27,7 +27,7 @@ func TestTheDemoLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	demo := filepath.Join(t.TempDir(), "demo")
-	if out, err := exec.Command("go", "build", "-o", demo, "./demo").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-o", demo, "azurevnet/test/demo").CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
 	for _, at := range []string{"vm1: 10.240.0.4", "vm1: docker network create"} {

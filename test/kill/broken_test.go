@@ -22,8 +22,8 @@ type breakage struct {
 
 // inPlace has state written in two pieces to where it is read.
 var inPlace = breakage{"internal/statefile/statefile.go",
-	[]string{`tmp := path + ".tmp"`, `_, err = f.Write(body)`},
-	[]string{`tmp := path`, `_, err = f.Write(body[:len(body)/2]); if err == nil { _, err = f.Write(body[len(body)/2:]) }`}}
+	[]string{`tmp := path + ".tmp"`, `_, err := f.Write(body)`},
+	[]string{`tmp := path`, `_, err := f.Write(body[:len(body)/2]); if err == nil { _, err = f.Write(body[len(body)/2:]) }`}}
 
 // leaseFirst has a DEL and a GC release addresses before their links are gone.
 var leaseFirst = breakage{"cmd/azure-vnet/del.go",
