@@ -73,7 +73,8 @@ func TestPortsBesideASecondNetwork(t *testing.T) {
 	}
 	taken("while it runs")
 	killPlugin(h)
-	test.Eventually(t, "the plugin holds the port again", 20*time.Second, func() bool {
+	test.Eventually(t, "the plugin holds the port again", 60*time.Second, func() bool {
+		time.Sleep(4 * time.Second) // this very container would keep the plugin from the port
 		_, err := h.Try(test.Client, "run", "--rm", "-p", "8201:80", "busybox", "true")
 		return err != nil
 	})
