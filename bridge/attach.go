@@ -107,7 +107,7 @@ type attacher struct {
 	hostEnd      string // name of the host end
 	containerEnd string // name of the container end while it is in the host's namespace
 
-	// What prepareParts found.
+	// The fields below are set by prepareParts.
 	ns              netns.NsHandle   // the container's namespace; not open if the container end stays in the host's
 	bridgeIndex     int              // link index of the bridge; 0: transparent
 	secondNIC       bool             // the NIC is not the primary one, so its containers need routing rules
@@ -117,7 +117,7 @@ type attacher struct {
 
 	leftovers *detacher // has removed what an earlier attach left; nil: nothing was left
 
-	// What makeParts made.
+	// The fields below are set by makeParts.
 	hostEndIndex      int            // link index
 	containerEndIndex int            // link index in the container's namespace
 	nsID              int            // the host's number for the container's namespace

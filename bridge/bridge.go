@@ -8,10 +8,10 @@
 // The package is not the pool: its caller gives it addresses, and it never chooses one. It knows neither Docker
 // nor CNI.
 //
-// The kernel is the record of what is attached. The package reads attachments from the links: from their names,
-// link groups and aliases. The file <run>/azure-vnet/host.json has only what the kernel cannot tell: what was
-// asked of each NIC, the networks' policies, which endpoint has claimed which port of the host, and into which
-// zones of firewalld the package has put links. Every call can be repeated. A repeat finishes what a crash left.
+// The kernel is the record of what is attached. The package reads attachments from the links: from their names, link
+// groups and aliases. The file <run>/azure-vnet/host.json has only what the kernel cannot tell. It has the wishes for
+// each NIC, the networks' policies, the ports that endpoints have claimed, and the links that the package put into
+// zones of firewalld. Every call can be repeated. A repeat finishes what a crash left.
 package bridge
 
 import (

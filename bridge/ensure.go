@@ -168,8 +168,8 @@ func (h *Host) notePrepared(ctx context.Context, mac string) error {
 	})
 }
 
-// withdrawAsked takes back what was asked of a NIC that has no endpoint, and removes what was made for it.
-// before is what was asked earlier.
+// withdrawAsked takes back the wish for a NIC without endpoints, and removes the parts that were made for it. before
+// is the earlier wish.
 func (h *Host) withdrawAsked(ctx context.Context, mac string, before nicState) error {
 	v, err := h.readView()
 	if err != nil || slices.ContainsFunc(v.endpoints, func(e endpoint) bool { return e.nic == mac }) {

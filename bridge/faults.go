@@ -21,9 +21,9 @@ type fault struct {
 // needsPerson reports whether azure-vnet cannot mend the fault. Its text then says what to do.
 func (f fault) needsPerson() bool { return f.mend == nil }
 
-// listFaults says what is wrong with the host. The functions that it calls are the one place that says what the
-// host should be like: Ensure, Reconcile and Broken use all of them, and Check those for its endpoint. Mending one fault may bring others to light,
-// such as the ports of a bridge that was gone. So a round reads the host again after it mended something.
+// listFaults says what is wrong with the host. Only the functions that it calls say what the host should be like.
+// Ensure, Reconcile and Broken use all of them. Check uses those for its endpoint. Mending one fault may bring others
+// to light, such as the ports of a bridge that was gone. So a round reads the host again after it mended something.
 //
 // The order of the calls is the order of mending: what restricts containers comes before what opens a way to
 // them. The functions named Faults decide on the view. They read only what it lacks: sysctls, nft tables,

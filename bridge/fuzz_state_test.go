@@ -15,8 +15,8 @@ import (
 	"azurevnet/internal/statefile"
 )
 
-// FuzzHostState has any host.json. What cannot be read is set aside, byte for byte, before anything is written. What can
-// be read and is of this boot is kept by a change, and its values do for IPv4.
+// FuzzHostState has any host.json. An unreadable file is set aside, byte for byte, before a new one is written. A
+// readable file of this boot keeps its entries when one of them changes, and all its addresses are IPv4.
 func FuzzHostState(f *testing.F) {
 	boot, err := statefile.BootID()
 	if err != nil {

@@ -53,10 +53,9 @@ func (h *Host) path(elem ...string) string {
 // 200 ADDs at once on a busy node, the last ones wait for long.
 const lockWait = 20 * time.Second
 
-// lockHost takes bridge.lock, which is exclusive: a call that changes the host's network holds it from the
-// reading on which it decides to the change. The file has the text of who; another call that waits in vain is
-// told it. While the lock is held, only these locks may be taken: host.json's, that of the iptables programs,
-// and at uninstall that of leases.json.
+// lockHost takes bridge.lock, which is exclusive: a call that changes the host's network reads, decides and changes
+// under this lock. The file has the text of who; another call that waits in vain is told it. While the lock is held,
+// only these locks may be taken: host.json's, that of the iptables programs, and at uninstall that of leases.json.
 func (h *Host) lockHost(ctx context.Context, who string) (unlock func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()

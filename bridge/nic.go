@@ -89,7 +89,8 @@ func hasPorts(l netlink.Link) bool {
 }
 
 // refuseTaken returns an error if the NIC is a port of any link that hasPorts knows: a bridge, a bond, a team, Open
-// vSwitch's or a VRF. Whoever put the NIC there relies on it, and its addresses cannot be used both ways.
+// vSwitch's or a VRF. The program that put the NIC there relies on it. A NIC's packets go either to that link or to
+// the host's IP layer, not to both.
 func refuseTaken(links rtnl.Links, nic netlink.Link) error {
 	m := links.ByIndex(nic.Attrs().MasterIndex)
 	if m == nil || !hasPorts(m) {
@@ -218,8 +219,8 @@ func refuseFormer(links rtnl.Links) error {
 	return refuseBridges(links, func(_, alias string) bool { return strings.HasPrefix(alias, formerAlias) })
 }
 
-// refuseBridges returns an error if a bridge that is not ours, and that choose selects by its name and alias, has a port
-// that is no container's: the port may be the NIC.
+// refuseBridges looks at the bridges that choose selects by name and alias, other than ours. It returns an error if
+// such a bridge has a port that is not a container's: the port may be the NIC.
 func refuseBridges(links rtnl.Links, choose func(name, alias string) bool) error {
 	for _, l := range links {
 		_, ours := bridgeAliasOf(l)

@@ -220,15 +220,11 @@ func TestWatchTellsOfForeignRules(t *testing.T) {
 // watching is told of what Watch tells.
 func (h *host) watching() <-chan struct{} {
 	h.t.Helper()
-	told, ready := make(chan struct{}, 100), make(chan struct{})
+	told := make(chan struct{}, 100)
 	go func() {
-		_ = h.Do(func() error {
-			close(ready)
-			return h.Watch(h.t.Context(), func() { told <- struct{}{} })
-		})
+		_ = h.Do(func() error { return h.Watch(h.t.Context(), func() { told <- struct{}{} }) })
 	}()
-	<-ready
-	time.Sleep(300 * time.Millisecond) // until it has subscribed
+	<-told // it listens
 	return told
 }
 

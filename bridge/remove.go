@@ -53,10 +53,9 @@ func (v *view) attachedEndpoints(want func(endpoint) bool) (out []string) {
 	return out
 }
 
-// RemoveAll removes all that is ours, also what a crash has left half made, and returns the names of the
-// bridges that it removed. It refuses while endpoints are attached. It calls deleteState, which deletes the caller's
-// state, when everything is gone and while it still holds the lock. After that another call may begin anew, and
-// the state would be that call's.
+// RemoveAll removes everything of ours, half-made links included. It returns the names of the removed bridges. It
+// refuses while endpoints are attached. It calls deleteState, which deletes the caller's state, when everything is
+// gone and while it still holds the lock. After that another call may begin anew, and the state would be that call's.
 //
 // ip_forward and the NICs' forwarding stay on: an engine or a kubelet that was started since may rely on them.
 func (h *Host) RemoveAll(ctx context.Context, deleteState func() error) (removed []string, err error) {

@@ -64,9 +64,9 @@ const (
 // azureAddrs are the addresses of the host agent and of the metadata service.
 var azureAddrs = []netip.Prefix{netip.MustParsePrefix("168.63.129.16/32"), netip.MustParsePrefix("169.254.169.254/32")}
 
-// containerRoute is the route to a container in one of the two tables. It has the MTU of the container's link,
-// in bytes: a bridge drops a packet that is too large for a port and tells nobody, while a route with an MTU
-// makes the host answer the sender.
+// containerRoute is the route to a container in one of the two tables. It has the MTU of the container's link, in
+// bytes. A bridge drops a packet that is too large for a port, and sends no error. With an MTU in the route, the host
+// sends the error.
 func (a alias) containerRoute(table, link, mtu int) netlink.Route {
 	return netlink.Route{Table: table, Dst: ipNet(netip.PrefixFrom(a.addr.Addr(), 32)), LinkIndex: link, Scope: netlink.SCOPE_LINK, Protocol: ourProtocol, MTU: mtu, Type: unix.RTN_UNICAST}
 }
@@ -284,10 +284,10 @@ func (w *ruleList) addWayOut(mac, link string, from netip.Prefix) {
 	}
 }
 
-// addForSubnets adds the rules by which packets from all transparent containers of the primary NIC leave by
-// that NIC. The rules match the subnet of the source address. Two other kinds of packet have such a source, and
-// keep their own way: packets that the host itself sends, which the rules see as coming by lo, and packets that
-// the host forwards from its NICs.
+// addForSubnets adds the rules by which packets from all transparent containers of the primary NIC leave by that NIC.
+// The rules match the subnet of the source address. Two other kinds of packet have such a source, and keep their own
+// way. The host's own packets do: the rules see them as coming by lo. Packets from the NICs, which the host forwards,
+// do as well.
 func (w *ruleList) addForSubnets(mac string) {
 	if _, ok := w.v.wayOut(mac); !ok {
 		return

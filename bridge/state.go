@@ -34,8 +34,8 @@ type nicState struct {
 
 const stateVersion = 2
 
-// Check refuses a file of another version, and a file with a value that no program writes. Such values would
-// keep every round from mending anything, for example a bridge that cannot be made or a prefix of IPv6.
+// Check refuses a file of another version, and a file with a value that no program writes. Examples are an impossible
+// name of a bridge and an IPv6 prefix. With such a value, no round could mend anything.
 func (s hostState) Check() error {
 	if s.Version != stateVersion {
 		return fmt.Errorf("its version is %d, and this program knows %d only", s.Version, stateVersion)

@@ -23,10 +23,10 @@ func tableFaults(v *view) (all []fault, err error) {
 	return all, nil
 }
 
-// mendTables makes the nft tables what the view asks for. It then deletes flows of datagrams. The kernel
-// decides on SNAT and DNAT with the first packet of a flow, and a flow of datagrams that began without the
-// tables would stay without them as long as it is used. After the deletion, the kernel decides again on the
-// next datagram. TCP needs no such help: its clients begin a new connection by themselves.
+// mendTables makes the nft tables what the view asks for. It then deletes flows of datagrams. The kernel decides on
+// SNAT and DNAT with the first packet of a flow. A UDP flow may have begun without the tables. It would go on without
+// SNAT and DNAT until it is idle. After the deletion, the kernel decides again on the next datagram. TCP needs no such
+// help: its clients begin a new connection by themselves.
 func mendTables(v *view) error {
 	c := v.rulesetConfig()
 	if _, err := c.Sync(); err != nil {

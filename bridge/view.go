@@ -24,11 +24,11 @@ const ourProtocol = 168
 // mainRule is the priority of the kernel's own rule that leads to the table main.
 const mainRule = 32766
 
-// view is one reading of the host, with each kind of kernel state once. Decisions rest on it: which faults
-// there are, what an endpoint may have, and what the nft tables and FORWARD should hold. Settings and files
-// that only one decision needs are not in it: sysctls, the nft tables, FORWARD and drop-ins are read by the
-// function that lists their faults. If host.json has lost published ports, publishedPorts also reads the nft
-// table, each time that it is called.
+// view is one reading of the host, with each kind of kernel state once. Rounds list faults from it, Attach chooses an
+// endpoint's parts from it, and the wanted nft tables and FORWARD are built from it. Settings and files that only one
+// decision needs are not in it: sysctls, the nft tables, FORWARD and drop-ins are read by the function that lists
+// their faults. If host.json has lost published ports, publishedPorts also reads the nft table, each time that it is
+// called.
 //
 // A view is filled to one of these degrees. A method that needs more than a view has sees nothing there, and no
 // error tells it.

@@ -35,10 +35,10 @@ const watchPause = 200 * time.Millisecond
 //   - firewalld's zones.
 //
 // All events of 200 ms are one call. If the kernel could not deliver an event, changed is called too. Legacy iptables
-// sends no event.
+// sends no event. The first call comes without an event, as soon as Watch listens: nobody saw the changes before that.
 //
-// Two things that happen with each container are no event, since their attach or detach has made all of it: elements
-// of the nft tables, and a new endpoint that is ready within 200 ms, which means whole and up. An endpoint that has no
+// Two changes of each container are no event, because its attach or detach makes them completely. One is a change of
+// elements of the nft tables. The other is a new endpoint that is whole and up within 200 ms. An endpoint that has no
 // alias by then, or is down, was left by a crash.
 //
 // Watch works on the calling goroutine, so that it stays in the caller's network namespace. Only the system bus has a
@@ -58,8 +58,8 @@ func (h *Host) Watch(ctx context.Context, changed func()) error {
 	busListener.Go(func() { firewalld.Watch(busCtx, h.systemBus(), func() { w.wake.Write([]byte{0}) }) })
 	defer busListener.Wait() // after leaveBus
 	defer leaveBus()
-	pending := false     // an event has not been told yet
-	var callAt time.Time // when to call changed; zero: not before another event
+	pending := true                      // a change has not been told yet
+	callAt := time.Now().Add(watchPause) // when to call changed; zero: not before another event
 	for ctx.Err() == nil {
 		timeout := -1 // milliseconds; -1: none
 		if !callAt.IsZero() {
@@ -99,7 +99,7 @@ type watcher struct {
 	woken, wake *os.File      // both ends of a pipe: a byte in it ends a poll, when ctx ends or firewalld changed
 	buf         [1 << 16]byte // bytes: larger than any message of the kernel
 
-	// What the events have told so far, all by link index.
+	// The state of links as events have told it, by link index.
 	linkKinds map[int]linkKind // every link of the host
 	unready   map[int]bool     // host ends that are not ready: being made, or left by a crash
 	ready     map[int]endState // host ends that are ready: whole, and up

@@ -21,7 +21,7 @@ const missingAge = time.Minute
 // away. listed has the ids of all networks in the engine's list. A network is forgotten when two lists or more, a minute
 // apart, lack it. ForgetUnlisted returns the forgotten ids, ascending.
 //
-// What the lists lack is kept in memory only, so after a restart of the plugin the minute begins anew.
+// The names of missing networks are in memory only. After a restart of the plugin the minute begins anew.
 func (d *Driver) ForgetUnlisted(ctx context.Context, listed map[string]bool) ([]string, error) {
 	gone := map[string]Network{}
 	err := d.changeNetworks(ctx, "compare networks", func(all map[string]Network) error {

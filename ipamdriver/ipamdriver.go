@@ -254,8 +254,9 @@ func (d *Driver) ReleasePool(ctx context.Context, r *ipam.ReleasePoolRequest) er
 // 15 s at most. The longest question to the sources takes 8 s of it.
 const requestTime = 9 * time.Second
 
-// RequestAddress leases an address of the pool: the one that the engine asks for, or else one that was never lent, or
-// else the one that was released longest ago. The gateway is Azure's, and is answered without a lease.
+// RequestAddress leases an address of the pool. If the engine asks for one, it gets that one. Else an address that was
+// never lent comes first, and then the one whose release is longest ago. The gateway is Azure's, and is answered
+// without a lease.
 //
 // An engine asks for --ip and for --aux-address in the same words, and an auxiliary address may be anybody's. So an
 // address of the subnet that is not this VM's is answered without a lease, too. The NetworkDriver gives no container an
@@ -305,7 +306,7 @@ func (d *Driver) RequestAddress(ctx context.Context, r *ipam.RequestAddressReque
 	return addressResponse(id, lease.Addr), nil
 }
 
-// wordInUse adds to err, which says that addr is in use, who has it in Docker's words.
+// err says that addr is in use. wordInUse adds the holder, in Docker's words.
 func (d *Driver) wordInUse(ctx context.Context, addr netip.Addr, err error) error {
 	lease, held, unread := d.cfg.Pool.FindLease(ctx, addr)
 	if unread != nil || !held {

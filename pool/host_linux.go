@@ -143,9 +143,9 @@ func linkName(index int) string {
 	return ask.Name()
 }
 
-// readHostLinks reads the MACs and addresses of the host's links, and the default route. Several links may have the MAC of a
-// NIC: the NIC, its virtual function, which has no addresses, and the bridge that it is in, which then has the NIC's
-// addresses. So the addresses of one MAC are taken together.
+// readHostLinks reads the MACs and addresses of the host's links, and the default route. Several links may have the
+// MAC of a NIC: the NIC itself, its virtual function, and a bridge around it. The virtual function has no addresses. A
+// bridge has the NIC's addresses. So the addresses of one MAC are taken together.
 func readHostLinks() (hostLinks, error) {
 	h := hostLinks{Addrs: map[string][]netip.Addr{}}
 	links, err := dump.Whole(netlink.LinkList)

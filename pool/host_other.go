@@ -11,7 +11,8 @@ import (
 )
 
 // On systems other than Linux the package compiles, and its tests of parsing and choosing run. A pool cannot be used
-// there: every call needs the boot id first, which they lack, and what it reads of the host, which gets this error.
+// there: it needs a boot id, which these systems lack, and addresses and routes of the host. Reading those gives this
+// error.
 var errNotLinux = fmt.Errorf("addresses cannot be lent on %s: azure-vnet knows only how Linux tells its boot, addresses and routes", runtime.GOOS)
 
 func bootTime() time.Duration { return 0 }

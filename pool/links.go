@@ -37,8 +37,8 @@ func (p *Pool) Adopt(ctx context.Context, leases []Lease) error {
 	return err
 }
 
-// AdoptLost takes in leases that links prove and that somebody deleted from the file, and returns them. proven lists
-// the leases that links prove. It is called without the pool's lock.
+// AdoptLost adds leases that were deleted from the file although their links stand, and returns them. proven lists the
+// leases that links prove. It is called without the pool's lock.
 //
 // proven is called after the leases were read. A link goes before its lease does. So a link that stands after its lease
 // was missing has really lost the lease.

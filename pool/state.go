@@ -177,8 +177,8 @@ func (s *state) forgetUnlisted(now time.Duration) {
 	}
 }
 
-// updateState changes the state under its lock. what says what for, to processes that wait for the lock. If the file
-// cannot be read, it is set aside, and a new one is begun.
+// updateState changes the state under its lock. what names the change, for the error of a process that waits for the
+// lock in vain. If the file cannot be read, it is set aside, and a new one is begun.
 func (p *Pool) updateState(ctx context.Context, what string, change func(*state) error) error {
 	return p.retryRebuilt(ctx, what, func(boot, who string) error {
 		return statefile.Update(ctx, p.path, who, func(s *state) error {

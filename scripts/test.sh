@@ -14,7 +14,7 @@ unformatted=$("$go" list -f '{{.Dir}}' ./... | xargs "$(dirname "$("$go" env GOR
 [ -z "$unformatted" ] || { echo "test.sh: gofmt would change:" "$unformatted" >&2; exit 1; }
 "$go" vet ./...
 "$go" tool staticcheck ./...
-# What needs no Linux kernel compiles everywhere.
+# These packages need no Linux kernel, so they compile everywhere.
 for os in windows darwin; do GOOS=$os "$go" vet ./pool ./internal/cni ./internal/statefile; done
 
 # Each package's tests begin on a machine that booted a second ago.

@@ -103,9 +103,9 @@ func ensureBridge(ctx context.Context, c *cni.Call, host *bridge.Host, g *grant)
 	return br, nil
 }
 
-// codeMisnamed returns err, an error of Ensure, with the code of a wrong configuration if the bridge that the
-// configuration names can never be the bridge of the NIC: it is another NIC's, or not azure-vnet's, or the NIC has a
-// bridge of another name.
+// codeMisnamed gives an error of Ensure the code of a wrong configuration, if the configuration names a bridge that
+// this NIC can never have. Such a bridge is another NIC's, or not azure-vnet's, or the NIC has a bridge of another
+// name.
 func codeMisnamed(ctx context.Context, c *cni.Call, host *bridge.Host, nic string, err error) error {
 	if c.Conf.Bridge == "" || errors.Is(err, bridge.ErrTaken) || errors.Is(err, bridge.ErrNameTaken) {
 		return err

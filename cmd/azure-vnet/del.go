@@ -51,9 +51,9 @@ func del(ctx context.Context, c *cni.Call) error {
 // removeOwners removes the owners' links, and then ends their leases. If one link cannot be removed, its owner keeps its
 // lease, and the other owners are removed all the same.
 //
-// An owner may have a lease and no link: the link is gone with the container's namespace, or was never made. Such an
-// owner's routes and rules may still stand, and no link says which they are. So the host is reconciled as a whole, once
-// for all such owners.
+// An owner may have a lease and no link: the link is gone with the container's namespace, or was never made. The
+// routes and rules of such an owner may still stand. Without the link, nothing tells them from those of other owners.
+// So the host is reconciled as a whole, once for all such owners.
 func removeOwners(ctx context.Context, c *cni.Call, l *lender.Lender, owners ...string) error {
 	leases, err := l.LeasesOf(ctx, func(owner string) bool { return slices.Contains(owners, owner) })
 	if err != nil {

@@ -28,7 +28,7 @@ func (a *answering) ExecPlugin(context.Context, string, []byte, []string) ([]byt
 func (a *answering) FindInPath(plugin string, _ []string) (string, error) { return plugin, nil }
 
 // FuzzDelegated takes any answer of another IPAM plugin. After a refusal its address is given back, so a refusal is an
-// error and no panic. What is taken is one IPv4 address, with routes that can be told to the runtime in every version.
+// error and no panic. An accepted answer has one IPv4 address. Its routes can be written in every version of CNI.
 func FuzzDelegated(f *testing.F) {
 	for _, answer := range []string{
 		`{"cniVersion":"1.0.0","ips":[{"address":"10.240.0.9/16","gateway":"10.240.0.1"}],"routes":[{"dst":"0.0.0.0/0"},{"dst":"10.1.0.0/16","gw":"10.240.0.7","mtu":1300,"table":7,"scope":253}],"dns":{"nameservers":["10.0.0.10"]}}`,

@@ -105,8 +105,8 @@ func delegateAddress(ctx context.Context, c *cni.Call, l *lender.Lender) (*grant
 	return g, nil
 }
 
-// findMaster returns the MAC of the NIC of a network whose addresses come from another IPAM: the NIC that the
-// configuration names, or else the NIC that the default route leaves by.
+// findMaster returns the MAC of a network's NIC, if the addresses come from another IPAM. The NIC is the one in the
+// configuration, or else the one of the default route.
 func findMaster(ctx context.Context, c *cni.Call, host *bridge.Host) (mac string, primary bool, err error) {
 	_, mac, err = host.NIC(ctx, "")
 	if c.Conf.Master == "" {

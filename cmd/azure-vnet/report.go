@@ -19,9 +19,9 @@ import (
 	"azurevnet/pool"
 )
 
-// printStatus prints what is broken, the counts of ipconfigs, and who has which address, with the link that shows it. If
-// one part cannot be read, the others are printed, and the error says which. It is an error if something is broken. An
-// address of another plugin's container is none.
+// printStatus prints the faults, the counts of ipconfigs, and the leases. For each lease it prints the holder, the
+// address and the link. If one part cannot be read, the others are printed, and the error says which. It is an error
+// if something is broken. An address of another plugin's container is none.
 func printStatus(ctx context.Context, out io.Writer) error {
 	host := bridge.New(bridge.Config{})
 	broken, err := host.Broken(ctx)

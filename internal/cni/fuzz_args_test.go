@@ -12,8 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// FuzzArgs reads any CNI_ARGS. What is KEY=VALUE is read, and is read again as the same; what is not is named. The
-// pod's name fits a line of the log and a word of an alias.
+// FuzzArgs reads any CNI_ARGS. A part of the form KEY=VALUE is read, and reading it again gives the same. Any other
+// part is named in the error. The pod's name fits a line of the log and a word of an alias.
 func FuzzArgs(f *testing.F) {
 	for _, args := range []string{
 		"", ";", "=", "a", "a=b=c", "IgnoreUnknown=1;IgnoreUnknown=1", " IP = 10.0.0.9 ;MAC=02:00:00:00:00:05",

@@ -130,9 +130,9 @@ func (l *Lender) Release(ctx context.Context, owner string, addr netip.Addr) err
 	return nil
 }
 
-// freeAddresses ends leaked leases. If the configuration says reclaim, it also takes secondary addresses off the host's
-// NICs. freed reports whether a lease may find an address now: a lease ended, an address left a
-// NIC, or the round mended something, which may have been the route to an address.
+// freeAddresses ends leaked leases. If the configuration says reclaim, it also takes secondary addresses off the
+// host's NICs. freed reports whether a lease may find an address now: a lease ended, an address left a NIC, or the
+// round mended something. A mended fault may be a route that kept an address from being lent.
 func (l *Lender) freeAddresses(ctx context.Context) (freed bool, err error) {
 	leaked, err := upkeep.ReleaseLeaked(ctx, l.Host, l.Pool)
 	for _, lease := range leaked {

@@ -104,14 +104,14 @@ func writePlace(p places) error {
 	return nil
 }
 
-// findData returns the directory of networks.json. It takes the first of these:
+// findData returns the directory of networks.json. It takes the first of these directories:
 //
-//   - the directory that -data names
-//   - the directory whose place a plugin wrote since the boot
-//   - a directory that has the file
-//   - a directory in which an engine or this program would keep the file
+//   - the one in the flag -data
+//   - the one in data.json, which a plugin wrote since the boot
+//   - one with the file in it
+//   - the usual one of an engine, or of this program
 //
-// The file itself may be missing: then there are no networks, or the plugin was removed since the boot.
+// The file may be missing. Then there are no networks, or the plugin was removed since the boot.
 func findData(p places) (string, error) {
 	if p.data != "" {
 		return p.data, nil

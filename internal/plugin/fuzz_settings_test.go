@@ -12,8 +12,8 @@ import (
 	"unicode/utf8"
 )
 
-// FuzzSettings reads any settings. What is accepted is within bounds, and status reads it back as the same. Of what is
-// refused, the error names each setting, and the command in the error makes all of them right.
+// FuzzSettings reads any settings. Accepted settings are within bounds, and status reads them back unchanged. Of what
+// is refused, the error names each setting, and the command in the error makes all of them right.
 func FuzzSettings(f *testing.F) {
 	f.Add("", "", "", "", "")
 	f.Add("debug", "imds", "http://10.0.0.1/x", "1m", "on")

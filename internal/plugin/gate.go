@@ -7,7 +7,8 @@ import (
 	"fmt"
 )
 
-// gate has calls wait until the plugin is ready. A call that waits too long gets an error that says what it waited for.
+// gate has calls wait until the plugin is ready. A call that waits too long gets an error, which names the cause of
+// the wait.
 type gate struct {
 	waiting string        // what the calls wait for, for the error
 	opened  chan struct{} // is closed when the gate opens

@@ -19,8 +19,6 @@ import (
 
 const (
 	reconcileEvery = 30 * time.Second // the plugin reconciles this often without any event
-	// The first one may read the host before the kernel is watched. The second one sees what changed between the two.
-	secondReconcile = 2 * time.Second
 	reconcileDelay  = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
 	reconcileTime   = 60 * time.Second       // bounds one run of reconcileOnce
 	watchWait       = 5 * time.Second        // before a watch that ended begins again
@@ -66,14 +64,12 @@ func (r *reconciler) reconcileUntilDone(ctx context.Context) {
 	go r.watchKernel(ctx, events)
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
-	second := time.After(secondReconcile)
 	for {
 		r.reconcileOnce(ctx)
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-		case <-second:
 		case <-events:
 			select {
 			case <-ctx.Done():
@@ -148,8 +144,8 @@ func primaryOf(nics []pool.NIC) (macs []string) {
 	return macs
 }
 
-// collectLeases ends the leases that no container has any more, leases again the addresses that running containers have
-// and nobody holds, and removes the links that no container took.
+// collectLeases ends leases without a container. It leases again the addresses of running containers that have no
+// lease. It removes links that were never moved into a container.
 func (r *reconciler) collectLeases(ctx context.Context) error {
 	released, err := upkeep.ReleaseLeaked(ctx, r.host, r.pool)
 	for _, lease := range released {

@@ -47,8 +47,8 @@ func Read[T any](path string) (T, error) {
 // no file, change is given the zero value. Missing directories are made. If change returns an error, Update returns the
 // same error and writes nothing.
 //
-// who says what the lock is held for: a process that waits for it in vain names it in its error. If the process is
-// killed, the kernel frees the lock, and the file has the old value or the new one.
+// who names the holder of the lock, for the error of a process that waits in vain. If the process is killed, the
+// kernel frees the lock, and the file has the old value or the new one.
 func Update[T any](ctx context.Context, path, who string, change func(*T) error) error {
 	return updateFile(ctx, path, who, false, change)
 }

@@ -14,8 +14,8 @@ import (
 	"azurevnet/test"
 )
 
-// failsInTime runs a docker command that fails with an error that says want,
-// within the 20 s that a call may take, and what the engine adds.
+// failsInTime runs a docker command. The command fails, its error says want, and it ends within 20 s, the longest time
+// of a call, and the engine's own delay.
 func failsInTime(h test.Host, want string, arg ...string) {
 	h.T.Helper()
 	start := time.Now()
@@ -25,9 +25,8 @@ func failsInTime(h test.Host, want string, arg ...string) {
 	}
 }
 
-// shutdown is how long an engine may take to end while all that it asks the plugin
-// hangs: it waits for a container that starts, which has one call of 9 s, or for two of
-// 5 s of each that runs. After 15 s it gives up.
+// shutdown is the longest time in which an engine ends while its calls to the plugin hang. A container that starts has
+// one call of 9 s. A container that runs has two calls of 5 s. After 15 s it gives up.
 const shutdown = 13 * time.Second
 
 // endsInTime ends the engine as systemd does.

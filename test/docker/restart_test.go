@@ -187,9 +187,8 @@ func counts(h test.Host) int {
 	return len(s.Leases)
 }
 
-// TestWhatWasLostHeals: an engine repeats no call that came while the plugin was
-// away. What that leaks ends by itself: addresses and links after five minutes,
-// networkIDs after a minute.
+// TestWhatWasLostHeals: an engine repeats no call that came while the plugin was away. Such a loss heals by itself:
+// leaked addresses and links go after five minutes, and networks after a minute.
 func TestWhatWasLostHeals(t *testing.T) {
 	t.Parallel()
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 3})

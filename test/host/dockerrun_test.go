@@ -83,10 +83,9 @@ func left(h test.Host) string {
 	}, "|")
 }
 
-// meddled runs docker-run.sh by a shell, and evaluates a line of sh before each
-// command that the script calls. There, $n is the number of the call, $command
-// its name, "$@" its arguments, and $group the process that runs the script,
-// which leads the group that a terminal would send Ctrl-C to.
+// meddled runs docker-run.sh by a shell, and evaluates a line of sh before each command that the script calls. The
+// line has these variables: $n is the number of the call, $command is its name, "$@" are its arguments. $group is the
+// process group of the script. A terminal would send Ctrl-C to this group.
 func meddled(h test.Host, shell, line string, env []string, arg ...string) (ended, string) {
 	h.T.Helper()
 	h.Must("sh", "-c", `mkdir -p /run/shim

@@ -42,8 +42,8 @@ func newNode(t *testing.T, vm vnetsim.VMConfig) node {
 // in is the node, failing a subtest instead.
 func (n node) in(t *testing.T) node { return node{n.Node.In(t), n.probes} }
 
-// conf is a configuration in which a pod is given the NIC's address of that number, so that histories with and without a
-// kill end alike.
+// conf is a configuration that asks for one address of the NIC, by its number. So the histories with and without a
+// kill have the same address.
 func (n node) conf(nic, number int, more map[string]any) []byte {
 	all := map[string]any{"ipam": map[string]any{"type": "azure-vnet-ipam", "ipAddress": n.NICs()[nic].Secondaries[number].String()}}
 	for key, value := range more {
@@ -257,7 +257,8 @@ func (n node) reconciling() history {
 	}
 }
 
-// TestKilledFirsts kills calls that have to make what a host needs for its containers, or that take it away.
+// TestKilledFirsts kills the first calls of a boot, which make a host's bridge and tables, and uninstall, which
+// removes them.
 func TestKilledFirsts(t *testing.T) {
 	if !test.Soaking {
 		t.Skip("takes a minute: make soak")

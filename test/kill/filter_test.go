@@ -12,8 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// filterName as argv[0] turns this program into one that has the kernel stop it, and what it executes, at the system calls
-// that change something. Without the filter a tracer would have to stop it at each of its thousands of calls.
+// filterName as argv[0] turns this program into one with a seccomp filter. With it, the kernel stops this program, and
+// the programs that it starts, at each system call that may change something. Without the filter a tracer would have
+// to stop it at each of its thousands of calls.
 const filterName = "kill-filter"
 
 func init() {

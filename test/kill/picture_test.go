@@ -111,8 +111,9 @@ func settings() string {
 	return out.String()
 }
 
-// files are those that calls write, below the root of a VM. Locks are left out, which are empty or name their last
-// holder, and in directories of azure-vnet what a killed writer left under the one name that the next writer overwrites.
+// files are those that calls write, below the root of a VM. Two kinds of files are left out. Lock files are empty or
+// name their last holder. A killed writer's temporary file in a directory of azure-vnet has a fixed name, and the next
+// writer overwrites it.
 func files(root string) string {
 	var out strings.Builder
 	for _, dir := range []string{"/run/azure-vnet", "/var/lib/azure-vnet", "/run/systemd/network", "/run/NetworkManager/conf.d"} {

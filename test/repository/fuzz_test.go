@@ -41,8 +41,8 @@ var fuzzed = map[string][]string{
 }
 
 // TestForeignInputIsFuzzed: each kind of input has its targets, and each target is of a kind. The seeds of each target
-// run with the package's tests. make soak looks for more. make test does not: to build the instrumented programs takes
-// some minutes of a processor, and a test run must give the same answer twice.
+// run with the package's tests. make soak looks for more. make test does not, for two reasons. To build the
+// instrumented programs takes minutes. A test must give the same answer each time.
 func TestForeignInputIsFuzzed(t *testing.T) {
 	found := map[string]bool{}
 	target := regexp.MustCompile(`(?m)^func (Fuzz\w+)\(`)

@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// retired are names that meant two things, by package, each with the name that is used instead. docs/words.md says what
-// each word means.
+// retired has the names that meant two things, by package. Each has the name that took its place. docs/words.md says
+// what each word means.
 var retired = map[string]map[string]string{
 	"bridge": {
 		"HeldError": "InUseError", "Forget": "DeleteFlows", "Learn": "LearnPolicy",
@@ -120,9 +120,12 @@ var retired = map[string]map[string]string{
 
 // TestNamesMeanOneThing: no name of ours hides one of Go's own, and no retired name comes back.
 func TestNamesMeanOneThing(t *testing.T) {
-	found := map[string]int{}
+	found := map[string]map[string]bool{}
 	for _, p := range packages(t) {
 		here := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
+		if found[here] == nil {
+			found[here] = map[string]bool{}
+		}
 		for _, name := range p.GoFiles {
 			files := token.NewFileSet()
 			f, err := parser.ParseFile(files, filepath.Join(p.Dir, name), nil, parser.SkipObjectResolution)
@@ -130,7 +133,7 @@ func TestNamesMeanOneThing(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, id := range declared(f) {
-				found[here]++
+				found[here][id.name.Name] = true
 				if types.Universe.Lookup(id.name.Name) != nil && !id.member {
 					t.Errorf("%s: %s hides Go's own", files.Position(id.name.Pos()), id.name.Name)
 				}
@@ -140,13 +143,18 @@ func TestNamesMeanOneThing(t *testing.T) {
 			}
 		}
 	}
-	for here := range retired {
-		if found[here] == 0 {
+	for here, names := range retired {
+		if len(found[here]) == 0 {
 			t.Errorf("%s declares nothing: its retired names are for nobody", here)
 		}
+		for old, now := range names {
+			if token.IsIdentifier(now) && !found[here][now] {
+				t.Errorf("%s: %s is called %s, and nothing has that name", here, old, now)
+			}
+		}
 	}
-	if found["bridge"] < 500 {
-		t.Errorf("%d names are declared in bridge: this test is blind", found["bridge"])
+	if len(found["bridge"]) < 500 {
+		t.Errorf("%d names are declared in bridge: this test is blind", len(found["bridge"]))
 	}
 }
 

@@ -50,9 +50,9 @@ type Step struct {
 	Zone string
 }
 
-// Steps returns what to do so that each link is in the zone that all of its NICs are in by name. links are our
-// links as firewalld writes them (azure0, or azv+ for every link azv…), each with the names of its NICs. joined
-// are the zones that we put links into. A link that somebody else put into a zone stays in it.
+// Steps returns the moves that put each link into its NICs' zone. All NICs of the link must be in that zone by name.
+// links are our links as firewalld writes them (azure0, or azv+ for every link azv…), each with the names of its NICs.
+// joined are the zones that we put links into. A link that somebody else put into a zone stays in it.
 func (z *Zones) Steps(links map[string][]string, joined map[string]string) (all []Step) {
 	names := slices.Collect(maps.Keys(links))
 	for link := range joined {

@@ -1,8 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package listen lists the host's sockets that receive IPv4, by sock_diag(7). It does not try to bind a port
-// instead: a port that is bound for a test is taken away from a program that binds it in this moment, and a TCP
-// port in TIME_WAIT would seem to be in use.
+// Package listen lists the host's sockets that receive IPv4, by sock_diag(7). It does not try to bind a port instead:
+// the test would take the port from a program that binds it in the same moment, and a TCP port in TIME_WAIT would seem
+// to be in use.
 package listen
 
 import (

@@ -99,7 +99,7 @@ func FuzzReadBack(f *testing.F) {
 	})
 }
 
-// FuzzVerdict reads any value of a map of verdicts. Of one that is no verdict, what is read is not what any endpoint has.
+// FuzzVerdict reads any value of a map of verdicts. For other bytes, the reading equals no verdict of an endpoint.
 func FuzzVerdict(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{8, 0, 1, 0, 0xff, 0xff, 0xff, 0xfd, 7, 0, 2, 0, 'a', 'b', 0, 0}) // jump ab

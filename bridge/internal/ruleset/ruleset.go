@@ -1,9 +1,9 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package ruleset is azure-vnet's nftables rules: plain values in, tables out. The rules decide which frames a
-// container may send, which packets are forwarded, which packets leave with the address of the link that they
-// leave by (SNAT), and which port of the host leads to which container. The package reads and writes nf_tables
-// alone. It knows no links and no files.
+// Package ruleset is azure-vnet's nftables rules: plain values in, tables out. The rules check the frames that a
+// container sends. They restrict forwarding. They do SNAT: a packet leaves with the address of its outgoing link. They
+// lead published ports of the host to containers. The package reads and writes nf_tables alone. It knows no links and
+// no files.
 //
 // There are up to three tables, all named azure_vnet. The one of family bridge checks what comes from ports of
 // our bridges. The one of family arp checks what comes by ARP from transparent links. The one of family ip does
@@ -44,8 +44,8 @@ type Config struct {
 
 // Policy says how packets of a network's endpoints leave the host. Networks with the same policy share one.
 //
-// Only SNAT is final. Where the tables let a packet leave as it is, a chain of others that comes later may still do SNAT,
-// such as that of iptables at priority 100.
+// Only SNAT is final. A packet without SNAT here meets later chains of others, such as that of iptables at priority
+// 100. They may do SNAT.
 type Policy struct {
 	ID     string         // names the policy's chain
 	SNAT   bool           // packets to destinations that are not direct leave with the address of the link that they leave by; false: all packets leave with the container's address
@@ -93,8 +93,8 @@ var (
 	ipTable     = &nftables.Table{Name: Name, Family: nftables.TableFamilyIPv4}
 )
 
-// allTables returns the tables in the order in which they are written: what restricts containers comes before
-// what opens a way to them.
+// allTables returns the tables in the order of writing. Tables that restrict containers come before those that open a
+// way to them.
 func allTables() []*nftables.Table { return []*nftables.Table{bridgeTable, arpTable, ipTable} }
 
 // tables returns the tables that c asks for, with their chains and elements.

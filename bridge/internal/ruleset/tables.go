@@ -125,9 +125,9 @@ func addPrerouting(t *table) {
 		rule(fromGroup(GroupTransparent), dropVerdict()))
 }
 
-// addForward drops what no container may reach, and all that an internal endpoint exchanges with a link that is not ours.
-// An internal endpoint reaches the host, and the endpoints behind our links on this VM. The chain comes after every DNAT,
-// whoever made it. It accepts nothing: the host's firewall decides on the rest.
+// addForward drops packets to addresses that no container may reach. It drops all packets between an internal endpoint
+// and a link that is not ours. An internal endpoint reaches the host, and the endpoints behind our links on this VM.
+// The chain comes after every DNAT, whoever made it. It accepts nothing: the host's firewall decides on the rest.
 func addForward(t *table) {
 	t.addBaseChain("forward", filterType, nftables.ChainHookForward, atFilter,
 		rule(key(ipDaddr), verdictFrom("guarded")),
