@@ -236,8 +236,8 @@ func (v *view) publishedPorts() map[string][]PublishedPort {
 	return out
 }
 
-// publishedPortFaults are differences between host.json and the endpoints: claims that a crash has left, ports
-// that only the nft table has, and ports that are lost.
+// publishedPortFaults are differences between host.json and the endpoints: claims left by a crash, ports in the nft
+// table alone, and lost ports.
 func (h *Host) publishedPortFaults(v *view) (all []fault) {
 	ports := v.publishedPorts()
 	if !maps.EqualFunc(v.state.Ports, ports, slices.Equal) {

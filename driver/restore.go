@@ -35,8 +35,8 @@ func (d *Driver) Restore(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// restoreOrder lists the networks' ids in the order in which Restore takes them: first the networks that name a
-// bridge, then those that use the bridge of another network.
+// restoreOrder lists the networks' ids in Restore's order: first the networks that name a bridge, then those that use
+// the bridge of another network.
 func (f Networks) restoreOrder() []string {
 	var named, unnamed []string
 	for _, id := range slices.Sorted(maps.Keys(f.Networks)) {

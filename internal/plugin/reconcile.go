@@ -18,10 +18,10 @@ import (
 )
 
 const (
-	reconcileEvery = 30 * time.Second // the plugin reconciles this often without any event
-	reconcileDelay  = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
-	reconcileTime   = 60 * time.Second       // bounds one run of reconcileOnce
-	watchWait       = 5 * time.Second        // before a watch that ended begins again
+	reconcileEvery = 30 * time.Second       // the plugin reconciles this often without any event
+	reconcileDelay = 500 * time.Millisecond // it reconciles this long after an event, since events come in bunches
+	reconcileTime  = 60 * time.Second       // bounds one run of reconcileOnce
+	watchWait      = 5 * time.Second        // before a watch that ended begins again
 )
 
 // reconciler reconciles in the background: at the plugin's start, on events of the kernel, and every 30 s. One of its parts

@@ -163,7 +163,7 @@ func (e *engine) heal() {
 	e.restart(&trace{})
 }
 
-// What an engine asks for one container, whose ports are published.
+// These are an engine's calls for one container with published ports.
 var publishing = map[string]any{"com.docker.network.portmap": []any{
 	map[string]any{"Proto": 6, "Port": 80, "HostPort": 8080, "HostPortEnd": 8080}, map[string]any{"Proto": 17, "Port": 53, "HostPort": 5353, "HostPortEnd": 5353}}}
 

@@ -54,7 +54,8 @@ func picture(h test.Host, pods ...string) []string {
 	return strings.Split(out.String()+"FILES\n"+files(root), "\n")
 }
 
-// passing matches what differs between hosts that are alike: indexes, timers, and what the kernel does a little later.
+// passing matches differences between hosts that are alike: indexes, timers, and flags that the kernel sets a little
+// later.
 var passing = regexp.MustCompile(`(?m)^\d+: |@[\w-]+|link-netns\w* \S+| *\w*timer +[\d.]+|(port_no|port_id|designated_port|state|qdisc|tso_max_size) \S+|NO-CARRIER,|,LOWER_UP|(dead |linkdown )|-[0-9a-f]{8}-[0-9a-f-]{27}`)
 
 // counted matches the counters and remarks of iptables-save.

@@ -1,9 +1,8 @@
 // Copyright (c) The azure-vnet authors. MIT licence.
 
-// Package nfnl asks nf_tables questions that the nftables library cannot ask: whether one chain exists, without
-// a list of all chains; which chains are on the forward hook; and what the rules of one chain do. A host with
-// kube-proxy has thousands of chains, so a list of all chains with their rules would be slow. The package
-// changes nothing.
+// Package nfnl asks nf_tables three questions that the nftables library cannot ask. Does one chain exist (without a
+// list of all chains)? Which chains are on the forward hook? What do the rules of one chain do? A host with kube-proxy
+// has thousands of chains, so a list of all chains with their rules would be slow. The package changes nothing.
 package nfnl
 
 import (

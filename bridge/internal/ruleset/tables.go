@@ -145,9 +145,9 @@ func addForward(t *table) {
 		rule(key(ipSaddr), inSet("no_metadata"), dropVerdict()))
 }
 
-// addPublish leads ports of the host to containers. A packet that came by a NIC is led to containers of that NIC alone:
-// the answer leaves by the container's own NIC, and Azure drops a packet whose source address does not belong to the NIC
-// that sends it.
+// addPublish leads ports of the host to containers. A packet from a NIC is led to containers of that NIC alone. The
+// answer leaves by the container's own NIC. By another NIC it would have a source address that is not that NIC's, and
+// Azure drops such packets.
 func addPublish(t *table) {
 	jump := rule(toThisHost(), gotoChain("publish"))
 	t.addBaseChain("ports_prerouting", natType, nftables.ChainHookPrerouting, beforeDNAT, jump)
