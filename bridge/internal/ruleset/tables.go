@@ -116,13 +116,15 @@ func (c Config) ipTable() *table {
 }
 
 // addPrerouting checks packets from transparent links, before any rule of others. All packets of the host pass this
-// chain. So the chain exists only if there are such links.
+// chain. So the chain exists only if there are such links, and it asks for the link's group only once.
 func addPrerouting(t *table) {
 	t.addBaseChain("prerouting", filterType, nftables.ChainHookPrerouting, beforeRaw,
+		rule(fromGroup(GroupTransparent), gotoChain("transparent")))
+	t.addChain("transparent",
 		// With route_localnet a container would reach the host's 127.0.0.1.
-		rule(fromGroup(GroupTransparent), isLoopback(ipDaddr), dropVerdict()),
-		rule(fromGroup(GroupTransparent), isEthernet(), key(iifname, etherSaddr, ipSaddr), inSet("own"), acceptVerdict()),
-		rule(fromGroup(GroupTransparent), dropVerdict()))
+		rule(isLoopback(ipDaddr), dropVerdict()),
+		rule(isEthernet(), key(iifname, etherSaddr, ipSaddr), inSet("own"), acceptVerdict()),
+		rule(dropVerdict()))
 }
 
 // addForward drops packets to addresses that no container may reach. It drops all packets between an internal endpoint
