@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/containernetworking/cni/pkg/types"
 )
@@ -55,14 +56,15 @@ func (c *Call) codeOf(err error) uint {
 	return types.ErrInternal
 }
 
-var notFound = regexp.MustCompile(`(?i)not found`)
+// notFound is compiled at its first use, since each CNI call is a process and few calls fail.
+var notFound = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`(?i)not found`) })
 
 // plainText returns text in one line. In an error of DEL it replaces the words "not found": kubelet takes them for
 // success, and would never repeat the DEL that has yet to release something.
 func (c *Call) plainText(text string) string {
 	text = strings.ReplaceAll(strings.TrimSpace(text), "\n", "; ")
 	if c.Verb == "DEL" {
-		text = notFound.ReplaceAllString(text, "missing")
+		text = notFound().ReplaceAllString(text, "missing")
 	}
 	return text
 }

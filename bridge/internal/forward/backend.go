@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/mattn/go-shellwords"
@@ -62,10 +63,12 @@ func (b *backend) listRules(chain string) ([]string, error) {
 }
 
 // unconditionalRule matches a rule without any condition, and captures its target. ruleTarget captures the
-// target of any rule.
+// target of any rule. They are compiled at their first use, since each CNI call is a process and few calls read rules.
 var (
-	unconditionalRule = regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
-	ruleTarget        = regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`)
+	unconditionalRule = sync.OnceValue(func() *regexp.Regexp {
+		return regexp.MustCompile(`^-A \S+(?: -m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+))? -[jg] (\S+)`)
+	})
+	ruleTarget = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^-A .* -[jg] ([A-Z]+)(?: |$)`) })
 )
 
 // losslessTargets are the targets that lose no packet. No chain of such a name is read: nft can make one, and
@@ -75,7 +78,7 @@ var losslessTargets = []string{"ACCEPT", "LOG", "NFLOG", "ULOG"}
 // endsChain reports whether a rule stops every packet that no earlier rule has accepted: it drops or rejects
 // all, or leads all to a chain that does.
 func (b *backend) endsChain(rule string) (bool, error) {
-	m := unconditionalRule.FindStringSubmatch(rule)
+	m := unconditionalRule().FindStringSubmatch(rule)
 	if m == nil || m[1] == ourChain {
 		return false, nil
 	}
@@ -108,12 +111,12 @@ func (b *backend) stopsAll(target string, depth int) (bool, error) {
 		return false, err
 	}
 	for _, rule := range inside {
-		if m := unconditionalRule.FindStringSubmatch(rule); m != nil {
+		if m := unconditionalRule().FindStringSubmatch(rule); m != nil {
 			if stops, err := b.stopsAll(m[1], depth-1); err != nil || stops {
 				return stops, err
 			}
 		}
-		m := ruleTarget.FindStringSubmatch(rule + " ")
+		m := ruleTarget().FindStringSubmatch(rule + " ")
 		if m == nil || !slices.Contains(losslessTargets, m[1]) {
 			return false, nil
 		}
