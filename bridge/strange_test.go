@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -218,4 +219,23 @@ func TestAQuotedCommentInOurChain(t *testing.T) {
 		t.Errorf("the rule is there still:\n%s", rules)
 	}
 	h.whole("after a round")
+}
+
+// A wall clock that steps leaves the time of the last round in the past or in the future. The next call that makes
+// something does a round all the same.
+func TestAClockThatStepsDelaysNoRound(t *testing.T) {
+	t.Parallel()
+	_, hosts := newHosts(t, vnetsim.VMConfig{})
+	h := hosts[0]
+	h.mustEnsure(h.spec(ModeBridge))
+	for _, step := range []time.Duration{-10 * 365 * 24 * time.Hour, time.Minute, 10 * 365 * 24 * time.Hour} {
+		h.sh("ip rule del pref 100")
+		last := time.Now().Add(step)
+		if err := os.Chtimes(h.path("reconciled"), last, last); err != nil {
+			t.Fatal(err)
+		}
+		if b := h.mustEnsure(h.spec(ModeBridge)); len(b.Mended) == 0 {
+			t.Errorf("with the last round %v from now, nothing is mended", step)
+		}
+	}
 }
