@@ -79,7 +79,7 @@ test: needs rootfs ## runs all tests but the long ones, with a real dockerd in n
 	scripts/test.sh
 
 .PHONY: soak
-soak: needs rootfs ## runs the long tests: random crashes for SOAK (10m), and fuzzing
+soak: needs rootfs ## runs all tests in their whole form, storms for SOAK (10m), and fuzzing; prints its figures
 	scripts/soak.sh
 
 .PHONY: fresh

@@ -77,6 +77,7 @@ func TestThePluginIsKilledInMidCall(t *testing.T) {
 	}
 	close(over)
 	all.Wait()
+	t.Logf("FIGURE storms: %d kills", kills)
 
 	for _, id := range strings.Fields(h.Docker("ps", "-aq")) {
 		h.Docker("rm", "-f", id)

@@ -96,7 +96,8 @@ func TestSoak(t *testing.T) {
 	for name := range misfortunes {
 		names = append(names, name)
 	}
-	for end := time.Now().Add(length); time.Now().Before(end); {
+	happened := 0
+	for end := time.Now().Add(length); time.Now().Before(end); happened++ {
 		what := names[dice.IntN(len(names))]
 		t.Logf("%s, with %d containers", what, len(running))
 		misfortunes[what]()
@@ -121,6 +122,7 @@ func TestSoak(t *testing.T) {
 			return err == nil
 		})
 	}
+	t.Logf("FIGURE storms: %d misfortunes", happened)
 	for name := range running {
 		h.Docker("rm", "-f", name)
 	}

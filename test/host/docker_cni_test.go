@@ -153,6 +153,7 @@ func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 		})
 	}
 	all.Wait()
+	t.Logf("FIGURE storms: %d operations", dockerSides*dockerOps+cniSides*cniOps)
 	t.Logf("addresses were taken %v times", who.Taken)
 	if who.Taken["d"] < dockerSides*dockerOps/5 || who.Taken["n"] < cniSides*cniOps/5 {
 		t.Errorf("addresses were taken %v times: too few to show anything", who.Taken)

@@ -29,6 +29,8 @@ type history struct {
 	end   func()                     // back to the beginning
 
 	patience time.Duration // until a round that began has ended; 0: heal waits for it
+
+	count func(kills, steps int) // is told how much was tried; nil: nobody is
 }
 
 // ways are so many that each is met when every seventh step is tried.
@@ -40,6 +42,7 @@ var stride = map[bool]int{true: 1, false: 7}[test.Soaking]
 // try runs a history without a kill, and then with one after every stride-th step. offset differs between cases.
 func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 	t.Helper()
+	hi.count = func(kills, steps int) { t.Logf("FIGURE kill matrix: %d kills, %d steps", kills, steps) }
 	for _, fault := range hi.faults(t, host, p, 1+offset%stride, stride) {
 		t.Error(fault)
 	}
@@ -83,7 +86,9 @@ func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride 
 	if diff := cmp.Diff(begun, picture(host, hi.pods...)); len(faults) == 0 && diff != "" {
 		faults = append(faults, fmt.Sprintf("the last history does not end as the first one did (- first, + last):\n%s", diff))
 	}
-	t.Logf("%d kills at %d steps", kills, len(steps))
+	if hi.count != nil {
+		hi.count(kills, len(steps))
+	}
 	return faults
 }
 
