@@ -21,8 +21,8 @@ import (
 
 var update = flag.Bool("update", false, "add a row to docs/errors.md for each error that has none")
 
-// TestEveryErrorIsExplained: docs/errors.md has a row for each error that the product can give, with its
-// text, why it comes and what to do. A new or changed text fails until its row is there. A part of an error that
+// TestEveryErrorIsExplained: docs/errors.md has a row for each error that the product and its scripts can give, with
+// its text, why it comes and what to do. A new or changed text fails until its row is there. A part of an error that
 // only says what was being done, such as "read the links: %w", has no row.
 func TestEveryErrorIsExplained(t *testing.T) {
 	doc := filepath.Join(test.Top, "docs", "errors.md")
@@ -57,6 +57,16 @@ func TestEveryErrorIsExplained(t *testing.T) {
 	}
 	if len(given) < 200 {
 		t.Errorf("only %d errors were found: this test is blind", len(given))
+	}
+	ofScripts := 0
+	for _, script := range usersScripts {
+		for _, text := range scriptTexts(t, script) {
+			given["`"+text+"`"] = script
+			ofScripts++
+		}
+	}
+	if ofScripts < 60 {
+		t.Errorf("only %d errors of scripts were found: this test is blind", ofScripts)
 	}
 	var missing []string
 	for _, row := range slices.Sorted(maps.Keys(given)) {
