@@ -174,6 +174,37 @@ func TestNewerEnginesAreServed(t *testing.T) {
 	expect(t, "leases after a refusal", []string{}, e.lent())
 }
 
+// A container's ports may come with ProgramExternalConnectivity alone, when its default route comes to our network. Engines
+// from 29 leave a container without a network if that call fails. So a port that another container has by then is left
+// out, and the log says whose it is. A repeat changes nothing, and Leave takes the ports back.
+func TestAPortThatIsTakenLaterIsLeftOut(t *testing.T) {
+	newVM(t, 2)
+	e := startPlugin(t, t.TempDir())
+	pool := e.createNetwork(netID, nil)
+	program := func(i int) {
+		t.Helper()
+		for range 2 {
+			must[nothing](e, "NetworkDriver.ProgramExternalConnectivity", network.ProgramExternalConnectivityRequest{NetworkID: netID, EndpointID: endpointID(i),
+				Options: map[string]any{"com.docker.network.portmap": []any{map[string]any{"Proto": 6, "Port": 80, "HostPort": 8080, "HostPortEnd": 8080}}}})
+		}
+	}
+	for i := range 2 {
+		if _, _, err := e.run(pool, endpointID(i+1)); err != nil {
+			t.Fatal(err)
+		}
+		program(i + 1)
+	}
+	expect(t, "published", []string{"0.0.0.0:8080->80/tcp"}, e.published())
+	if log := e.log.String(); !strings.Contains(log, "not published for endpoint "+endpointID(2)[:12]) || !strings.Contains(log, "it is published to 10.240.0.5 already") {
+		t.Errorf("the log does not say whose the port is:\n%s", log)
+	}
+	must[nothing](e, "NetworkDriver.Leave", network.LeaveRequest{NetworkID: netID, EndpointID: endpointID(1)})
+	program(2) // a port that leads nowhere yields
+	if out, err := exec.Command("nft", "list", "map", "ip", "azure_vnet", "published").CombinedOutput(); err != nil || !strings.Contains(string(out), "8080 : 10.240.0.6") {
+		t.Errorf("after the first left, port 8080 does not lead to the second: %v\n%s", err, out)
+	}
+}
+
 // published tells whether the nft table leads port 8080 anywhere.
 func published(t *testing.T) bool {
 	t.Helper()
