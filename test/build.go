@@ -50,7 +50,7 @@ var buildCNI = Once("cni", func(dir string) error {
 	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir+"/",
 		"azurevnet/cmd/azure-vnet", "azurevnet/cmd/azure-vnet-ipam",
 		"github.com/containernetworking/cni/cnitool",
-		ref+"main/bridge", ref+"main/ptp", ref+"main/macvlan", ref+"main/loopback", ref+"ipam/host-local", ref+"meta/portmap", ref+"meta/bandwidth", ref+"meta/tuning")
+		ref+"main/bridge", ref+"main/ptp", ref+"main/macvlan", ref+"main/loopback", ref+"ipam/host-local", ref+"meta/portmap", ref+"meta/bandwidth", ref+"meta/tuning", ref+"meta/sbr")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	return output(build)
 })

@@ -89,6 +89,9 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 				if err := n.CNI.CheckNetworkList(t.Context(), way.list, rt); err != nil {
 					t.Error(err)
 				}
+				if out, err := n.Try("timeout", "1", "busybox", "nc", "-l", "-p", "8080"); err == nil || strings.Contains(err.Error()+out, "in use") {
+					t.Errorf("a socket keeps the port, and docs/docker.md says that CNI has none: %s %v", out, err)
+				}
 				rival := n.Pod("rival")
 				rival.CapabilityArgs = ports
 				before := n.Holds()
@@ -113,7 +116,7 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 			l := n.List("1.1.0", "azure", test.Azure(`"mode":"`+mode+`"`), `{"type":"tuning","sysctl":{"net.ipv4.ip_unprivileged_port_start":"80"}}`,
 				`{"type":"bandwidth","capabilities":{"bandwidth":true}}`)
 			rt := n.Pod("slow-" + mode)
-			rt.CapabilityArgs = map[string]any{"bandwidth": map[string]any{"egressRate": 8000000, "egressBurst": 8000000}}
+			rt.CapabilityArgs = map[string]any{"bandwidth": map[string]any{"ingressRate": 16000000, "ingressBurst": 16000000, "egressRate": 8000000, "egressBurst": 8000000}}
 			addr, _, err := n.TryAdd(l, rt)
 			if err != nil {
 				t.Fatal(err)
@@ -125,8 +128,8 @@ func TestPodsWithPortsAndOtherPlugins(t *testing.T) {
 			if err := n.CNI.CheckNetworkList(t.Context(), l, rt); err != nil {
 				t.Error(err)
 			}
-			if shaped := n.Must("tc", "qdisc"); !strings.Contains(shaped, "tbf") || !strings.Contains(shaped, "rate 8Mbit") {
-				t.Errorf("nothing is shaped: %s", shaped)
+			if shaped := n.Must("tc", "qdisc"); strings.Count(shaped, "tbf") != 2 || !strings.Contains(shaped, "rate 8Mbit") || !strings.Contains(shaped, "rate 16Mbit") {
+				t.Errorf("not both directions are shaped: %s", shaped)
 			}
 			n.Del(l, rt)
 			n.Bare()
