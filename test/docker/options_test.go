@@ -287,6 +287,14 @@ func TestNetworkOptions(t *testing.T) {
 		h.Docker("rm", "-f", "near", "near2", "bare")
 		h.Docker("network", "rm", "near", "near2", "bare")
 	})
+	t.Run("an MTU by the name that Docker's bridge has for it", func(t *testing.T) {
+		h := h.In(t)
+		createNetwork(h, "narrow", "--subnet", subnet, "-o", "com.docker.network.driver.mtu=1400")
+		if out := h.Docker("run", "--rm", "--network", "narrow", "busybox", "cat", "/sys/class/net/eth0/mtu"); out != "1400" {
+			t.Errorf("the container's MTU is %s", out)
+		}
+		h.Docker("network", "rm", "narrow")
+	})
 	t.Run("--ip-range bounds the choice and reserves nothing", func(t *testing.T) {
 		h := h.In(t)
 		createNetwork(h, "range", "--subnet", subnet, "--ip-range", netip.PrefixFrom(ours[3], 31).Masked().String())

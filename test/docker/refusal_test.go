@@ -78,6 +78,14 @@ func TestRefusalsSayWhatToDo(t *testing.T) {
 	} {
 		t.Run(bad.name, func(t *testing.T) { h.In(t).Refused(bad.arg, bad.want...) })
 	}
+	t.Run("an option of an endpoint", func(t *testing.T) {
+		h := h.In(t)
+		h.Docker("run", "-d", "--init", "--name", "plain", "busybox", "sleep", "1000")
+		for option, want := range map[string]string{"com.docker.network.endpoint.ifname=lan0": "is not served: the engine names the interfaces", "qos=high": `unknown --driver-opt "qos"`} {
+			h.Refused([]string{"network", "connect", "--driver-opt", option, "azure", "plain"}, want)
+		}
+		h.Docker("rm", "-f", "plain")
+	})
 	t.Run("an empty pool", func(t *testing.T) {
 		h := h.In(t)
 		h.Container("azure", "last", "sleep 1000", "--ip", free)
