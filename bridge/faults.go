@@ -110,6 +110,8 @@ func (h *Host) sysctlFault(s sysctl) []fault {
 // only packets with the container's address. IPv6 is off, because it is not served yet. With route_localnet the
 // host reaches published ports at 127.0.0.1, ours and those of a chained portmap plugin; the nft rules keep
 // containers away from 127.0.0.1.
+// With accept_source_route 0 the link takes no packet that names routers on its way: the host would change the
+// destination of such a packet after the nft rules have seen it.
 func linkSysctls(link string) []sysctl {
 	conf := "ipv4/conf/" + link
 	return []sysctl{
@@ -120,6 +122,7 @@ func linkSysctls(link string) []sysctl {
 		{conf + "/proxy_arp_pvlan", "1"},
 		{"ipv4/neigh/" + link + "/proxy_delay", "0"}, // the kernel's default is 0.8 s
 		{conf + "/send_redirects", "0"},
+		{conf + "/accept_source_route", "0"}, // the kernel's default is 1. It counts only if conf/all has 1 too
 		{conf + "/route_localnet", "1"},
 	}
 }
