@@ -11,10 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Priorities of our chains on their hooks. iptables' tables have -300 (raw), -100 (DNAT), 0 (filter) and 100 (SNAT).
+// Priorities of our chains on their hooks. iptables' tables have -300 (raw), -100 (DNAT), 0 (filter) and 100 (SNAT). If an
+// administrator wants it so, raw has -450.
 const (
 	beforeBrNetfilter = -300 // in the bridge family, where br_netfilter's own hook is at 0
-	beforeRaw         = -310 // before raw (-300) and conntrack (-200): a forged packet creates no flow, and meets no rule of others
+	beforeDefrag      = -460 // before the kernel puts fragments together (-400), so that a forged one becomes part of nobody's packet. And before raw and conntrack (-200): a forged packet creates no flow, and meets no rule of others
 	beforeDNAT        = -101 // a published port of ours comes before one of others
 	atFilter          = 0    // after every DNAT. The order beside the host's filter does not matter: a packet that one lets pass may be dropped by the other
 	beforeSNAT        = 99   // our SNAT comes before that of others, such as Docker's. Where we do none, theirs may
@@ -118,7 +119,7 @@ func (c Config) ipTable() *table {
 // addPrerouting checks packets from transparent links, before any rule of others. All packets of the host pass this
 // chain. So the chain exists only if there are such links, and it asks for the link's group only once.
 func addPrerouting(t *table) {
-	t.addBaseChain("prerouting", filterType, nftables.ChainHookPrerouting, beforeRaw,
+	t.addBaseChain("prerouting", filterType, nftables.ChainHookPrerouting, beforeDefrag,
 		rule(fromGroup(GroupTransparent), gotoChain("transparent")))
 	t.addChain("transparent",
 		// With route_localnet a container would reach the host's 127.0.0.1.
