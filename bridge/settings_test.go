@@ -5,19 +5,15 @@ package bridge
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"azurevnet/internal/vnetsim"
-
-	"golang.org/x/sys/unix"
 )
 
 // sysctlsOfOthers are settings as administrators, distributions and other programs make them. LINK is
@@ -207,43 +203,6 @@ func TestNeighboursOfContainersAreFew(t *testing.T) {
 		if got := strings.TrimSpace(h.sh("ip -4 neigh show | grep -v PERMANENT | cut -d' ' -f1-3")); got != gateway+" dev eth0" {
 			t.Errorf("the host has the neighbours %q, want its gateway alone", got)
 		}
-	})
-}
-
-// A container that sends to more absent addresses than the kernel has neighbour entries, and ARP in as many names,
-// keeps nobody from new peers.
-func TestAFloodHarmsNobody(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
-		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 6})
-		h, far := hosts[0], hosts[1]
-		h.ensureAll(mode)
-		far.ensureAll(mode)
-		evil, good := h.running(0, mode, Policy{SNAT: true}), h.running(1, mode, Policy{SNAT: true})
-		var peers []netip.Addr
-		for n := range 6 {
-			peers = append(peers, far.running(n, mode, Policy{SNAT: true}).addr)
-		}
-		var udp net.PacketConn
-		evil.do(func() (err error) { udp, err = net.ListenPacket("udp4", ":0"); return err })
-		defer udp.Close()
-		out, mine, zero := evil.openPacketSocket(), MACFor(evil.addr), make(net.HardwareAddr, 6)
-		for n := range 3000 {
-			absent := netip.AddrFrom4([4]byte{10, 240, byte(200 + n>>8), byte(n)})
-			_, _ = udp.WriteTo([]byte("anybody?"), net.UDPAddrFromAddrPort(netip.AddrPortFrom(absent, 9)))
-			forged := ether(net.HardwareAddr{255, 255, 255, 255, 255, 255}, mine, unix.ETH_P_ARP, arp(1, mine, absent, zero, evil.Gateway)...)
-			if _, err := unix.Write(out, forged); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EAGAIN) {
-				t.Fatal(err)
-			}
-		}
-		c := &checks{t: t}
-		c.reaches(good.place(), peers...)
-		c.reaches(h.place(), far.Primary, good.addr)
-		c.reaches(far.place(), good.addr)
-		c.wait.Wait()
-		if got, err := strconv.Atoi(strings.TrimSpace(h.sh("ip -4 neigh show | wc -l"))); err != nil || got > 20 {
-			t.Errorf("the host has %d neighbours: %v", got, err)
-		}
-		checkFabric(t, v, good.addr, evil.addr)
 	})
 }
 
