@@ -79,8 +79,8 @@ func (s *scene) icmps() []attack {
 
 // connections are segments that fit exactly into connections of others.
 func (s *scene) connections() []attack {
-	near, far := s.nextSegments(s.goods)
-	hostNear, hostFar := s.nextSegments(s.hosts)
+	near, far := s.nextSegments(s.ofGood)
+	hostNear, hostFar := s.nextSegments(s.ofHost)
 	m := mark(anybody)
 	icmp := func(from, to netip.Addr, packet []byte) [][]byte {
 		return s.sends(ip4(from, to, unix.IPPROTO_ICMP, packet))

@@ -35,7 +35,8 @@ type scene struct {
 	mine, his, gw     net.HardwareAddr // the MACs of evil and of good, and the one that answers evil for Azure's gateway
 	absent            netip.Addr       // of the VNet, and nobody's
 	unlent            netip.Addr       // an ipconfig that no container has
-	goods, hosts      net.Conn         // connections of good and of the host to the other VM
+	ofGood, ofHost    net.Conn         // connections to the other VM
+	heardByFar        net.PacketConn   // a socket of the other VM
 
 	out       int // evil's packet socket
 	listeners []*listener
@@ -56,7 +57,11 @@ func newScene(t *testing.T, mode Mode) *scene {
 		s.gw = hostMAC(s.evil.addr)
 	}
 	s.far.place().echoTCP(t, connectedTo)
-	s.goods, s.hosts = s.connect(s.good.place()), s.connect(h.place())
+	s.ofGood, s.ofHost = s.connect(s.good.place()), s.connect(h.place())
+	for _, p := range []place{s.evil.place(), s.good.place(), s.third.place(), h.place()} { // else they answer that they have no such port
+		p.listenUDP(t)
+	}
+	s.heardByFar = s.far.place().listenUDP(t)
 	s.listen()
 	return s
 }
@@ -80,6 +85,12 @@ func (s *scene) try(frames ...[]byte) (heard []string) {
 			s.t.Errorf("send % x: %v", f, err)
 		}
 	}
+	return s.hearToTheEnd()
+}
+
+// hearToTheEnd has evil say in its own name that this is all, and returns what was heard until all have heard that.
+func (s *scene) hearToTheEnd() (heard []string) {
+	s.t.Helper()
 	for _, l := range s.listeners {
 		l.ended = !l.must
 	}
@@ -97,7 +108,7 @@ func (s *scene) try(frames ...[]byte) (heard []string) {
 			return heard
 		}
 		if time.Now().After(end) {
-			s.t.Fatalf("%s of %s hears nothing that evil says in its own name", s.listeners[i].name, s.listeners[i].who)
+			s.t.Fatalf("%s (%s) hears nothing that evil says in its own name", s.listeners[i].who, s.listeners[i].name)
 		}
 	}
 }
@@ -142,7 +153,7 @@ func (s *scene) talk(when string) {
 	c.reaches(s.evil.place(), s.good.addr, s.h.Primary, s.far.Primary)
 	c.reaches(s.h.place(), s.good.addr, s.evil.addr, s.far.Primary)
 	c.reaches(s.far.place(), s.good.addr, s.evil.addr, s.h.Primary)
-	for name, conn := range map[string]net.Conn{"another container": s.goods, "the host": s.hosts} {
+	for name, conn := range map[string]net.Conn{"another container": s.ofGood, "the host": s.ofHost} {
 		c.wait.Go(func() {
 			conn.SetDeadline(time.Now().Add(patience))
 			if _, err := io.WriteString(conn, "still?"); err != nil {
@@ -212,7 +223,7 @@ func TestFragmentsAreTheirSendersOwn(t *testing.T) {
 		if mode == ModeTransparent {
 			gw = hostMAC(s.good.addr)
 		}
-		far := s.far.listenUDP(heardAt)
+		far := s.heardByFar
 		datagram := func(text []byte) []byte {
 			return ip4(s.good.addr, s.far.Primary, unix.IPPROTO_UDP, udp4(9, heardAt, bytes.Repeat(text, 5)...))
 		}
