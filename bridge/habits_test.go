@@ -26,17 +26,26 @@ type habit struct {
 	undo string
 }
 
-// wayBack gives eth0 again what the attach gave it.
-const wayBack = `ip link set eth0 address MAC up
-	ip addr replace EVIL/16 dev eth0 noprefixroute
-	ip route replace GATEWAY dev eth0 scope link src EVIL
-	ip neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent
-	ip route replace SUBNET via GATEWAY src EVIL
-	ip route replace default via GATEWAY src EVIL`
+// batch runs lines of the ip tool in one process.
+func batch(lines ...string) string {
+	return "ip -batch - <<END\n" + strings.Join(lines, "\n") + "\nEND\n"
+}
 
-// by leads packets to all others by another link.
-func by(link string) string {
-	return "for a in GOOD THIRD HOST FAR; do ip neigh replace $a lladdr GWMAC dev " + link + " nud permanent; ip route replace $a dev " + link + "; done"
+// wayBack gives eth0 again what the attach gave it.
+var wayBack = batch(
+	"link set eth0 address MAC up", "addr replace EVIL/16 dev eth0 noprefixroute",
+	"route replace GATEWAY dev eth0 scope link src EVIL", "neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent",
+	"route replace SUBNET via GATEWAY src EVIL", "route replace default via GATEWAY src EVIL")
+
+// by leads packets to all others by another link, and byNoMore ends that.
+func by(link string) string       { return batch(waysBy("replace", link)...) }
+func byNoMore(link string) string { return batch(waysBy("del", link)...) }
+
+func waysBy(verb, link string) (lines []string) {
+	for _, to := range []string{"GOOD", "THIRD", "HOST", "FAR"} {
+		lines = append(lines, "neigh "+verb+" "+to+" lladdr GWMAC dev "+link+" nud permanent", "route "+verb+" "+to+" dev "+link)
+	}
+	return lines
 }
 
 func pretends(address string) habit {
@@ -45,12 +54,12 @@ func pretends(address string) habit {
 
 // underMAC is evil's own address from another MAC.
 func underMAC(mac string) habit {
-	return habit{do: "ip link set eth0 address " + mac + "\nip neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent", from: []string{"EVIL"}, undo: wayBack}
+	return habit{do: batch("link set eth0 address "+mac, "neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent"), from: []string{"EVIL"}, undo: wayBack}
 }
 
 // stacked is a link upon eth0, from an address that is not lent. Nothing says that the kernel can make such a link.
 func stacked(kind string) habit {
-	return habit{do: "ip link add link eth0 name up0 type " + kind + " && ip addr add UNLENT/32 dev up0 && ip link set up0 up\n" + by("up0"),
+	return habit{do: batch("link add link eth0 name up0 type "+kind, "addr add UNLENT/32 dev up0", "link set up0 up") + by("up0"),
 		from: []string{"UNLENT"}, undo: "ip link del up0"}
 }
 
@@ -62,36 +71,36 @@ func habits() (all []habit) {
 		named("adds another container's address", pretends("GOOD")),
 		named("adds the host's address", pretends("HOST")),
 		named("adds an ipconfig that is not lent", pretends("UNLENT")),
-		named("adds the gateway's address", habit{do: "ip route del GATEWAY\nip addr add GATEWAY/32 dev eth0\n" + by("eth0"), from: []string{"GATEWAY"},
-			undo: "ip addr del GATEWAY/32 dev eth0\nfor a in GOOD THIRD HOST FAR; do ip route del $a; ip neigh del $a dev eth0; done\n" + wayBack}),
+		named("adds the gateway's address", habit{do: batch("route del GATEWAY", "addr add GATEWAY/32 dev eth0") + by("eth0"), from: []string{"GATEWAY"},
+			undo: "ip addr del GATEWAY/32 dev eth0\n" + byNoMore("eth0") + wayBack}),
 		named("adds the host agent's address", pretends("AGENT")),
 		named("adds the other VM's address", pretends("FAR")),
 		named("takes another container's MAC", underMAC("HISMAC")),
 		named("takes the gateway's MAC", underMAC("GWMAC")),
 		named("takes the NIC's MAC", underMAC("NICMAC")),
 		named("takes a MAC that nobody has", underMAC("02:00:00:00:00:99")),
-		named("takes another container's MAC and address", habit{do: "ip link set eth0 address HISMAC\nip addr add GOOD/32 dev eth0\nip neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent",
+		named("takes another container's MAC and address", habit{do: batch("link set eth0 address HISMAC", "addr add GOOD/32 dev eth0", "neigh replace GATEWAY lladdr GWMAC dev eth0 nud permanent"),
 			from: []string{"GOOD", "EVIL"}, undo: "ip addr del GOOD/32 dev eth0\n" + wayBack}),
 		named("has a macvlan", stacked("macvlan mode bridge")),
 		named("has a macvlan with the MAC of eth0", stacked("macvlan mode passthru")),
 		named("has an ipvlan", stacked("ipvlan mode l2")),
 		named("has a VLAN", stacked("vlan id 7")),
 		named("has a VLAN of a provider", stacked("vlan proto 802.1ad id 7")),
-		named("has a dummy with another's address", habit{do: "ip link add up0 type dummy && ip addr add GOOD/32 dev up0 && ip link set up0 up", from: []string{"GOOD"}, undo: "ip link del up0"}),
-		named("has a bridge that speaks STP", habit{do: "ip link add up0 type bridge stp_state 1 hello_time 100 priority 0 && ip link set eth0 master up0 && ip link set up0 up", sees: isBPDU, undo: "ip link del up0"}),
+		named("has a dummy with another's address", habit{do: batch("link add up0 type dummy", "addr add GOOD/32 dev up0", "link set up0 up"), from: []string{"GOOD"}, undo: "ip link del up0"}),
+		named("has a bridge that speaks STP", habit{do: batch("link add up0 type bridge stp_state 1 hello_time 100 priority 0", "link set eth0 master up0", "link set up0 up"), sees: isBPDU, undo: "ip link del up0"}),
 		named("forwards for others", habit{do: "echo 1 >/proc/sys/net/ipv4/ip_forward; ip addr add UNLENT/32 dev eth0",
 			from: []string{"UNLENT"}, undo: "echo 0 >/proc/sys/net/ipv4/ip_forward; ip addr del UNLENT/32 dev eth0"}),
 		named("answers ARP for all", habit{do: "cd /proc/sys/net/ipv4; echo 1 >ip_forward; echo 1 >conf/eth0/proxy_arp; echo 1 >conf/eth0/proxy_arp_pvlan; echo 0 >neigh/eth0/proxy_delay",
 			undo: "cd /proc/sys/net/ipv4; echo 0 >ip_forward; echo 0 >conf/eth0/proxy_arp; echo 0 >conf/eth0/proxy_arp_pvlan"}),
 		named("leads the host agent by another container", habit{do: "ip route replace AGENT via GOOD dev eth0 onlink", undo: "ip route del AGENT"}),
-		named("leads the host agent by another container's MAC", habit{do: "ip neigh replace AGENT lladdr HISMAC dev eth0 nud permanent; ip route replace AGENT dev eth0", undo: "ip route del AGENT; ip neigh del AGENT dev eth0"}),
+		named("leads the host agent by another container's MAC", habit{do: batch("neigh replace AGENT lladdr HISMAC dev eth0 nud permanent", "route replace AGENT dev eth0"), undo: batch("route del AGENT", "neigh del AGENT dev eth0")}),
 		named("sends back all that it gets", habit{do: "tc qdisc add dev eth0 clsact && tc filter add dev eth0 ingress protocol all u32 match u32 0 0 action mirred egress mirror dev eth0", undo: "tc qdisc del dev eth0 clsact"}),
 		named("takes another container for its gateway", habit{do: "ip neigh replace GATEWAY lladdr HISMAC dev eth0 nud permanent", from: []string{"EVIL"}, undo: wayBack}),
 		named("hears all frames", habit{do: "ip link set eth0 promisc on allmulticast on", undo: "ip link set eth0 promisc off allmulticast off"}),
 		named("has the largest MTU", habit{do: "ip link set eth0 mtu 65535 && { timeout 0.2 busybox ping -q -c 1 -s 60000 GOOD >/dev/null || true; }", undo: "ip link set eth0 mtu 1500"}),
 		named("has the smallest MTU", habit{do: "ip link set eth0 mtu 68", undo: "ip link set eth0 mtu 1500\n" + wayBack}),
 		named("speaks IPv6", habit{do: "echo 0 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip -6 addr add fe80::bad/64 dev eth0 nodad; timeout 0.2 busybox ping -6 -q -c 1 ff02::1%eth0 >/dev/null || true", undo: "ip -6 addr flush dev eth0"}),
-		named("renames eth0, and sets it down and up", habit{do: "ip link set eth0 down && ip link set eth0 name lan0 && ip link set lan0 up", undo: "ip link set lan0 down && ip link set lan0 name eth0\n" + wayBack}),
+		named("renames eth0, and sets it down and up", habit{do: batch("link set eth0 down", "link set eth0 name lan0", "link set lan0 up"), undo: batch("link set lan0 down", "link set lan0 name eth0") + wayBack}),
 	}
 }
 
