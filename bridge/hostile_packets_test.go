@@ -223,6 +223,7 @@ func (s *scene) hostAgent() (all []attack) {
 	return append(all,
 		attack{"host agent: directly", anybody, s.sends(toAgent)},
 		attack{"host agent: directly, port 32526", anybody, s.sends(http(vnetsim.HostAgentAddr, 32526, nil, anybody))},
+		attack{"host agent: by a service of the host", anybody, s.sends(http(ledToAgent.Addr(), ledToAgent.Port(), nil, anybody))},
 		attack{"host agent: in the midst of a connection", anybody, s.sends(otherFlags)},
 		attack{"host agent: in fragments", anybody, s.sends(fragment(toAgent, one, 0, 8), fragment(toAgent, one, 8, size))},
 		attack{"host agent: in fragments, the last one first", anybody, s.sends(fragment(toAgent, two, 8, size), fragment(toAgent, two, 0, 8))},

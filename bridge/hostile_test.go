@@ -66,9 +66,14 @@ func newScene(t *testing.T, mode Mode) *scene {
 	return s
 }
 
-// believeAll makes the host one whose administrator trusts everybody: it heeds routers, redirects and source routes, and
-// checks no source address.
+// ledToAgent is an address that a rule of the administrator leads to the host agent, port 80.
+var ledToAgent = netip.MustParseAddrPort("10.96.0.9:8080")
+
+// believeAll makes the host one whose administrator trusts everybody: it heeds routers, redirects and source routes,
+// checks no source address, and has a service that leads to the host agent.
 func (s *scene) believeAll() {
+	s.h.run("nft", fmt.Sprintf("add table ip administrator; add chain ip administrator to_agent { type nat hook prerouting priority -100; }; "+
+		"flush chain ip administrator to_agent; add rule ip administrator to_agent ip daddr %s tcp dport %d dnat to %s:80", ledToAgent.Addr(), ledToAgent.Port(), vnetsim.HostAgentAddr))
 	s.h.sh(`cd /proc/sys/net/ipv4/conf
 		for f in accept_source_route accept_redirects arp_accept bc_forwarding; do echo 1 >all/$f; done
 		echo 0 >all/secure_redirects
