@@ -75,6 +75,7 @@ func TestAFloodHarmsNobody(t *testing.T) {
 		before := h.sh("bridge fdb show")
 		quiet, _ := pingsWhile(good.place(), far.Primary, func() { time.Sleep(50 * time.Millisecond) })
 		for i, f := range floods(evil, gw, far.Primary) {
+			t.Logf("FIGURE hostile container: %d frames of floods", frames)
 			times, lost := pingsWhile(good.place(), far.Primary, func() {
 				for n := range frames {
 					sendAtOnce(t, out, f.frame(n))

@@ -121,6 +121,7 @@ func TestHabitsHurtNobody(t *testing.T) {
 		for _, habit := range habits() {
 			s.has(habit, names)
 		}
+		t.Logf("FIGURE hostile container: %d habits", len(habits()))
 		checkSame(t, "entries of others", before, s.picture())
 		s.talk("after all habits")
 		s.h.whole("after all habits")

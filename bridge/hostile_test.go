@@ -195,7 +195,9 @@ func TestAContainerHurtsNobody(t *testing.T) {
 			s.h.sh("echo " + call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
 			s.talk("before, " + when)
 			before := s.picture()
-			s.attackAll(when, s.attacks())
+			attacks := s.attacks()
+			s.attackAll(when, attacks)
+			t.Logf("FIGURE hostile container: %d attacks by frames", len(attacks))
 			checkSame(t, "entries of others, "+when, before, s.picture())
 			s.talk("after, " + when)
 		}
