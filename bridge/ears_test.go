@@ -78,7 +78,10 @@ type listener struct {
 func (s *scene) listen() {
 	s.out = s.evil.openPacketSocket()
 	add := func(l listener) { s.listeners = append(s.listeners, &l) }
-	hostile := func(f []byte) bool { secret, marked := markOf(f); return !marked || secret&others != 0 }
+	hostile := func(f []byte) bool {
+		secret, marked := markOf(f)
+		return marked && secret&others != 0 || !marked && !s.isOfConnection(f)
+	}
 	for _, c := range []*container{s.good, s.third} {
 		add(listener{who: others, name: c.name, fd: c.openPacketSocket(), must: true, wrong: hostile})
 	}
@@ -93,6 +96,11 @@ func (s *scene) listen() {
 		}})
 	}
 	add(listener{who: wire, name: "eth0", fd: openSocket(s.t, s.h.Do, func() (int, error) { return packetSocket("eth0") }), left: true, must: true, wrong: s.leavesFalsely})
+}
+
+// isOfConnection says of a frame that it is from the other VM's end of a connection, whose kernel may send again.
+func (s *scene) isOfConnection(f []byte) bool {
+	return len(f) >= 36 && f[12] == 8 && f[13] == 0 && f[23] == unix.IPPROTO_TCP && addrAt(f, 26) == s.far.Primary && binary.BigEndian.Uint16(f[34:]) == connectedTo
 }
 
 // comesBack says of a frame that the container gets that it comes from itself, or from nobody who may send to it.

@@ -270,42 +270,41 @@ func (s *scene) deleteEth0() {
 // A container with NET_ADMIN over a user namespace of its own cannot touch the links of the host. In the host's user
 // namespace it could: the kernel lets it name the network namespace at the other end of its eth0, and SECURITY.md says so.
 func TestNetAdminInItsOwnUserNamespace(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
-		s := newScene(t, mode)
-		var eth0 *net.Interface
-		if err := s.h.Do(func() (err error) { eth0, err = net.InterfaceByName("eth0"); return err }); err != nil {
-			t.Fatal(err)
-		}
-		onTheNIC := fmt.Sprintf("ip link add mv0 link if%d link-netnsid 0 type macvlan mode bridge", eth0.Index)
-		t.Logf("in the host's user namespace: a macvlan on the NIC: %v", s.evil.place().command(onTheNIC+" && ip link del mv0"))
+	t.Parallel()
+	s := newScene(t, ModeBridge)
+	var eth0 *net.Interface
+	if err := s.h.Do(func() (err error) { eth0, err = net.InterfaceByName("eth0"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	onTheNIC := fmt.Sprintf("ip link add mv0 link if%d link-netnsid 0 type macvlan mode bridge", eth0.Index)
+	t.Logf("in the host's user namespace: a macvlan on the NIC: %v", s.evil.place().command(onTheNIC+" && ip link del mv0"))
 
-		own := exec.Command("unshare", "--user", "--map-root-user", "--net", "sh", "-c", "ip link set lo up && echo ready && exec sleep 600")
-		ready, err := own.StdoutPipe()
-		if err == nil {
-			err = own.Start()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { own.Process.Kill(); own.Wait() })
-		if _, err := io.ReadFull(ready, make([]byte, 6)); err != nil {
-			t.Skipf("this kernel makes no user namespace: %v", err)
-		}
-		e := s.evil.endpoint(mode, Policy{SNAT: true})
-		e.Owner, e.Addr, e.Netns = "cni/net/own/eth0", netip.PrefixFrom(s.unlent, e.Addr.Bits()), fmt.Sprintf("/proc/%d/ns/net", own.Process.Pid)
-		s.h.mustAttach(e)
-		before := s.h.kernelState()
-		inside := func(line string) (string, error) {
-			out, err := exec.Command("nsenter", "--target", fmt.Sprint(own.Process.Pid), "--user", "--net", "--preserve-credentials", "sh", "-c", line).CombinedOutput()
-			return string(out), err
-		}
-		if out, err := inside("ip link set eth0 mtu 1400 && ip link set eth0 mtu 1500 && ip netns list-id"); err != nil || !strings.Contains(out, "nsid 0") {
-			t.Errorf("the container cannot change its own eth0, or does not see where the other end is: %v: %s", err, out)
-		}
-		if out, err := inside(onTheNIC); err == nil || !strings.Contains(out, "not permitted") {
-			t.Errorf("a macvlan on the NIC: %v: %s", err, out)
-		}
-		checkSame(t, "the host", before, s.h.kernelState())
-		s.talk("after all that")
-	})
+	own := exec.Command("unshare", "--user", "--map-root-user", "--net", "sh", "-c", "ip link set lo up && echo ready && exec sleep 600")
+	ready, err := own.StdoutPipe()
+	if err == nil {
+		err = own.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { own.Process.Kill(); own.Wait() })
+	if _, err := io.ReadFull(ready, make([]byte, 6)); err != nil {
+		t.Skipf("this kernel makes no user namespace: %v", err)
+	}
+	e := s.evil.endpoint(s.mode, Policy{SNAT: true})
+	e.Owner, e.Addr, e.Netns = "cni/net/own/eth0", netip.PrefixFrom(s.unlent, e.Addr.Bits()), fmt.Sprintf("/proc/%d/ns/net", own.Process.Pid)
+	s.h.mustAttach(e)
+	before := s.h.kernelState()
+	inside := func(line string) (string, error) {
+		out, err := exec.Command("nsenter", "--target", fmt.Sprint(own.Process.Pid), "--user", "--net", "--preserve-credentials", "sh", "-c", line).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := inside("ip link set eth0 mtu 1400 && ip link set eth0 mtu 1500 && ip netns list-id"); err != nil || !strings.Contains(out, "nsid 0") {
+		t.Errorf("the container cannot change its own eth0, or does not see where the other end is: %v: %s", err, out)
+	}
+	if out, err := inside(onTheNIC); err == nil || !strings.Contains(out, "not permitted") {
+		t.Errorf("a macvlan on the NIC: %v: %s", err, out)
+	}
+	checkSame(t, "the host", before, s.h.kernelState())
+	s.talk("after all that")
 }
