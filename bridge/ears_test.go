@@ -103,7 +103,7 @@ func (s *scene) isOfConnection(f []byte) bool {
 	return len(f) >= 36 && f[12] == 8 && f[13] == 0 && f[23] == unix.IPPROTO_TCP && addrAt(f, 26) == s.far.Primary && binary.BigEndian.Uint16(f[34:]) == connectedTo
 }
 
-// comesBack says of a frame that the container gets that it comes from itself, or from nobody who may send to it.
+// comesBack says of a frame to the container: it is the container's own, or its sender may not send to the container.
 func (s *scene) comesBack(f []byte) bool {
 	secret, marked := markOf(f)
 	return !bytes.Equal(f[6:12], s.gw) || marked && secret&itself != 0 && !isICMPError(f)

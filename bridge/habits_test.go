@@ -111,8 +111,8 @@ func (s *scene) names() *strings.Replacer {
 		"NICMAC", s.h.MAC, "HISMAC", s.his.String(), "GWMAC", s.gw.String(), "MAC", s.mine.String())
 }
 
-// Whatever a container with NET_ADMIN does in its own namespace, it speaks in no other name, hears nothing that is for
-// others, does not reach the host agent's HTTP, and all others still speak.
+// A container with NET_ADMIN may do what it likes in its own namespace. It speaks in no other name, hears nothing that is
+// for others, and does not reach the host agent's HTTP. All others still speak.
 func TestHabitsHurtNobody(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		s := newScene(t, mode)
