@@ -57,8 +57,7 @@ func newEngine(t *testing.T) *engine {
 	e.start(&trace{})
 	t.Cleanup(func() { e.stop() })
 	e.pool = e.calls("IpamDriver.RequestPool", map[string]any{"AddressSpace": "azure-vnet", "Pool": e.Prefix.String()})["PoolID"].(string)
-	e.calls("NetworkDriver.CreateNetwork", map[string]any{"NetworkID": network, "Options": map[string]any{"com.docker.network.generic": map[string]any{}},
-		"IPv4Data": []any{map[string]any{"AddressSpace": "azure-vnet", "Gateway": e.Gateway.String() + "/16", "Pool": e.Prefix.String()}}})
+	e.calls("NetworkDriver.CreateNetwork", e.networked(network))
 	return e
 }
 
@@ -170,6 +169,10 @@ var publishing = map[string]any{"com.docker.network.portmap": []any{
 const endpointID = "656e64706f696e74"
 
 func (e *engine) addr() string { return e.Secondaries()[1].String() }
+func (e *engine) networked(id string) map[string]any {
+	return map[string]any{"NetworkID": id, "Options": map[string]any{"com.docker.network.generic": map[string]any{}},
+		"IPv4Data": []any{map[string]any{"AddressSpace": "azure-vnet", "Gateway": e.Gateway.String() + "/16", "Pool": e.Prefix.String()}}}
+}
 func (e *engine) requested() map[string]any {
 	return map[string]any{"PoolID": e.pool, "Address": e.addr(), "Options": map[string]any{}}
 }
@@ -243,6 +246,24 @@ func (e *engine) createAgain(way int, heal func()) {
 	e.join()
 }
 
+// networking kills the making of another network.
+func (e *engine) networking() history {
+	const other = "6f74686572"
+	return history{
+		call: func(tr *trace) { e.traced(tr, "NetworkDriver.CreateNetwork", e.networked(other)) },
+		next: func(way int, heal func()) {
+			switch way {
+			case 1: // an engine that failed forgets the network
+				_, _ = e.post("NetworkDriver.DeleteNetwork", map[string]any{"NetworkID": other})
+			case 2:
+				heal()
+			}
+			e.calls("NetworkDriver.CreateNetwork", e.networked(other))
+		},
+		end: func() { e.calls("NetworkDriver.DeleteNetwork", map[string]any{"NetworkID": other}) },
+	}
+}
+
 func TestKilledPlugin(t *testing.T) {
 	t.Parallel()
 	e := newEngine(t)
@@ -251,6 +272,7 @@ func TestKilledPlugin(t *testing.T) {
 		method  string
 		history history
 	}{
+		{"NetworkDriver.CreateNetwork", e.networking()},
 		{"IpamDriver.RequestAddress", history{
 			call: func(tr *trace) { e.traced(tr, "IpamDriver.RequestAddress", e.requested()) },
 			next: func(way int, heal func()) {

@@ -53,12 +53,16 @@ func (hi history) try(t *testing.T, host test.Host, p *probes, offset int) {
 func (hi history) faults(t *testing.T, host test.Host, p *probes, first, stride int) (faults []string) {
 	t.Helper()
 	before := p.last()
-	want, steps, _ := hi.run(host, &trace{}, 0, nil)
+	whole := &trace{}
+	want, steps, _ := hi.run(host, whole, 0, nil)
 	if lost := p.lost(before); lost > 1 {
 		t.Fatalf("without a kill, %d probes of the host were lost: this history shows nothing", lost)
 	}
 	if len(steps) < 3 {
 		t.Fatalf("only %d steps were counted: the tracer is blind", len(steps))
+	}
+	for _, file := range whole.torn {
+		faults = append(faults, file+" was renamed before it was written out: a power cut would leave it empty")
 	}
 	begun := picture(host, hi.pods...)
 	kills := 0

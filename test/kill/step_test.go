@@ -34,6 +34,7 @@ var changing = map[uint64]string{
 	unix.SYS_BIND:       "bind",
 	unix.SYS_SENDTO:     "send",
 	unix.SYS_SENDMSG:    "send",
+	unix.SYS_FSYNC:      "sync",
 }
 
 // step names what a call of a stopped thread will change if it succeeds; empty: nothing. tgid is the thread's process.
@@ -43,7 +44,7 @@ func step(tgid, tid int, c call) string {
 		kind = older[c.nr]
 	}
 	switch kind {
-	case "":
+	case "", "sync": // which changes nothing that a kill could cut in two
 		return ""
 	case "write":
 		file, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", tid, int32(c.args[0])))
@@ -70,6 +71,37 @@ func step(tgid, tid int, c call) string {
 		return message(protocol, read(tid, at, unix.SizeofNlMsghdr))
 	}
 	return kind + " " + text(tid, c.args[path(c.nr)])
+}
+
+// synced is the file that a call writes out to the disk; empty: it is another call.
+func synced(tid int, c call) string {
+	if changing[c.nr] != "sync" {
+		return ""
+	}
+	file, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", tid, int32(c.args[0])))
+	return file
+}
+
+// renamed is the file of a disk that a call gives another name; empty: it is another call, the name is relative, or the
+// file is in memory, where a power cut leaves nothing of it.
+func renamed(tid int, c call) string {
+	if changing[c.nr] != "rename" && older[c.nr] != "rename" {
+		return ""
+	}
+	from := text(tid, c.args[path(c.nr)-pathsApart(c.nr)])
+	var disk unix.Statfs_t
+	if err := unix.Statfs(fmt.Sprintf("/proc/%d/root%s", tid, from), &disk); err != nil || !strings.HasPrefix(from, "/") || disk.Type == unix.TMPFS_MAGIC {
+		return ""
+	}
+	return from
+}
+
+// pathsApart is how many arguments stand between the old name and the new one.
+func pathsApart(nr uint64) int {
+	if path(nr) == 3 { // each has a descriptor before it
+		return 2
+	}
+	return 1
 }
 
 // path is which argument of a call names what it changes.

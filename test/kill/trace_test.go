@@ -28,6 +28,9 @@ type trace struct {
 	begun   bool
 	killed  bool
 	steps   []string // what was done, in order
+
+	synced map[string]bool // files that were written out to the disk
+	torn   []string        // files that got their name before that: a power cut would leave them empty
 }
 
 // thread is a traced thread.
@@ -81,7 +84,7 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 			return
 		}
 		tr.mu.Lock()
-		tr.threads = map[int]*thread{first: {tgid: first}}
+		tr.threads, tr.synced = map[int]*thread{first: {tgid: first}}, map[string]bool{}
 		tr.mu.Unlock()
 		_ = unix.PtraceCont(first, 0)
 		code, err = tr.follow(first)
@@ -168,8 +171,16 @@ func infoOf(tid int) (info syscallInfo, ok bool) {
 // atEntry notes what a thread is about to change.
 func (tr *trace) atEntry(tid int, t *thread) {
 	t.step = ""
-	if info, ok := infoOf(tid); ok && tr.begun && !tr.killed {
-		t.step = step(t.tgid, tid, call{info.data[0], [6]uint64(info.data[1:7])})
+	info, ok := infoOf(tid)
+	if !ok || !tr.begun || tr.killed {
+		return
+	}
+	c := call{info.data[0], [6]uint64(info.data[1:7])}
+	t.step = step(t.tgid, tid, c)
+	if file := synced(tid, c); file != "" {
+		tr.synced[file] = true
+	} else if file := renamed(tid, c); file != "" && !tr.synced[file] {
+		tr.torn = append(tr.torn, file)
 	}
 }
 
