@@ -14,87 +14,136 @@ import (
 	"azurevnet/test"
 )
 
-// breakage is a mistake of the product: text of a file, and what stands there instead.
-type breakage struct {
+// mistake is a change that breaks the product, with the proof that notices it.
+type mistake struct {
+	what     string
 	file     string
-	old, new []string
+	old, new string // text that stands once in the file, and what stands there instead
+	noticed  proof
+	always   bool // make test shows it too
 }
 
-// inPlace has state written in two pieces to where it is read.
-var inPlace = breakage{"internal/statefile/statefile.go",
-	[]string{`tmp := path + ".tmp"`, `_, err := f.Write(body)`},
-	[]string{`tmp := path`, `_, err := f.Write(body[:len(body)/2]); if err == nil { _, err = f.Write(body[len(body)/2:]) }`}}
+// proof runs the product with an overlay of its source (see go help build). It returns what it notices; empty: nothing.
+type proof func(t *testing.T, overlay string) string
 
-// leaseFirst has a DEL and a GC release addresses before their links are gone.
-var leaseFirst = breakage{"cmd/azure-vnet/del.go",
-	[]string{`	leased := map[string][]netip.Addr{}`},
-	[]string{`	_ = l.EndLeases(ctx, owners...); leased := map[string][]netip.Addr{}`}}
+var mistakes = []mistake{
+	{what: "state is written in place", file: "internal/statefile/statefile.go",
+		old:     "\t_, err := f.Write(body)\n",
+		new:     "\tf, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)\n\tif err == nil { _, err = f.Write(body[:len(body)/2]) }\n\tif err == nil { _, err = f.Write(body[len(body)/2:]) }\n",
+		noticed: onNode(func(n node) history { return n.adding(n.conf(0, 1, nil)) })},
+	{what: "DEL releases the address before its link is gone", file: "cmd/azure-vnet/del.go",
+		old:     "\tleased := map[string][]netip.Addr{}",
+		new:     "\t_ = l.EndLeases(ctx, owners...); leased := map[string][]netip.Addr{}",
+		noticed: onNode(func(n node) history { return n.deleting(n.conf(0, 1, nil)) }), always: true},
+	{what: "a file gets its name before it is on the disk", file: "internal/statefile/statefile.go",
+		old: "\t\terr = f.Sync()", new: "",
+		noticed: onEngine(func(e *engine) history { return e.networking() })},
+	{what: "a bridge lets all frames of containers pass", file: "bridge/internal/ruleset/tables.go",
+		old:     "inSet(\"own_arp\"), acceptVerdict()),\n\t\trule(fromGroup(GroupBridge), dropVerdict()))",
+		new:     "inSet(\"own_arp\"), acceptVerdict()))",
+		noticed: byTest("./bridge", "TestAContainerHurtsNobody"), always: true},
+}
 
-// build builds azure-vnet with a mistake.
-func (b breakage) build(t *testing.T) (dir string) {
+// onNode is the kill matrix of a call of azure-vnet.
+func onNode(what func(n node) history) proof {
+	return func(t *testing.T, overlay string) string {
+		n := newNode(t, vnetsim.VMConfig{Secondaries: 4})
+		n.Netns("keeper", "pod")
+		n.calls("ADD", "keeper", n.conf(0, 0, nil))
+		dir := t.TempDir()
+		build(t, overlay, dir+"/", "azurevnet/cmd/azure-vnet")
+		n.Dir = dir
+		h := what(n)
+		h.heal, h.pods = n.heal, []string{"pod"}
+		return strings.Join(h.faults(t, n.Host, n.probes, 1, 1), "\n") // up to the step that the mistake is at
+	}
+}
+
+// onEngine is the kill matrix of a call of the plugin.
+func onEngine(what func(e *engine) history) proof {
+	return func(t *testing.T, overlay string) string {
+		e := newEngine(t)
+		e.binary = filepath.Join(t.TempDir(), "azure-vnet-plugin")
+		build(t, overlay, e.binary, "azurevnet")
+		h := what(e)
+		h.heal, h.pods, h.patience = e.heal, []string{"pod"}, 0
+		return strings.Join(h.faults(t, e.Host, e.probes, 1, 1), "\n")
+	}
+}
+
+// byTest is a test of a package.
+func byTest(pkg, name string) proof {
+	return func(t *testing.T, overlay string) string {
+		program := filepath.Join(t.TempDir(), "broken.test")
+		goTool(t, "test", "-trimpath", "-overlay", overlay, "-c", "-o", program, pkg)
+		run := exec.CommandContext(t.Context(), program, "-test.run", "^"+name+"$", "-test.timeout", "10m", "-test.parallel", "4")
+		run.Dir = filepath.Join(test.Top, pkg)
+		out, err := run.CombinedOutput()
+		if err == nil {
+			return ""
+		}
+		if !strings.Contains(string(out), "--- FAIL: "+name) {
+			t.Fatalf("%s did not come to its end: %v\n%s", name, err, out)
+		}
+		return string(out)
+	}
+}
+
+// build builds a program with an overlay of its source.
+func build(t *testing.T, overlay, output, pkg string) {
 	t.Helper()
-	dir = t.TempDir()
-	source := filepath.Join(test.Top, b.file)
+	goTool(t, "build", "-trimpath", "-ldflags", "-s -w", "-overlay", overlay, "-o", output, pkg)
+}
+
+func goTool(t *testing.T, args ...string) {
+	t.Helper()
+	cmd := exec.Command("go", args...)
+	cmd.Dir, cmd.Env = test.Top, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", cmd, err, out)
+	}
+}
+
+// overlay makes the mistake, and returns the file that tells it to the go command.
+func (m mistake) overlay(t *testing.T) string {
+	t.Helper()
+	source, dir := filepath.Join(test.Top, m.file), t.TempDir()
 	text, err := os.ReadFile(source)
 	if err != nil {
 		t.Fatal(err)
 	}
-	broken := string(text)
-	for i, old := range b.old {
-		if strings.Count(broken, old) != 1 {
-			t.Fatalf("%s has not %q once: give the mistake another place", b.file, old)
-		}
-		broken = strings.Replace(broken, old, b.new[i], 1)
+	if strings.Count(string(text), m.old) != 1 {
+		t.Fatalf("%s does not have %q once: give the mistake another place", m.file, m.old)
 	}
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{source: filepath.Join(dir, "broken.go")}})
+	broken, path := filepath.Join(dir, "broken.go"), filepath.Join(dir, "overlay.json")
+	list, err := json.Marshal(map[string]any{"Replace": map[string]string{source: broken}})
+	if err == nil {
+		err = os.WriteFile(broken, []byte(strings.Replace(string(text), m.old, m.new, 1)), 0o644)
+	}
+	if err == nil {
+		err = os.WriteFile(path, list, 0o644)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, content := range map[string]string{"broken.go": broken, "overlay.json": string(overlay)} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-overlay", filepath.Join(dir, "overlay.json"), "-o", dir+"/", "azurevnet/cmd/azure-vnet")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
-	}
-	return dir
+	return path
 }
 
-// TestKilledMistakesAreFound: the matrix fails for a program with a mistake, and for a host that does not answer.
-func TestKilledMistakesAreFound(t *testing.T) {
-	t.Parallel()
-	n := newNode(t, vnetsim.VMConfig{Secondaries: 4})
-	n.Netns("keeper", "pod")
-	n.calls("ADD", "keeper", n.conf(0, 0, nil))
-	t.Run("a host that is silent for a while", func(t *testing.T) {
-		before := n.probes.last()
-		n.Must("sh", "-c", "iptables -I INPUT -p icmp -j DROP; sleep 0.3; iptables -D INPUT 1")
-		if lost := n.probes.lost(before); lost < 2 {
-			t.Errorf("%d probes were lost", lost)
-		}
-	})
-	conf := n.conf(0, 1, nil)
-	for _, c := range []struct {
-		what    string
-		mistake breakage
-		history func(n node) history
-	}{
-		{"state that is written in place", inPlace, func(n node) history { return n.adding(conf) }},
-		{"an address that is released before its link is gone", leaseFirst, func(n node) history { return n.deleting(conf) }},
-	} {
-		t.Run(c.what, func(t *testing.T) {
-			n := n.in(t)
-			n.Dir = c.mistake.build(t)
-			h := c.history(n)
-			h.heal, h.pods = n.heal, []string{"pod"}
-			faults := h.faults(t, n.Host, n.probes, 1, 1) // up to the step that the mistake is at
-			if len(faults) == 0 {
-				t.Error("the matrix finds nothing wrong")
+// TestMistakesAreFound: the proof that is named beside each mistake fails for it. make test makes one mistake for each kind
+// of proof.
+func TestMistakesAreFound(t *testing.T) {
+	for _, m := range mistakes {
+		t.Run(m.what, func(t *testing.T) {
+			if !m.always && !test.Soaking {
+				t.Skip("takes long: make soak")
 			}
-			t.Log(faults)
+			t.Parallel()
+			told := m.noticed(t, m.overlay(t))
+			if told == "" {
+				t.Fatal("the proof notices nothing")
+			}
+			t.Logf("FIGURE mutations: %d made, %d noticed", 1, 1)
+			t.Log(told)
 		})
 	}
 }

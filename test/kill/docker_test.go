@@ -24,6 +24,7 @@ import (
 // engine is a VM whose plugin is called as an engine does, and another VM that watches it.
 type engine struct {
 	test.Host
+	binary string // the plugin's program
 	probes *probes
 	client *http.Client
 	pool   string        // its PoolID
@@ -43,7 +44,7 @@ func newEngine(t *testing.T) *engine {
 		t.Fatal(err)
 	}
 	_, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
-	e := &engine{Host: vms[0]}
+	e := &engine{Host: vms[0], binary: test.PluginBinary}
 	e.probes = startProbes(t, vms[1], e.Primary)
 	e.client = &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -71,7 +72,7 @@ func (e *engine) in(t *testing.T) *engine {
 func (e *engine) start(tr *trace) {
 	e.T.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := e.Command(ctx, test.PluginBinary, "-data", "/var/lib/azure-vnet")
+	cmd := e.Command(ctx, e.binary, "-data", "/var/lib/azure-vnet")
 	cmd.Env = os.Environ()
 	ended := make(chan struct{})
 	go func() {

@@ -109,3 +109,14 @@ func (p *probes) lost(after uint16) int {
 		}
 	}
 }
+
+// TestProbesNoticeASilentHost: the matrix fails for a host that does not answer for a while.
+func TestProbesNoticeASilentHost(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, vnetsim.VMConfig{})
+	before := n.probes.last()
+	n.Must("sh", "-c", "iptables -I INPUT -p icmp -j DROP; sleep 0.3; iptables -D INPUT 1")
+	if lost := n.probes.lost(before); lost < 2 {
+		t.Errorf("%d probes were lost", lost)
+	}
+}
