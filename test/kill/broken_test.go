@@ -42,6 +42,15 @@ var mistakes = []mistake{
 		old:     "inSet(\"own_arp\"), acceptVerdict()),\n\t\trule(fromGroup(GroupBridge), dropVerdict()))",
 		new:     "inSet(\"own_arp\"), acceptVerdict()))",
 		noticed: byTest("./bridge", "TestAContainerHurtsNobody"), always: true},
+	{what: "a port hands frames for reserved groups to the host", file: "bridge/endpointfaults.go",
+		old: "\t{Kind: nl.IFLA_BRPORT_GROUP_FWD_MASK, Name: \"group_fwd_mask\", Value: 0xfffd},\n", new: "",
+		noticed: byTest("./bridge", "TestAContainerHurtsNobody")},
+	{what: "fragments are put together before they are looked at", file: "bridge/internal/ruleset/tables.go",
+		old: "beforeDefrag      = -460", new: "beforeDefrag      = -310",
+		noticed: byTest("./bridge", "TestFragmentsAreTheirSendersOwn")},
+	{what: "the host follows a container's source route", file: "bridge/faults.go",
+		old: "\t\t{conf + \"/accept_source_route\", \"0\"},", new: "",
+		noticed: byTest("./bridge", "TestAContainerHurtsNobody")},
 }
 
 // onNode is the kill matrix of a call of azure-vnet.
