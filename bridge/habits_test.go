@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -118,10 +119,14 @@ func TestHabitsHurtNobody(t *testing.T) {
 		s := newScene(t, mode)
 		s.talk("before")
 		before, names := s.picture(), s.names()
-		for _, habit := range habits() {
-			s.has(habit, names)
+		tried := 0
+		for i, habit := range habits() {
+			if inMode := i%2 == slices.Index(Modes, mode); inMode || soaking { // make test tries each in one mode
+				s.has(habit, names)
+				tried++
+			}
 		}
-		t.Logf("FIGURE hostile container: %d habits", len(habits()))
+		t.Logf("FIGURE hostile container: %d habits", tried)
 		checkSame(t, "entries of others", before, s.picture())
 		s.talk("after all habits")
 		s.h.whole("after all habits")
