@@ -23,7 +23,7 @@ func TestContainersOnTheVNet(t *testing.T) {
 		plain := h1.running(2, mode, Policy{SNAT: true, Direct: prefixes("10.240.0.0/16")})
 		blind := h1.running(3, mode, Policy{SNAT: true, NoMetadata: true})
 		far := h2.running(0, mode, Policy{SNAT: true})
-		for _, call := range []string{"0", "1"} {
+		for _, call := range callIptables(mode) {
 			for _, policy := range []string{"ACCEPT", "DROP"} {
 				t.Run(fmt.Sprintf("forward %s call-iptables %s", policy, call), func(t *testing.T) {
 					for _, h := range hosts {

@@ -45,7 +45,7 @@ func TestPublishedPortsAreReached(t *testing.T) {
 		site, siteAddr := h.room("site"), netip.MustParseAddr("192.168.99.2")
 		h.tunnel(h.place(), site.place(), netip.MustParseAddr("192.168.99.1"), siteAddr)
 		site.sh("ip route add default dev tun0")
-		for _, call := range []string{"0", "1"} {
+		for _, call := range callIptables(mode) {
 			for _, policy := range []string{"ACCEPT", "DROP"} {
 				t.Run(fmt.Sprintf("forward %s call-iptables %s", policy, call), func(t *testing.T) {
 					h.run("iptables-nft", "-P", "FORWARD", policy)

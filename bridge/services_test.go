@@ -118,7 +118,7 @@ func TestServices(t *testing.T) {
 		c := newCluster(t, mode)
 		for _, proxy := range proxyModes {
 			proxy.load(c)
-			for _, call := range []string{"0", "1"} {
+			for _, call := range callIptables(mode) {
 				t.Run(fmt.Sprintf("%s call-iptables %s", proxy.name, call), func(t *testing.T) {
 					c.node1.sh("echo " + call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
 					c.node1.reconcile()

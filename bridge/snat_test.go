@@ -186,7 +186,7 @@ func (c *crossroads) wanted() map[string]answers {
 func TestSNAT(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		c := newCrossroads(t, mode)
-		for _, call := range []string{"0", "1"} {
+		for _, call := range callIptables(mode) {
 			c.h.sh("echo " + call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
 			t.Run("call-iptables "+call, func(t *testing.T) {
 				t.Run("alone", func(t *testing.T) { c.expect(t, c.wanted()) })

@@ -21,9 +21,9 @@ for os in windows darwin; do GOOS=$os "$go" vet ./pool ./internal/cni ./internal
 run="$go test -json -exec '$PWD/scripts/young.sh' -timeout 40m"
 # The race detector watches the product. The tests below test/ start the product as users do, built without it. A
 # process of the detector sleeps a second before it ends, and tests start many.
-# These wait more than they work, so four of a package run at once. The tests below test/ start engines, and two of a
+# These wait more than they work, so six of a package run at once. The tests below test/ start engines, and two of a
 # package are enough for two cores.
-race="env CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 $run -race -parallel 4"
+race="env CGO_ENABLED=1 GORACE=atexit_sleep_ms=0 $run -race -parallel 6"
 if [ $# -gt 0 ]; then
 	set -- "$race $(printf " '%s'" "$@")"
 else
