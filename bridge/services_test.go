@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 
 	"azurevnet/internal/vnetsim"
@@ -17,18 +18,22 @@ import (
 type cluster struct {
 	v            *vnetsim.VNet
 	node1, node2 *host
-	a, b         *container // on node1; recorded as 10.240.0.20 and 10.240.0.21
-	far          *container // on node2; recorded as 10.240.0.30
-	other        *container // on node2; no endpoint of any service
-	relay        *container // on node1; publishes port 8090, and sends what comes to the host agent
+	a, b         *container                // on node1; recorded as 10.240.0.20 and 10.240.0.21
+	far          *container                // on node2; recorded as 10.240.0.30
+	other        *container                // on node2; no endpoint of any service
+	relay        *container                // on node1; publishes port 8090, and sends what comes to the host agent
+	knowPods     func(rules string) string // writes another way to know pods in place of the recorded clusterCIDR
 }
+
+// recordedCIDR is the clusterCIDR of the recorded kube-proxy. It is the range of the VNet.
+const recordedCIDR = "10.240.0.0/16"
 
 // internetClient is the address that the internet's side of the simulated VNet asks from.
 const internetClient = "192.0.2.1"
 
 func newCluster(t *testing.T, mode Mode) *cluster {
 	v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{Secondaries: 2})
-	c := &cluster{v: v, node1: hosts[0], node2: hosts[1]}
+	c := &cluster{v: v, node1: hosts[0], node2: hosts[1], knowPods: func(rules string) string { return rules }}
 	for _, h := range hosts {
 		h.mustEnsure(h.spec(mode))
 	}
@@ -68,7 +73,7 @@ func (c *cluster) recorded(file string) string {
 		return []byte(cmp.Or(simulated[string(recorded)], string(recorded)))
 	})
 	path := filepath.Join(c.node1.t.TempDir(), filepath.Base(file))
-	if err := os.WriteFile(path, replaced, 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(c.knowPods(string(replaced))), 0o644); err != nil {
 		c.node1.t.Fatal(err)
 	}
 	return path
@@ -128,10 +133,49 @@ func TestServices(t *testing.T) {
 				})
 			}
 			c.unload()
+			if proxy.name == map[Mode]string{ModeBridge: "nft", ModeTransparent: "iptables-legacy"}[mode] { // one is enough, and takes its time
+				t.Run(proxy.name+" knows pods in another way", func(t *testing.T) { c.checkWaysToKnowPods(t, mode, proxy) })
+			}
 		}
 		checkFabric(t, c.v, c.a.addr, c.b.addr, c.far.addr, c.other.addr, c.node1.Primary, c.node2.Primary)
 	})
 }
+
+// checkWaysToKnowPods writes what docs/kubernetes.md says about clusterCIDR and detectLocalMode in place of the recorded
+// clusterCIDR, with which checkServices sees the pods' own addresses. It loads and unloads kube-proxy's rules.
+func (c *cluster) checkWaysToKnowPods(t *testing.T, mode Mode, proxy proxyMode) {
+	a, node1 := c.a.addr.String(), c.node1.Primary.String()
+	link, links, nftLinks := "azure0", "azure0", "azure0" // in the configuration, in rules of iptables, in rules of nft
+	if mode == ModeTransparent {
+		link, links, nftLinks = "azv", "azv+", "azv*"
+	}
+	for _, way := range []struct {
+		name     string
+		knowPods func(rules string) string
+		client   string  // the address of pod a, as the endpoints of a service see it
+		policy   answers // at a NodePort with externalTrafficPolicy Local, of a node without an endpoint
+	}{
+		{"clusterCIDR is not the pods'", strings.NewReplacer(recordedCIDR, "10.244.0.0/16").Replace, node1, nil},
+		{"clusterCIDR is empty", func(rules string) string { return withCIDR.ReplaceAllString(rules, "") }, a, nil},
+		{"detectLocalMode with " + link, strings.NewReplacer("-s "+recordedCIDR, "-i "+links,
+			"ip saddr != "+recordedCIDR, `iifname != "`+nftLinks+`"`, "ip saddr "+recordedCIDR, `iifname "`+nftLinks+`"`).Replace, a, answers{"far": a}},
+	} {
+		t.Run(way.name, func(t *testing.T) {
+			c.knowPods = way.knowPods
+			proxy.load(c)
+			defer c.unload()
+			c.node1.reconcile()
+			all := &checks{t: t}
+			defer all.wait.Wait()
+			all.expectAnswers(c.a.place(), "tcp/10.96.1.4:80", answers{"b": way.client, "far": way.client})
+			all.expectAnswers(c.a.place(), "udp/10.96.0.10:53", answers{"b": way.client, "far": way.client})
+			all.expectAnswers(c.a.place(), "tcp/"+node1+":31002", way.policy)
+		})
+	}
+}
+
+// withCIDR matches the rules that kube-proxy writes only if it has a clusterCIDR.
+var withCIDR = regexp.MustCompile(`(?m)^.*` + regexp.QuoteMeta(recordedCIDR) + `.*\n`)
 
 // checkServices asks for every service of testdata/kube-proxy. The masquerade of a hairpin, and of what
 // comes from outside the cluster, is kube-proxy's own.
