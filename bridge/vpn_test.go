@@ -73,14 +73,14 @@ func TestWireGuardTakesEverything(t *testing.T) {
 	})
 }
 
-// Containers of each NIC reach at once what the host reaches, whatever kind of route it has. They also reach an address
-// that appears on the host, such as node-local-dns's.
+// Containers of each NIC reach at once what the host reaches, whatever kind of route it has. They also reach the
+// addresses that node-local-dns makes on the host, by its rules, which keep packets from connection tracking.
 func TestContainersReachWhatTheHostReaches(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)
-		a, b := h.runningOn(0, 0, mode, Policy{SNAT: true}), h.runningOn(1, 0, mode, Policy{SNAT: true})
+		a, b := h.runningOn(0, 0, mode, Policy{SNAT: true}), h.runningOn(1, 0, mode, Policy{SNAT: true, NoMetadata: true}) // which concerns no other link-local address
 		site, here := h.room("site"), netip.MustParseAddr("192.168.99.1")
 		h.tunnel(h.place(), site.place(), here, netip.MustParseAddr("192.168.99.2"))
 		behind := netip.MustParseAddr("192.0.2.7")
@@ -122,17 +122,46 @@ func TestContainersReachWhatTheHostReaches(t *testing.T) {
 				h.ip(r.end...)
 			})
 		}
-		t.Run("an address that appears", func(t *testing.T) {
-			service := netip.MustParseAddr("169.254.20.10")
-			h.ip("addr add " + service.String() + "/32 dev lo")
-			h.answerAt(h.place(), netip.AddrPortFrom(service, tcpPort))
-			c := &checks{t: t}
-			for _, from := range []*container{a, b} {
-				c.sees(from.addr, from.place(), service, tcpPort, udpPort)
-			}
-			c.wait.Wait()
+		t.Run("node-local-dns", func(t *testing.T) {
+			h.checkNodeLocalDNS(t, map[Mode]string{ModeBridge: "iptables-nft", ModeTransparent: "iptables-legacy"}[mode], a, b)
 		})
 		h.whole("at the end")
 		checkFabric(t, v, a.addr, b.addr, h.Primary)
 	})
+}
+
+// checkNodeLocalDNS makes the link and the rules that node-local-dns makes, and asks for what it serves from containers
+// and the host. It listens at an address of its own and, where kube-proxy uses iptables, at the DNS service's. INPUT drops
+// what no rule accepts, as on a hardened node. The kernel tracks none of these packets.
+func (h *host) checkNodeLocalDNS(t *testing.T, iptables string, clients ...*container) {
+	h.ip("link add nodelocaldns type dummy 2>/dev/null || ip link add nodelocaldns type bridge") // not every kernel has the type dummy. The link stays down
+	rules := "*raw\n%s*filter\n:INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n%s"
+	var raw, filter strings.Builder
+	served := []netip.Addr{netip.MustParseAddr("169.254.20.10"), netip.MustParseAddr("10.96.0.10")}
+	for _, addr := range served {
+		h.ip("addr add " + addr.String() + "/32 dev nodelocaldns")
+		h.answerAt(h.place(), netip.AddrPortFrom(addr, udpPort)) // by TCP too
+		for _, proto := range []string{"tcp", "udp"} {
+			to, from := fmt.Sprintf("-p %s -d %s --dport 53", proto, addr), fmt.Sprintf("-p %s -s %s --sport 53", proto, addr)
+			fmt.Fprintf(&raw, "-A PREROUTING %s -j NOTRACK\n-A OUTPUT %s -j NOTRACK\n-A OUTPUT %s -j NOTRACK\n", to, from, to)
+			fmt.Fprintf(&filter, "-A INPUT %s -j ACCEPT\n-A OUTPUT %s -j ACCEPT\n", to, from)
+		}
+	}
+	h.sh(fmt.Sprintf("printf '"+rules+"' | %s-restore --noflush", raw.String()+"COMMIT\n", filter.String()+"COMMIT\n", iptables))
+	for _, call := range []string{"0", "1"} {
+		h.sh("echo " + call + " >/proc/sys/net/bridge/bridge-nf-call-iptables")
+		h.reconcile()
+		c := &checks{t: t}
+		for _, addr := range served {
+			c.sees(addr, h.place(), addr, udpPort, udpPort)
+			for _, from := range clients {
+				c.sees(from.addr, from.place(), addr, udpPort, udpPort)
+			}
+		}
+		c.wait.Wait()
+	}
+	if tracked := h.sh("conntrack -L 2>/dev/null | grep -E 'dst=(169.254.20.10|10.96.0.10) ' || true"); tracked != "" {
+		t.Errorf("the kernel tracks what node-local-dns says that it should not:\n%s", tracked)
+	}
+	h.sh(iptables + " -P INPUT ACCEPT")
 }
