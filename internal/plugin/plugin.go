@@ -89,6 +89,9 @@ func Run(version string, args []string, out io.Writer) error {
 	defer stop()
 	switch word {
 	case "serve":
+		if err := dropRights(); err != nil {
+			fmt.Fprintln(out, "the plugin keeps capabilities that it does not need, and works all the same:", err)
+		}
 		return serve(ctx, p, out)
 	case "status":
 		return printStatus(ctx, p, *asJSON, out)
