@@ -95,3 +95,19 @@ func addSourceTable(in *netlink.Handle, from netip.Addr, index int) error {
 	}
 	return nil
 }
+
+// TablesOfOthers returns the routing tables in a container to which a rule of another program, such as the chained CNI
+// plugin sbr, leads all packets from the address. Tables of ours are not among them: they are copies of what is in main.
+func TablesOfOthers(in *netlink.Handle, from netip.Addr) (tables []int, err error) {
+	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return in.RuleList(netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list the routing rules: %w", err)
+	}
+	for _, r := range rules {
+		all := netlink.Rule{Priority: r.Priority, Table: r.Table, SuppressPrefixlen: -1, Src: ipNet(netip.PrefixFrom(from, 32))}
+		if r.Protocol != ourProtocol && !r.Invert && r.Mark == 0 && sameRule(r, all) {
+			tables = append(tables, r.Table)
+		}
+	}
+	return tables, nil
+}

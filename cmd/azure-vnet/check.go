@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"azurevnet/bridge"
 	"azurevnet/internal/cni"
@@ -109,7 +110,7 @@ func checkInside(c *cni.Call, attached bridge.Attachment, prev *current.Result) 
 	if !wanted {
 		return changed("the container's link has %s, and prevResult does not say so", attached.Addr.Addr())
 	}
-	return errors.Join(checkRoutes(in, l, c, prev.Routes), checkGateway(in, l, c, attached, prev))
+	return errors.Join(checkRoutes(in, l, c, attached.Addr.Addr(), prev.Routes), checkGateway(in, l, c, attached, prev))
 }
 
 // checkGateway compares the MAC that the container has for its gateway with the MAC of the bridge, or in transparent mode
@@ -134,9 +135,17 @@ func checkGateway(in *netlink.Handle, l netlink.Link, c *cni.Call, attached brid
 	return nil
 }
 
-// checkRoutes is an error if the container lacks an IPv4 route of its main table that the result of ADD has.
-func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.Route) error {
-	has, err := dump.Whole(func() ([]netlink.Route, error) { return in.RouteList(l, netlink.FAMILY_V4) })
+// checkRoutes is an error if the container lacks an IPv4 route that the result of ADD has. ADD puts them into the main
+// table. A chained plugin such as sbr may move them to a table that all packets from the container's address go by.
+func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, addr netip.Addr, want []*types.Route) error {
+	tables, err := bridge.TablesOfOthers(in, addr)
+	if err != nil {
+		return fmt.Errorf("in %s: %w", c.Netns, err)
+	}
+	tables = append(tables, unix.RT_TABLE_MAIN)
+	has, err := dump.Whole(func() ([]netlink.Route, error) {
+		return in.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: l.Attrs().Index}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE) // all tables
+	})
 	if err != nil {
 		return fmt.Errorf("read the routes in %s: %w", c.Netns, err)
 	}
@@ -145,7 +154,7 @@ func checkRoutes(in *netlink.Handle, l netlink.Link, c *cni.Call, want []*types.
 			continue
 		}
 		there := slices.ContainsFunc(has, func(r netlink.Route) bool {
-			return prefixOf(r.Dst) == prefixOf(&w.Dst) && (w.GW == nil || r.Gw.Equal(w.GW))
+			return slices.Contains(tables, r.Table) && prefixOf(r.Dst) == prefixOf(&w.Dst) && (w.GW == nil || r.Gw.Equal(w.GW))
 		})
 		if !there {
 			return changed("interface %s in %s lacks the route to %s via %s", c.IfName, c.Netns, &w.Dst, w.GW)

@@ -122,21 +122,26 @@ func TestAPodWithTwoInterfaces(t *testing.T) {
 					}
 				}
 				reached(pods...)
-				// sbr moves the routes of its interface to a table of its own: docs/kubernetes.md says that CHECK then fails.
-				moved := len(more) > 1
-				for i, l := range lists {
-					rt.IfName = fmt.Sprintf("eth%d", i)
-					if err := n.CNI.CheckNetworkList(t.Context(), l, rt); (err != nil) != (moved && i == 1) {
-						t.Errorf("CHECK of %s: %v", rt.IfName, err)
+				checks := func(ifName string, l *libcni.NetworkConfigList, when, says string) {
+					t.Helper()
+					rt.IfName = ifName
+					if err := n.CNI.CheckNetworkList(t.Context(), l, rt); err != nil != (says != "") || says != "" && !test.Says(err, 102, says) {
+						t.Errorf("CHECK of %s, %s, says %v, want %q", ifName, when, err, says)
 					}
 				}
+				checks("eth0", lists[0], "with both", "")
+				checks("eth1", lists[1], "with both", "")
 				rt.IfName = "eth0"
 				n.Del(lists[0], rt)
 				reached(pods[1])
-				rt.IfName = "eth1"
-				if err := n.CNI.CheckNetworkList(t.Context(), lists[1], rt); (err != nil) != moved {
-					t.Errorf("CHECK without the first: %v", err)
+				checks("eth1", lists[1], "without the first", "")
+				// sbr moves the routes of its interface to a table of its own. A copy in a table of ours is no substitute.
+				table := "main"
+				if len(more) > 1 {
+					table = "100"
 				}
+				n.Must("ip", "-n", "both", "route", "flush", "exact", "0.0.0.0/0", "dev", "eth1", "table", table)
+				checks("eth1", lists[1], "without its default route", "lacks the route to 0.0.0.0/0")
 				n.Del(lists[1], rt)
 				n.Bare()
 				n.Must("sh", "-c", "ip netns pids both | xargs -r kill; ip netns del both")
