@@ -31,8 +31,12 @@ func (h *Host) Ensure(ctx context.Context, spec Spec) (Bridge, error) {
 			return Bridge{}, err
 		}
 		defer unlock()
-		if b, err = h.ensureLocked(ctx, spec); err != nil {
-			return Bridge{}, fmt.Errorf("prepare the NIC %s: %w", spec.MAC, err)
+		// Of many calls at once, the first may have made all of it while the others waited for the lock. A round of each of
+		// them would take longer than the last ones wait.
+		if b, stands = h.findPrepared(spec); !stands {
+			if b, err = h.ensureLocked(ctx, spec); err != nil {
+				return Bridge{}, fmt.Errorf("prepare the NIC %s: %w", spec.MAC, err)
+			}
 		}
 	}
 	b.Mended = mended

@@ -10,6 +10,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -218,6 +220,43 @@ func TestEnsureWaitsForNobodyAndIsNotBlind(t *testing.T) {
 			t.Errorf("Ensure after %q left %q", harm.line, mended)
 		}
 	}
+}
+
+// Of many calls at once that find a NIC without its bridge, one prepares the NIC. The others wait for it, and do no round
+// of their own.
+func TestOneOfManyCallsPreparesTheNIC(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{})
+		h := hosts[0]
+		var asked atomic.Int32
+		h.testHook = func(step string) error {
+			if step == "ask" {
+				asked.Add(1)
+			}
+			return nil
+		}
+		var unlock func()
+		if err := h.Do(func() (err error) { unlock, err = h.lockHost(t.Context(), "a slow attach"); return err }); err != nil {
+			t.Fatal(err)
+		}
+		var wait sync.WaitGroup
+		for range 5 {
+			wait.Go(func() {
+				if _, err := h.ensure(h.spec(mode)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		time.Sleep(300 * time.Millisecond) // until all have found nothing and wait: one that comes later shows nothing
+		unlock()
+		wait.Wait()
+		if got := asked.Load(); got != 1 {
+			t.Errorf("%d of 5 calls prepared the NIC", got)
+		}
+		if mended := h.reconcile(); len(mended) > 0 {
+			t.Errorf("not whole after that: %q", mended)
+		}
+	})
 }
 
 // Under accelerated networking a virtual function has the MAC of the NIC above it, and no machine here has one: the
