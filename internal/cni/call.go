@@ -172,29 +172,27 @@ const (
 	stdinTime = 10 * time.Second // a runtime may fail to close its end of stdin
 )
 
-// readStdin reads the configuration, within both bounds.
-func readStdin() ([]byte, error) {
-	type read struct {
-		conf []byte
-		err  error
-	}
-	done := make(chan read, 1)
-	go func() {
-		conf, err := io.ReadAll(io.LimitReader(os.Stdin, stdinMost+1))
-		done <- read{conf, err}
-	}()
-	select {
-	case r := <-done:
-		switch {
-		case r.err != nil:
-			return nil, Errorf(types.ErrIOFailure, "read the network configuration: %v", r.err)
-		case len(r.conf) > stdinMost:
-			return nil, Errorf(types.ErrInvalidNetworkConfig, "the network configuration on stdin is longer than %d bytes", stdinMost)
+// readStdin reads the configuration, within both bounds. wait is stdinTime.
+//
+// What is there is read even if the time is over: on a busy node, of many processes at once one may get no CPU time for
+// as long as that, and its runtime is not to blame.
+func readStdin(wait time.Duration) ([]byte, error) {
+	end := time.Now().Add(wait)
+	var conf []byte
+	some := make([]byte, 64<<10)
+	for len(conf) <= stdinMost {
+		if !awaitInput(os.Stdin, end) {
+			return nil, Errorf(types.ErrIOFailure, "the network configuration on stdin does not end within %v: the runtime must close its end", wait)
 		}
-		return r.conf, nil
-	case <-time.After(stdinTime):
-		return nil, Errorf(types.ErrIOFailure, "the network configuration on stdin does not end within %v: the runtime must close its end", stdinTime)
+		n, err := os.Stdin.Read(some)
+		conf = append(conf, some[:n]...)
+		if errors.Is(err, io.EOF) {
+			return conf, nil
+		} else if err != nil {
+			return nil, Errorf(types.ErrIOFailure, "read the network configuration: %v", err)
+		}
 	}
+	return nil, Errorf(types.ErrInvalidNetworkConfig, "the network configuration on stdin is longer than %d bytes", stdinMost)
 }
 
 // readStdinFirst reads the configuration before skel does. skel may refuse a call before it reads the configuration, and
@@ -203,7 +201,7 @@ func (c *Call) readStdinFirst() error {
 	if c.Verb == "VERSION" {
 		return nil
 	}
-	conf, err := readStdin()
+	conf, err := readStdin(stdinTime)
 	if err != nil {
 		return err
 	}
