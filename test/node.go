@@ -72,6 +72,7 @@ func (h Host) Plugin(ctx context.Context, path string, stdin []byte, environ []s
 	cmd.Env, cmd.Stdin = environ, bytes.NewReader(stdin)
 	var out, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &stderr
+	cmd.WaitDelay = 30 * time.Second // of 200 at once on a busy machine, this process reads the last answers late
 	if err = cmd.Run(); err == nil {
 		return out.Bytes(), 0, nil
 	}

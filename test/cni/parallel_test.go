@@ -44,7 +44,7 @@ func addsAtOnce(n test.Node, id string, conf []byte, count, killed int, more ...
 	for i := range count {
 		wait.Go(func() {
 			if i < killed {
-				killCall(n, "ADD", id, conf, time.Duration(rand.IntN(60_000))*time.Microsecond, more...)
+				killCall(n, "ADD", id, conf, func() { time.Sleep(rand.N(60 * time.Millisecond)) }, more...)
 				return
 			}
 			out, err := n.Call("ADD", id, "/run/netns/"+id, conf, more...)
