@@ -29,6 +29,9 @@ import (
 // Soaking says that make soak runs the tests: all cases of many that are alike.
 var Soaking = os.Getenv("SOAK") != ""
 
+// SoakTime is how long the tests of make soak go on that do things at random, such as 10m; 0: make test runs the tests.
+var SoakTime, _ = time.ParseDuration(os.Getenv("SOAK"))
+
 // Host is a VM with what tests ask of it. Its methods end the test on failure.
 type Host struct {
 	*vnetsim.VM

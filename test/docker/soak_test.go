@@ -4,8 +4,10 @@ package docker
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"syscall"
 	"testing"
@@ -17,11 +19,11 @@ import (
 
 // TestSoak does what goes wrong on a host, at random and for long, and says
 // each time that the containers that run are reached, each at an address of its
-// own, and that what is gone leaves nothing. SOAK is for how long, such as 10m;
+// own, and that what is gone leaves nothing. It does one thing at a time:
+// TestChurnWithBreakages does many at once. SOAK is for how long, such as 10m;
 // SOAK_SEED repeats a run.
 func TestSoak(t *testing.T) {
-	length, err := time.ParseDuration(os.Getenv("SOAK"))
-	if err != nil {
+	if test.SoakTime == 0 {
 		t.Skip("takes long: make soak")
 	}
 	seed := uint64(time.Now().UnixNano())
@@ -43,6 +45,10 @@ func TestSoak(t *testing.T) {
 		h.StartEngine(args...)
 	}
 	running := map[string]bool{}
+	one := func() string { // of those that run; sorted, so that a seed repeats it
+		all := slices.Sorted(maps.Keys(running))
+		return all[dice.IntN(len(all))]
+	}
 	next := 0
 	misfortunes := map[string]func(){
 		"a container starts": func() {
@@ -55,16 +61,15 @@ func TestSoak(t *testing.T) {
 			running[name] = true
 		},
 		"a container goes": func() {
-			for name := range running {
+			if len(running) > 0 {
+				name := one()
 				h.Docker("rm", "-f", name)
 				delete(running, name)
-				return
 			}
 		},
 		"a container restarts": func() {
-			for name := range running {
-				h.Docker("restart", "-t", "0", name)
-				return
+			if len(running) > 0 {
+				h.Docker("restart", "-t", "0", one())
 			}
 		},
 		"the plugin is killed": func() {
@@ -76,28 +81,16 @@ func TestSoak(t *testing.T) {
 				return err == nil
 			})
 		},
-		"the plugin is disabled":      func() { h.Docker("plugin", "disable", "-f", test.Plugin); h.Docker("plugin", "enable", test.Plugin) },
-		"dockerd is stopped":          func() { stopEngine(h, syscall.SIGTERM); h.StartEngine() },
-		"dockerd is killed":           func() { stopEngine(h, syscall.SIGKILL); h.StartEngine() },
-		"the power is cut":            func() { h.Must("sync"); cut(h); boot() },
-		"somebody flushes nft":        func() { h.Must("nft", "flush", "ruleset") },
-		"somebody flushes FORWARD":    func() { h.Must("iptables", "-F", "FORWARD") },
-		"somebody deletes azure0":     func() { h.Must("sh", "-c", "ip link del azure0 || true") }, // it stands only while it is asked for
-		"somebody flushes our routes": func() { h.Must("ip", "route", "flush", "table", "all", "proto", "168") },
-		"somebody flushes rules":      func() { h.Must("sh", "-c", "ip rule del lookup 16863 || true") },
-		"somebody flushes neighbours": func() { h.Must("sh", "-c", "ip neigh flush nud permanent proto 168") },
-		"somebody takes a port out": func() {
-			h.Must("sh", "-c", "for l in /sys/class/net/azure0/brif/*; do ip link set $(basename $l) nomaster; break; done; true")
-		},
-		"somebody turns sysctls off":  func() { h.Must("sysctl", "-w", "net.ipv4.ip_forward=0") },
-		"somebody changes eth0's MTU": func() { h.Must("ip", "link", "set", "eth0", "mtu", strconv.Itoa(1400+dice.IntN(100))) },
+		"the plugin is disabled": func() { h.Docker("plugin", "disable", "-f", test.Plugin); h.Docker("plugin", "enable", test.Plugin) },
+		"dockerd is stopped":     func() { stopEngine(h, syscall.SIGTERM); h.StartEngine() },
+		"dockerd is killed":      func() { stopEngine(h, syscall.SIGKILL); h.StartEngine() },
+		"the power is cut":       func() { h.Must("sync"); cut(h); boot() },
 	}
-	var names []string
-	for name := range misfortunes {
-		names = append(names, name)
+	for what, command := range test.Breakages {
+		misfortunes[what] = func() { h.Must("sh", "-c", command) }
 	}
-	happened := 0
-	for end := time.Now().Add(length); time.Now().Before(end); happened++ {
+	names, happened := slices.Sorted(maps.Keys(misfortunes)), 0
+	for end := time.Now().Add(test.SoakTime); time.Now().Before(end); happened++ {
 		what := names[dice.IntN(len(names))]
 		t.Logf("%s, with %d containers", what, len(running))
 		misfortunes[what]()
