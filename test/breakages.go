@@ -16,5 +16,5 @@ var Breakages = map[string]string{
 	"somebody changes eth0's MTU": `ip link set eth0 mtu $(shuf -i 1400-1499 -n 1)`,
 }
 
-// DeletesBridge is the breakage that takes from a call what it is about to use, so that the call may fail.
+// DeletesBridge is the one breakage during which a call may fail: it deletes the bridge that the call is about to use.
 const DeletesBridge = "somebody deletes azure0"

@@ -174,8 +174,8 @@ const (
 
 // readStdin reads the configuration, within both bounds. wait is stdinTime.
 //
-// What is there is read even if the time is over: on a busy node, of many processes at once one may get no CPU time for
-// as long as that, and its runtime is not to blame.
+// Bytes that are there are read even if the time is over. On a busy node with many calls, a process may get no CPU time
+// for ten seconds. Its runtime has closed stdin by then.
 func readStdin(wait time.Duration) ([]byte, error) {
 	end := time.Now().Add(wait)
 	var conf []byte

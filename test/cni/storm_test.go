@@ -186,8 +186,8 @@ func (s *storm) nothingLeft() {
 
 // TestStormOfADDsAndDELs: a node is given as many pods at once as its NIC has addresses, and loses them at once. No call
 // fails, each pod has an address of its own and is reached from another VM, and nothing is left. If a fifth of the
-// calls are killed at any moment, the others succeed all the same. What runtimes do then gives each pod an address, so
-// none is lost, and leaves nothing. make test has 30 pods, and make soak 200, three times.
+// calls are killed at any moment, the others succeed all the same. Then runtimes repeat the calls: each pod gets an
+// address, so none is lost, and nothing is left. make test has 30 pods, and make soak 200, three times.
 func TestStormOfADDsAndDELs(t *testing.T) {
 	t.Parallel()
 	pods, rounds := 30, 1
@@ -253,6 +253,7 @@ func TestStormOfADDsAndDELs(t *testing.T) {
 		s.nothingLeft()
 	})
 	test.NothingDropped(t, vnet, s.Secondaries()...)
+	t.Logf("FIGURE storms: %d calls, %d kills", pods*(4*rounds+1), 2*rounds*pods/5)
 }
 
 // killCall starts a call, waits for a moment that is chosen, and kills it.

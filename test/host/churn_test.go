@@ -202,7 +202,15 @@ func TestChurnWithBreakages(t *testing.T) {
 	defer all.Wait()
 	breakages := c.breakAll(length, pause)
 	all.Wait()
-	t.Logf("%v: breakages %v, calls %v, addresses taken %v times", time.Since(start).Round(time.Second), breakages, c.calls, who.Taken)
+	calls, misfortunes := 0, 0
+	for _, n := range c.calls {
+		calls += n
+	}
+	for _, n := range breakages {
+		misfortunes += n
+	}
+	t.Logf("FIGURE storms: %d calls, %d misfortunes", calls, misfortunes)
+	t.Logf("in %v: %v, %v", time.Since(start).Round(time.Second), c.calls, breakages)
 	for what, times := range c.failed {
 		t.Logf("failed and repeated, %d times: %s", times, what)
 	}

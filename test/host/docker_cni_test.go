@@ -70,8 +70,9 @@ func laterCNI(t *testing.T) (dir string) {
 func short(err error) bool { return strings.Contains(err.Error(), "no free address") }
 
 // TestDockerAndCNIOfTwoReleasesOnOneVM: operations at random from both sides,
-// who want more addresses than there are, over a hundred in make test. Pods come and go by today's CNI
-// plugin and by tomorrow's, containers by today's Docker plugin.
+// who want more addresses than there are. Pods come and go by today's CNI plugin
+// and by tomorrow's, containers by today's Docker plugin. make test does over a
+// hundred of them, and make soak 1,700.
 func TestDockerAndCNIOfTwoReleasesOnOneVM(t *testing.T) {
 	t.Parallel()
 	const secondaries, dockerSides, cniSides = 8, 2, 3
