@@ -31,6 +31,7 @@ var hostHarms = []harm{
 	{line: "ip rule flush; ip rule add pref 32766 lookup main proto kernel; ip rule add pref 32767 lookup default proto kernel", names: "no routing rule 100"},
 	{line: "ip rule add pref 7 lookup 99 proto 168", names: "is nobody's", silent: true},
 	{line: "ip route add 10.240.77.77/32 dev eth0 proto 168 scope link", names: "is nobody's", silent: true, unchecked: true},
+	{line: "ip route add 10.240.77.79/32 dev eth0 proto 168 scope link; ip route add unreachable 10.240.77.79/32 metric 9 proto 168", names: "is nobody's", silent: true, unchecked: true},
 	{line: "nft flush ruleset; iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -s 192.0.2.2 -j DROP", names: "the nft table ip azure_vnet is gone"},
 	{line: "nft delete table ip azure_vnet", names: "the nft table ip azure_vnet is gone"},
 	{line: "nft flush chain ip azure_vnet forward", names: "the nft table ip azure_vnet is not as it should be", unchecked: true},

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -74,10 +75,15 @@ func (h *Host) doRound(ctx context.Context) *round {
 }
 
 // mendFaults mends the faults in their order, notes in r what it did, and reports whether the host has to be read again.
-// It works on after a fault that it cannot mend, and stops when ctx ends.
+// It works on after a fault that it cannot mend, and stops when ctx ends. It does not try again what an earlier pass
+// has tried. Two faults of one pass may have one text, such as two stray routes to one destination: both are mended.
 func (h *Host) mendFaults(ctx context.Context, faults []fault, r *round) (again bool) {
+	tried := maps.Clone(r.failed)
+	for _, what := range r.mended {
+		tried[what] = true
+	}
 	for _, f := range faults {
-		if f.needsPerson() || r.failed[f.what] || slices.Contains(r.mended, f.what) {
+		if f.needsPerson() || tried[f.what] {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
