@@ -123,7 +123,9 @@ func (v *view) choosePorts(owner, nic, link string, wishes []PublishedPort) ([]P
 // left are forgotten by this.
 func (h *Host) claimPorts(ctx context.Context, v *view, link string, ports []PublishedPort) error {
 	taken := v.publishedPorts()
-	taken[link] = ports
+	if taken[link] = ports; len(ports) == 0 { // of an endpoint whose ports were lost, a Publish without ports claims none
+		delete(taken, link)
+	}
 	return h.updateState(ctx, "claim ports for "+link, func(s *hostState) error { s.Ports = taken; return nil })
 }
 

@@ -100,3 +100,32 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 		checkFabric(t, v, h.Primary)
 	})
 }
+
+// Claims that were lost with host.json are named until their container is told its ports again. An engine that takes
+// them back changes nothing of that.
+func TestLostClaimsAreNamed(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		e := h.container(0).endpoint(mode, Policy{SNAT: true})
+		h.mustAttach(publishing(e, PublishedPort{Proto: "tcp", HostPort: 8080, Port: 80, Idle: true}))
+		h.sh("rm " + h.path("host.json"))
+		h.reconcile()
+		named := func(when string) {
+			t.Helper()
+			if wrong := h.broken(); len(wrong) != 1 || !strings.HasPrefix(wrong[0], "the published ports of "+e.Owner) {
+				t.Errorf("%s: broken: %q", when, wrong)
+			}
+		}
+		named("lost")
+		if got, err := h.publish(e.Owner); err != nil || len(got) > 0 {
+			t.Errorf("taken back: %v, %v", got, err)
+		}
+		named("taken back")
+		if got, err := h.publish(e.Owner, PublishedPort{Proto: "tcp", HostPort: 8080, Port: 80}); err != nil || len(got) != 1 {
+			t.Errorf("published again: %v, %v", got, err)
+		}
+		h.whole("published again")
+	})
+}
