@@ -201,6 +201,21 @@ func checkHalfDone(t *testing.T, h *host, e Endpoint) {
 	}
 }
 
+// A link that a dead detach has left is known as ours, also if somebody took it out of its group before.
+func TestADeadDetachLeavesItsMark(t *testing.T) {
+	inBothModes(t, func(t *testing.T, mode Mode) {
+		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
+		h := hosts[0]
+		h.mustEnsure(h.spec(mode))
+		none := h.kernelState()
+		e := h.container(0).endpoint(mode, Policy{})
+		link := h.mustAttach(e).Link
+		h.ip("link set " + link + " group 0")
+		h.crash("detach link", func() { _ = h.detach(e.Owner) })
+		checkSame(t, "after a round", none, h.settled())
+	})
+}
+
 // A process that is killed in the middle of a call holds nobody up: not by a lock, and not by what it left.
 func TestKilledCallIsFinished(t *testing.T) {
 	inBothModes(t, func(t *testing.T, mode Mode) {

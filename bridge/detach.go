@@ -101,7 +101,7 @@ func (d *detacher) removeParts(ctx context.Context) error {
 			}
 			return d.host.releasePorts(ctx, d.link.Attrs().Name)
 		}},
-		{"detach alias", func() error { return netlink.LinkSetAlias(d.link, "") }},
+		{"detach alias", d.clearAlias},
 	} {
 		if err := d.host.beforeStep(step.name); err != nil {
 			return err
@@ -171,3 +171,13 @@ func (d *detacher) removeRoutes(state *hostState) error {
 
 // deleteFlows deletes the flows of the container's address.
 func (d *detacher) deleteFlows() error { return deleteFlows(&d.flows, d.alias.addr.Addr()) }
+
+// clearAlias says that the link is nobody's. From then on the group is the link's only mark, so it must be right.
+func (d *detacher) clearAlias() error {
+	if group := d.alias.group(); d.link.Attrs().Group != group {
+		if err := netlink.LinkSetGroup(d.link, int(group)); err != nil {
+			return err
+		}
+	}
+	return netlink.LinkSetAlias(d.link, "")
+}
