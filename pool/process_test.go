@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,9 +15,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
-	"pgregory.net/rapid"
 )
 
 // TestMain is also the child of the tests below: a process that shares a pool
@@ -201,122 +197,4 @@ func churn(cmd *exec.Cmd) (has map[string]bool, frees string, err error) {
 	}
 	cmd.Wait() // killed
 	return has, frees, nil
-}
-
-// Whatever several pools over one file are asked, in any order, no address is
-// held twice, none is lost, and what is not listed, rests on the host or is another
-// plugin's container's is not lent.
-func TestAnyOrderOfCalls(t *testing.T) {
-	f := azure(nic(mac1, "10.0.0.0/24", 7))
-	base := newPool(t, f)
-	rapid.Check(t, func(rt *rapid.T) {
-		dir, err := os.MkdirTemp(t.TempDir(), "")
-		if err != nil {
-			rt.Fatal(err)
-		}
-		listed, links := 7, map[netip.Addr]bool{}
-		f.list(nic(mac1, "10.0.0.0/24", listed))
-		f.occupied = occupied{onHost: map[netip.Addr]string{}, routed: map[netip.Addr]int{}}
-		var pools [3]*Pool
-		for i := range pools {
-			pools[i] = poolIn(t, f, dir)
-			pools[i].sources[0].fetch = func(context.Context) ([]byte, error) { return []byte(f.body), nil }
-		}
-		model := map[netip.Addr]Lease{}
-		ctx := context.Background()
-		pool := func() *Pool { return pools[rapid.IntRange(0, 2).Draw(rt, "pool")] }
-		owner := func() string { return rapid.SampledFrom([]string{"a", "b", "c"}).Draw(rt, "owner") }
-		address := func() netip.Addr { return addr(fmt.Sprintf("10.0.0.%d", rapid.IntRange(3, 12).Draw(rt, "address"))) }
-		can := func(a netip.Addr) bool {
-			n := int(a.As4()[3])
-			return n > 4 && n < 4+listed && f.occupied.onHost[a] == "" && f.occupied.routed[a] == 0
-		}
-		take := func(l Lease, err error) {
-			if err != nil {
-				return
-			}
-			if _, ok := model[l.Addr]; ok || !can(l.Addr) {
-				rt.Fatalf("lent %+v; held %v, lendable %v", l, ok, can(l.Addr))
-			}
-			model[l.Addr], links[l.Addr] = l, true
-		}
-		rt.Repeat(map[string]func(*rapid.T){
-			"lease": func(*rapid.T) {
-				l, err := pool().Lease(ctx, Request{Owner: owner()})
-				take(l, err)
-				for n := 5; err != nil && n < 4+listed; n++ {
-					if a := addr(fmt.Sprintf("10.0.0.%d", n)); model[a].Owner == "" && can(a) {
-						rt.Fatalf("%s was free: %v", a, err)
-					}
-				}
-			},
-			"lease by name": func(*rapid.T) { take(pool().Lease(ctx, Request{Owner: owner(), Addr: address()})) },
-			"release": func(*rapid.T) {
-				a, o := address(), owner()
-				ok, err := pool().Release(ctx, o, a)
-				if err != nil || ok != (model[a].Owner == o) {
-					rt.Fatalf("release %s of %s: %v, %v; held by %+v", a, o, ok, err, model[a])
-				}
-				if ok {
-					delete(model, a)
-				}
-			},
-			"release all": func(*rapid.T) {
-				o := owner()
-				freed, err := pool().ReleaseOwners(ctx, o)
-				for _, a := range freed {
-					if model[a].Owner != o {
-						rt.Fatalf("released %s of %+v", a, model[a])
-					}
-					delete(model, a)
-				}
-				for a, l := range model {
-					if err != nil || l.Owner == o {
-						rt.Fatalf("%s is still held, %v", a, err)
-					}
-				}
-			},
-			"link goes": func(*rapid.T) { delete(links, address()) },
-			"collect": func(*rapid.T) {
-				gone, err := pool().Collect(ctx, func(context.Context) (map[netip.Addr]bool, error) { return links, nil })
-				for _, l := range gone {
-					if err != nil || links[l.Addr] || model[l.Addr] != l || f.now-l.Since < grace {
-						rt.Fatalf("collected %+v of %+v, %v", l, model[l.Addr], err)
-					}
-					delete(model, l.Addr)
-				}
-			},
-			"time":        func(rt *rapid.T) { f.pass(time.Duration(rapid.IntRange(1, 400).Draw(rt, "s")) * time.Second) },
-			"host takes":  func(*rapid.T) { f.occupied.onHost[address()] = "eth0" },
-			"host gives":  func(*rapid.T) { delete(f.occupied.onHost, address()) },
-			"route comes": func(*rapid.T) { f.occupied.routed[address()] = 17 },
-			"route goes":  func(*rapid.T) { delete(f.occupied.routed, address()) },
-			"azure lists": func(rt *rapid.T) {
-				listed = rapid.IntRange(1, 8).Draw(rt, "n")
-				f.list(nic(mac1, "10.0.0.0/24", listed))
-				f.pass(time.Minute) // and it is heard
-			},
-			"": func(*rapid.T) {
-				s, err := base.at(dir).readState(ctx, "test")
-				got := map[netip.Addr]Lease{}
-				for a := range s.Leases {
-					got[a], _ = s.leaseOf(a)
-				}
-				if diff := cmp.Diff(model, got, compareState); err != nil || diff != "" {
-					rt.Fatalf("%v; leases (-want +got):\n%s", err, diff)
-				}
-				for a := range s.Freed {
-					if _, ok := s.Leases[a]; ok {
-						rt.Fatalf("%s is held and free", a)
-					}
-				}
-			},
-		})
-	})
-}
-
-func (p *Pool) at(dir string) *Pool {
-	q := *p
-	q.path = filepath.Join(dir, "leases.json")
-	return &q
 }
