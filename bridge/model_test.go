@@ -41,9 +41,9 @@ func (m *model) heal() {
 
 // conflict reports whether both ports are one port of the host. A port that leads nowhere yields to one that leads to a
 // container.
-func conflict(wish, has PublishedPort) bool {
-	same := wish.Proto == has.Proto && wish.HostPort == has.HostPort
-	return same && (wish.Idle || !has.Idle) && (wish.HostAddr == has.HostAddr || !wish.HostAddr.IsValid() || !has.HostAddr.IsValid())
+func conflict(wish, taken PublishedPort) bool {
+	same := wish.Proto == taken.Proto && wish.HostPort == taken.HostPort
+	return same && (wish.Idle || !taken.Idle) && (wish.HostAddr == taken.HostAddr || !wish.HostAddr.IsValid() || !taken.HostAddr.IsValid())
 }
 
 // portHolder returns the owner of another endpoint that has one of the ports.
