@@ -4,7 +4,6 @@ package bridge
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"maps"
 	"net"
@@ -19,16 +18,17 @@ import (
 
 	"azurevnet/bridge/internal/ruleset"
 	"azurevnet/internal/vnetsim"
+	"azurevnet/test/random"
 )
 
-// Containers of two runtimes in both modes and on two NICs, calls that die anywhere, people who change and delete links,
-// aliases, rules and files, and reboots: after a round the kernel has exactly what the model has, no address and no port
-// has two holders, and each container is reached.
+// Containers of two runtimes come and go on two NICs and in both modes. Calls die anywhere. People change and delete links,
+// aliases, rules and files, and the VM boots. In any order of these, the kernel has exactly what the model has after a
+// round, no address and no port has two holders, and each container is reached.
 func TestAnyOrderOfCalls(t *testing.T) {
-	setHistories(5, 500)
+	t.Parallel()
 	v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 2}}})
 	clean := false // the VM is as it was at its boot
-	rapid.Check(t, func(rt *rapid.T) {
+	random.Check(t, 5, false, func(rt *rapid.T) {
 		h := &history{host: hosts[0], t: rt, model: model{endpoints: map[string]*attached{}, recorded: true}, spaces: map[string]bool{}}
 		if !clean {
 			h.boot("gone")
@@ -43,26 +43,6 @@ func TestAnyOrderOfCalls(t *testing.T) {
 	checkFabric(t, v)
 }
 
-// setHistories sets how many histories rapid tries, of 40 steps on average. make test tries few, and the same ones each
-// time, so that it fails only if something has changed. make soak tries many others. The command line goes before, such
-// as -rapid.checks=100. A failure writes no file into the tree: it tells the seed that repeats it. A history takes long, so rapid looks for
-// no shorter one unless it is told to.
-func setHistories(few, many int) {
-	checks, seed := few, "1"
-	if soaking {
-		checks, seed = many, "0" // of the time
-	}
-	given := map[string]bool{}
-	flag.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for name, value := range map[string]string{"rapid.checks": fmt.Sprint(checks), "rapid.seed": seed, "rapid.steps": "40", "rapid.nofailfile": "true", "rapid.shrinktime": "0s"} {
-		if !given[name] {
-			if err := flag.Set(name, value); err != nil {
-				panic(err)
-			}
-		}
-	}
-}
-
 // history is one random history of a VM, and the model.
 type history struct {
 	*host
@@ -71,67 +51,31 @@ type history struct {
 	spaces map[string]bool // network namespaces of containers, by name
 }
 
-// action is one thing that may happen.
-type action struct {
-	times int // how often it happens, beside the others
-	name  string
-	do    func()
-}
-
-// GoString has a failure tell the action by its name.
-func (a action) GoString() string { return a.name }
-
 // actions are all that may happen.
-func (h *history) actions() []action {
-	return []action{
-		{8, "attach", func() { h.attachUntil("") }},
-		{3, "an attach dies", h.attachAndDie},
-		{3, "detach", func() { h.end(evenly(owners...).Draw(h.t, "owner")) }},
-		{2, "a detach dies", h.detachAndDie},
-		{3, "Docker moves a link", h.join},
-		{4, "Docker publishes", h.publish},
-		{1, "a container ends", h.endNamespace},
-		{3, "a round", h.reconcile},
-		{2, "somebody harms the host", h.harmHost},
-		{5, "somebody harms a link", h.harmLink},
-		{1, "an alias is removed", h.removeAlias},
-		{1, "an alias is changed", h.changeAlias},
-		{1, "host.json is lost", h.loseHostFile},
-		{1, "a link of others", h.otherLink},
-		{1, "the VM boots", h.bootSometimes},
+func (h *history) actions() []random.Action {
+	return []random.Action{
+		random.Act(8, "attach", func() { h.attachUntil("") }),
+		random.Act(3, "an attach dies", h.attachAndDie),
+		random.Act(3, "detach", func() { h.end(random.Evenly(owners...).Draw(h.t, "owner")) }),
+		random.Act(2, "a detach dies", h.detachAndDie),
+		random.Act(3, "Docker moves a link", h.join),
+		random.Act(4, "Docker publishes", h.publish),
+		random.Act(1, "a container ends", h.endNamespace),
+		random.Act(1, "a link is deleted", h.deleteHostEnd),
+		random.Act(3, "a round", h.reconcile),
+		random.Act(2, "somebody harms the host", h.harmHost),
+		random.Act(5, "somebody harms a link", h.harmLink),
+		random.Act(1, "an alias is removed", h.removeAlias),
+		random.Act(1, "an alias is changed", h.changeAlias),
+		random.Act(1, "host.json is lost", h.loseHostFile),
+		random.Act(1, "a link of others has our name", h.otherLink),
+		random.Act(1, "a link of others has our alias", h.otherAlias),
+		random.Act(1, "the VM boots", h.bootSometimes),
 	}
 }
 
 // run does random actions. What is attached is as the model says after each.
-func (h *history) run() {
-	var all []action
-	for _, a := range h.actions() {
-		for range a.times {
-			all = append(all, a)
-		}
-	}
-	h.t.Repeat(map[string]func(*rapid.T){
-		"act": func(*rapid.T) {
-			a := evenly(all...).Draw(h.t, "what")
-			a.do()
-		},
-		"": func(*rapid.T) { h.compareLinks() },
-	})
-}
-
-// evenly draws each of the values as often as the others. The draws of rapid prefer the first.
-func evenly[T any](values ...T) *rapid.Generator[T] {
-	return rapid.Custom(func(t *rapid.T) T {
-		n := 0
-		for range 10 {
-			n <<= 1
-			if rapid.Bool().Draw(t, "bit") {
-				n++
-			}
-		}
-		return values[n*len(values)>>10]
-	})
-}
+func (h *history) run() { random.Run(h.t, 40, h.actions(), h.compareLinks) }
 
 // compareLinks compares what is attached with the model. It holds at any time: nobody but the runtimes, and who changes
 // an alias, decides on what is attached.
@@ -192,6 +136,11 @@ func (h *history) reconcile() {
 	}
 	h.compareKernel(fmt.Sprintf("after a round, which mended %q", mended))
 	h.comparePorts()
+	if e := h.some(func(e *attached) bool { return len(e.asked) == 0 || len(e.Ports) > 0 }); e != nil {
+		if err := h.Do(func() error { return h.Check(h.t.Context(), e.Owner) }); err != nil {
+			h.t.Fatalf("after a round: %v", err)
+		}
+	}
 }
 
 // compareKernel compares what the kernel has of endpoints with the model.
@@ -361,7 +310,7 @@ func (h *history) some(want func(*attached) bool) *attached {
 	if len(all) == 0 {
 		return nil
 	}
-	return h.endpoints[evenly(all...).Draw(h.t, "endpoint")]
+	return h.endpoints[random.Evenly(all...).Draw(h.t, "endpoint")]
 }
 
 // isInUse reports whether an error is an InUseError.

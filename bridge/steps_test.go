@@ -14,10 +14,10 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"azurevnet/bridge/internal/rtnl"
-	"azurevnet/internal/statefile"
+	"azurevnet/test/random"
 )
 
-// The steps of a history. Each makes a call, or changes the host, and says in the model what follows.
+// The steps of a history: calls of ours, what runtimes do beside them, and reboots. Each says in the model what follows.
 
 // owners are those of five containers, of CNI and of Docker.
 var owners = []string{"cni/net/c0/eth0", "cni/net/c1/eth0", "cni/net/c2/eth0", "docker/d0", "docker/d1"}
@@ -48,13 +48,13 @@ var (
 
 // wish draws an endpoint, and the number of its NIC.
 func (h *history) wish() (e Endpoint, nic int, mode Mode) {
-	place := evenly(0, 1, 2, 3, 4).Draw(h.t, "address") // three of the first NIC, two of the second
+	place := random.Evenly(0, 1, 2, 3, 4).Draw(h.t, "address") // three of the first NIC, two of the second
 	nic = place / 3
 	is := h.NICs()[nic]
 	e = Endpoint{
-		Owner: evenly(owners...).Draw(h.t, "owner"), NIC: is.MAC, Addr: netip.PrefixFrom(is.Secondaries[place%3], is.Prefix.Bits()), Gateway: is.Gateway,
-		Policy: somePolicies[evenly("default", "snat=off", "internal", "metadata=off", "direct").Draw(h.t, "policy")],
-		Ports:  slices.Clone(somePorts[evenly("none", "none", "8080", "127.0.0.1:8080", "8081 and 5353").Draw(h.t, "ports")]),
+		Owner: random.Evenly(owners...).Draw(h.t, "owner"), NIC: is.MAC, Addr: netip.PrefixFrom(is.Secondaries[place%3], is.Prefix.Bits()), Gateway: is.Gateway,
+		Policy: somePolicies[random.Evenly("default", "snat=off", "internal", "metadata=off", "direct").Draw(h.t, "policy")],
+		Ports:  slices.Clone(somePorts[random.Evenly("none", "none", "8080", "127.0.0.1:8080", "8081 and 5353").Draw(h.t, "ports")]),
 	}
 	if strings.HasPrefix(e.Owner, "docker/") {
 		e.Lease = "docker/p"
@@ -65,7 +65,7 @@ func (h *history) wish() (e Endpoint, nic int, mode Mode) {
 		e.Pod, e.IfName = "shop/web", "eth0"
 		e.Netns = fmt.Sprintf("/proc/%d/root/run/netns/%s", h.PidOne(), h.space(e.Owner))
 	}
-	return e, nic, evenly(Modes...).Draw(h.t, "mode")
+	return e, nic, random.Evenly(Modes...).Draw(h.t, "mode")
 }
 
 // prepare makes the call of Ensure that precedes each attach, and notes whether it did a round. On a host that somebody
@@ -85,9 +85,8 @@ func (h *history) prepare(nic int, mode Mode) (bridge string, ok bool) {
 	return b.Name, err == nil
 }
 
-func (h *history) attach() { h.attachUntil("") }
 func (h *history) attachAndDie() {
-	h.attachUntil(evenly("elements", "link", "port", "route", "namespace", "flows", "alias", "ports").Draw(h.t, "step"))
+	h.attachUntil(random.Evenly("elements", "link", "port", "route", "namespace", "flows", "alias", "ports").Draw(h.t, "step"))
 }
 
 // attachUntil attaches an endpoint. If a step is given, the call dies before it.
@@ -140,7 +139,7 @@ func (h *history) detachAndDie() {
 	if e == nil || !h.recorded { // of ports that neither host.json nor the table has, nobody knows
 		return
 	}
-	step := evenly("detach elements", "detach routes", "detach flows", "detach ports", "detach alias", "detach link").Draw(h.t, "step")
+	step := random.Evenly("detach elements", "detach routes", "detach flows", "detach ports", "detach alias", "detach link").Draw(h.t, "step")
 	var err error
 	if !h.crash(step, func() { err = h.detach(e.Owner) }) {
 		h.t.Fatalf("a detach of %s did not come to %q: %v", e.Owner, step, err)
@@ -174,7 +173,7 @@ func (h *history) publish() {
 		return
 	}
 	var wishes []PublishedPort
-	if evenly("publish", "take back").Draw(h.t, "do") == "publish" {
+	if random.Evenly("publish", "take back").Draw(h.t, "do") == "publish" {
 		wishes = with(e.asked, false)
 	}
 	holder := h.portHolder(e.Owner, wishes)
@@ -231,167 +230,9 @@ func (h *history) awaitLinkGone(name string) {
 	}
 }
 
-// harmHost does one of hostHarms.
-func (h *history) harmHost() {
-	lines := []string{"nft flush ruleset", "ip link del azure0", "ip neigh flush nud permanent", "ip route flush proto 168", "ip route flush table 16863"}
-	for _, harm := range hostHarms {
-		if !strings.Contains(harm.line, "iptables") && !strings.Contains(harm.line, "host.json") && !strings.Contains(harm.line, "ip rule flush") {
-			lines = append(lines, harm.line)
-		}
-	}
-	h.harm(evenly(lines...).Draw(h.t, "harm"), h.some(func(*attached) bool { return true }))
-}
-
-// harmLink does one of bridgeHarms, transparentHarms and settingHarms.
-func (h *history) harmLink() {
-	e := h.some(func(*attached) bool { return true })
-	if e == nil {
-		return
-	}
-	harms, link := transparentHarms, hostEndOf(e.Owner)
-	if e.Bridge != "" {
-		harms, link = bridgeHarms, e.Bridge
-	}
-	var lines []string
-	for _, harm := range slices.Concat(harms, settingHarms(link)) {
-		lines = append(lines, strings.ReplaceAll(harm.line, "azure0", link))
-	}
-	h.harm(evenly(lines...).Draw(h.t, "harm"), e)
-}
-
-// harm does what somebody does by a line of the shell. Where it is not possible, nothing is done.
-func (h *history) harm(line string, e *attached) {
-	line = strings.ReplaceAll(line, "link add br9 type bridge &&", "link add br9 type bridge;")
-	if e != nil {
-		other := h.some(func(o *attached) bool { return o != e && o.Bridge == e.Bridge })
-		if other == nil && strings.Contains(line, "OTHER") {
-			return
-		} else if other != nil {
-			line = strings.ReplaceAll(line, "OTHER", hostEndOf(other.Owner))
-		}
-		line = strings.NewReplacer("LINK", hostEndOf(e.Owner), "HW", MACFor(e.Addr.Addr()).String(), "ADDR", e.Addr.Addr().String()).Replace(line)
-	} else if strings.Contains(line, "ADDR") {
-		return
-	}
-	if line == "nft flush ruleset" || line == "nft delete table ip azure_vnet" { // the table may be all that has the ports
-		if !h.recorded {
-			return
-		}
-		for _, e := range h.endpoints {
-			e.bare = true
-		}
-	}
-	h.try(strings.NewReplacer("HOST", h.Primary.String(), "RUN", h.cfg.Run).Replace(line))
-	h.harmed = true
-}
-
-// removeAlias removes the alias of a link: the link is nobody's then, and the next round deletes it.
-func (h *history) removeAlias() {
-	e := h.some(func(*attached) bool { return true })
-	if e == nil {
-		return
-	}
-	if !h.try("ip link set " + hostEndOf(e.Owner) + " group " + fmt.Sprint(h.alias(e).group()) + " alias ''") { // a link without any mark would not be ours
-		h.t.Fatalf("%s is gone", e.Owner)
-	}
-	delete(h.endpoints, e.Owner)
-	h.harmed = true
-}
-
-// alias returns what the link of an endpoint says.
-func (h *history) alias(e *attached) alias {
-	says, err := e.checkedAlias()
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	return says
-}
-
-// changeAlias writes another text into the alias of a link, which nobody of us changes then, and takes it away or back
-// after a round.
-func (h *history) changeAlias() {
-	e := h.some(func(e *attached) bool { return len(e.asked) == 0 }) // a round forgets the ports of a link that is not ours
-	if e == nil {
-		return
-	}
-	link := hostEndOf(e.Owner)
-	h.ip("link set " + link + " alias 'the uplink of rack 7'")
-	if err := h.Do(func() error { _, err := h.Reconcile(h.t.Context()); return err }); err != nil {
-		h.t.Fatalf("a round beside a changed alias: %v", err)
-	}
-	if err := h.detach(e.Owner); err != nil {
-		h.t.Fatalf("detach beside a changed alias: %v", err)
-	}
-	if !h.try("ip link show " + link) {
-		h.t.Fatalf("%s was deleted, whose alias is somebody's", link)
-	}
-	h.heal()
-	if evenly("delete", "restore").Draw(h.t, "then") == "delete" {
-		h.ip("link del " + link)
-		delete(h.endpoints, e.Owner)
-		return
-	}
-	h.ip("link set " + link + " alias '" + h.alias(e).String() + "'")
-	h.harmed = true
-}
-
-// loseHostFile removes or damages host.json.
-func (h *history) loseHostFile() {
-	for _, e := range h.endpoints {
-		if e.bare {
-			return
-		}
-	}
-	table := evenly("the table", "the table", "no table").Draw(h.t, "with")
-	if table == "no table" {
-		h.try("nft delete table ip azure_vnet")
-	}
-	var lines []string
-	for _, harm := range hostHarms {
-		if strings.Contains(harm.line, "host.json") {
-			lines = append(lines, harm.line)
-		}
-	}
-	boot, err := statefile.BootID()
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	line := strings.NewReplacer("BOOT", boot, "NIC", h.MAC).Replace(evenly(lines...).Draw(h.t, "harm"))
-	h.harm(line, h.some(func(*attached) bool { return true }))
-	h.loseFile(table == "the table")
-}
-
-// otherLink makes a link of others: with the name of a host end, or with the alias of one. It stays as it is, and so
-// does what is attached.
-func (h *history) otherLink() {
-	e, nic, mode := h.wish()
-	if h.harmed || h.endpoints[e.Owner] != nil {
-		return
-	}
-	name := hostEndOf(e.Owner)
-	look := func() string { return passing.ReplaceAllString(h.sh("ip -d link show "+name), "") }
-	if !h.try("ip link add " + name + " type veth peer name up0") { // as links of Azure's own plugin are
-		return // a call that died has left one
-	}
-	was := look()
-	bridge, _ := h.prepare(nic, mode)
-	e.Bridge = bridge
-	if _, err := h.host.attach(e); err == nil || !strings.Contains(err.Error(), "is there") && !strings.Contains(err.Error(), "exists that is not ours") && !isInUse(err) {
-		h.t.Fatalf("attach beside another's link %s: %v", name, err)
-	}
-	h.end(e.Owner)
-	if err := h.Do(func() error { _, err := h.Reconcile(h.t.Context()); return err }); err != nil {
-		h.t.Fatal(err)
-	}
-	if is := look(); is != was {
-		h.t.Fatalf("another's link was changed: it was %s and is %s", was, is)
-	}
-	h.ip("link del " + name)
-}
-
 // bootSometimes boots the VM, which takes as long as ten other steps.
 func (h *history) bootSometimes() {
-	if run := evenly("no boot", "no boot", "no boot", "gone", "on a disk").Draw(h.t, "run"); run != "no boot" {
+	if run := random.Evenly("no boot", "no boot", "no boot", "gone", "on a disk").Draw(h.t, "run"); run != "no boot" {
 		h.boot(run)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/xml"
 	"errors"
-	"flag"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -20,15 +19,15 @@ import (
 	"pgregory.net/rapid"
 
 	"azurevnet/internal/statefile"
+	"azurevnet/test/random"
 )
 
-// Two runtimes, whose calls die and freeze anywhere, a source that withdraws addresses and fails, a host that takes
-// addresses, people who edit leases.json, and reboots: whatever happens and in whatever order, no address has two
-// holders, none is lost, and each is lent in its turn. The model says what each call answers and what is in the file.
+// Calls of two runtimes die and freeze anywhere. The source withdraws addresses and fails, the host takes addresses,
+// people edit leases.json, and the VM boots. In any order of these, no address has two holders, none is lost, and each is
+// lent in its turn. The model says what each call answers and what is in the file.
 func TestAnyOrderOfCalls(t *testing.T) {
-	setHistories(30, 10000)
 	top := t.TempDir()
-	rapid.Check(t, func(rt *rapid.T) {
+	random.Check(t, 30, true, func(rt *rapid.T) {
 		dir, err := os.MkdirTemp(top, "")
 		if err != nil {
 			rt.Fatal(err)
@@ -41,25 +40,6 @@ func TestAnyOrderOfCalls(t *testing.T) {
 			h.end()
 		})
 	})
-}
-
-// setHistories sets how many histories rapid tries, of 80 steps on average. make test tries few, and the same ones each
-// time, so that it fails only if something has changed. make soak tries many others. The command line goes before, such
-// as -rapid.checks=100. A failure writes no file into the tree: it tells the seed that repeats it.
-func setHistories(few, many int) {
-	checks, seed := few, "1"
-	if os.Getenv("SOAK") != "" {
-		checks, seed = many, "0" // of the time
-	}
-	given := map[string]bool{}
-	flag.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	for name, value := range map[string]string{"rapid.checks": fmt.Sprint(checks), "rapid.seed": seed, "rapid.steps": "80", "rapid.nofailfile": "true"} {
-		if !given[name] {
-			if err := flag.Set(name, value); err != nil {
-				panic(err)
-			}
-		}
-	}
 }
 
 var modelSubnet = prefix("10.0.0.0/24")
@@ -144,81 +124,45 @@ func (h *history) fetch(ctx context.Context) ([]byte, error) {
 	return xml.Marshal(document{NICs: []docNIC{own}})
 }
 
-// action is one thing that may happen.
-type action struct {
-	times int // how often it happens, beside the others
-	name  string
-	do    func()
-}
-
 // actions are all that may happen.
-func (h *history) actions() []action {
-	return []action{
-		{12, "lease", h.leaseAny},
-		{4, "lease by name", h.leaseByName},
-		{1, "lease, and give up", h.giveUp},
-		{12, "a container starts", h.start},
-		{9, "make a link", h.linkSome},
-		{9, "confirm", h.confirmSome},
-		{2, "keep without a link", h.keep},
-		{5, "stop", h.stop},
-		{2, "a runtime forgets", func() { h.drop(h.someCall(func(*call) bool { return true })) }},
-		{2, "a late release", func() { h.release(h.owner(), h.address()) }},
-		{1, "end all of an owner", h.endOwner},
-		{2, "a container ends", func() { delete(h.links, h.address()) }},
-		{4, "collect", func() { h.collectWhile(h.meanwhile) }},
-		{4, "all processes are frozen", h.freeze},
-		{2, "adopt", h.adoptLost},
-		{2, "find", h.find},
-		{2, "list", h.list},
-		{6, "time passes", func() { time.Sleep(time.Duration(1+h.number(60)) * time.Second) }},
-		{1, "the host takes an address", func() { h.onHost[h.address()] = "eth0" }},
-		{2, "the host gives it up", func() { delete(h.onHost, h.address()) }},
-		{1, "a container of another plugin starts", h.foreign},
-		{2, "a container of another plugin ends", func() { delete(h.others, h.address()) }},
-		{3, "Azure changes its list", h.changeList},
-		{2, "the source fails", func() { h.fails = evenly("silent", "refuses", "HTML", "no NIC", "another VM", "half").Draw(h.t, "how") }},
-		{3, "the source answers", func() { h.fails = "" }},
-		{2, "somebody edits a lease", h.editLease},
-		{1, "somebody damages the file", h.damageFile},
-		{2, "a writer is killed", h.killWriter},
-		{1, "the VM boots", h.bootVM},
+func (h *history) actions() []random.Action {
+	return []random.Action{
+		random.Act(12, "lease", h.leaseAny),
+		random.Act(4, "lease by name", h.leaseByName),
+		random.Act(1, "lease, and give up", h.giveUp),
+		random.Act(12, "a container starts", h.start),
+		random.Act(9, "make a link", h.linkSome),
+		random.Act(9, "confirm", h.confirmSome),
+		random.Act(2, "keep without a link", h.keep),
+		random.Act(5, "stop", h.stop),
+		random.Act(2, "a runtime forgets", func() { h.drop(h.someCall(func(*call) bool { return true })) }),
+		random.Act(2, "a late release", func() { h.release(h.owner(), h.address()) }),
+		random.Act(1, "end all of an owner", h.endOwner),
+		random.Act(2, "a container ends", func() { delete(h.links, h.address()) }),
+		random.Act(4, "collect", func() { h.collectWhile(h.meanwhile) }),
+		random.Act(4, "all processes are frozen", h.freeze),
+		random.Act(2, "adopt", h.adoptLost),
+		random.Act(2, "find", h.find),
+		random.Act(2, "list", h.list),
+		random.Act(6, "time passes", func() { time.Sleep(time.Duration(1+h.number(60)) * time.Second) }),
+		random.Act(1, "the host takes an address", func() { h.onHost[h.address()] = "eth0" }),
+		random.Act(2, "the host gives it up", func() { delete(h.onHost, h.address()) }),
+		random.Act(1, "a container of another plugin starts", h.foreign),
+		random.Act(2, "a container of another plugin ends", func() { delete(h.others, h.address()) }),
+		random.Act(3, "Azure changes its list", h.changeList),
+		random.Act(2, "the source fails", func() {
+			h.fails = random.Evenly("silent", "refuses", "HTML", "no NIC", "another VM", "half").Draw(h.t, "how")
+		}),
+		random.Act(3, "the source answers", func() { h.fails = "" }),
+		random.Act(2, "somebody edits a lease", h.editLease),
+		random.Act(1, "somebody damages the file", h.damageFile),
+		random.Act(2, "a writer is killed", h.killWriter),
+		random.Act(1, "the VM boots", h.bootVM),
 	}
 }
 
 // run does random actions, and compares the file with the model after each.
-func (h *history) run() {
-	var all []action
-	for _, a := range h.actions() {
-		for range a.times {
-			all = append(all, a)
-		}
-	}
-	h.t.Repeat(map[string]func(*rapid.T){
-		"act": func(*rapid.T) {
-			a := evenly(all...).Draw(h.t, "what")
-			a.do()
-		},
-		"": func(*rapid.T) { h.compare() },
-	})
-}
-
-// evenly draws each of the values as often as the others. The draws of rapid prefer the first.
-func evenly[T any](values ...T) *rapid.Generator[T] {
-	return rapid.Custom(func(t *rapid.T) T {
-		n := 0
-		for range 10 {
-			n <<= 1
-			if rapid.Bool().Draw(t, "bit") {
-				n++
-			}
-		}
-		return values[n*len(values)>>10]
-	})
-}
-
-// GoString has a failure tell the action by its name.
-func (a action) GoString() string { return a.name }
+func (h *history) run() { random.Run(h.t, 80, h.actions(), h.compare) }
 
 // compare compares the file with the model.
 func (h *history) compare() {
@@ -282,20 +226,20 @@ func (h *history) number(n int) int {
 	for i := range all {
 		all[i] = i
 	}
-	return evenly(all...).Draw(h.t, "number")
+	return random.Evenly(all...).Draw(h.t, "number")
 }
 
 // pool draws one of the processes.
-func (h *history) pool() *Pool { return h.pools[evenly(0, 1, 2).Draw(h.t, "process")] }
+func (h *history) pool() *Pool { return h.pools[random.Evenly(0, 1, 2).Draw(h.t, "process")] }
 
 // modelOwners are those of two runtimes. All containers of a network of Docker's have one.
 var modelOwners = []string{"docker/p1", "docker/p2", "cni/azure/c1/eth0", "cni/azure/c2/eth0"}
 
-func (h *history) owner() string { return evenly(modelOwners...).Draw(h.t, "owner") }
+func (h *history) owner() string { return random.Evenly(modelOwners...).Draw(h.t, "owner") }
 
 // address draws an address, which may be a reserved one, the NIC's own or none of Azure's.
 func (h *history) address() netip.Addr {
-	return modelAddr(evenly(5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 1, 3, 4, 255).Draw(h.t, "address"))
+	return modelAddr(random.Evenly(5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 1, 3, 4, 255).Draw(h.t, "address"))
 }
 
 // someCall draws one of the calls that are wanted. It is nil if there is none.
@@ -309,7 +253,7 @@ func (h *history) someCall(want func(*call) bool) *call {
 	if len(all) == 0 {
 		return nil
 	}
-	return evenly(all...).Draw(h.t, "call")
+	return random.Evenly(all...).Draw(h.t, "call")
 }
 
 // GoString has a failure tell the call by its address and owner.

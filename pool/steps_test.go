@@ -3,22 +3,19 @@
 package pool
 
 import (
+	"azurevnet/test/random"
 	"context"
 	"errors"
 	"maps"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
-	"azurevnet/internal/statefile"
 )
 
-// The steps of a history. Each makes a call of the pool, or changes the host, and says in the model what follows.
+// The steps of a history that make calls of the pool. Each says in the model what follows.
 
 // isDue reports whether a call that needs an address must ask the source.
 func (h *history) isDue() bool { return time.Since(h.asked) >= modelInterval }
@@ -51,7 +48,7 @@ func (h *history) request() Request {
 	if strings.HasPrefix(r.Owner, "cni/") {
 		r.Pod = "shop/web"
 	}
-	switch evenly("any", "any", "any", "in a range", "of a NIC", "quick", "linkless").Draw(h.t, "kind") {
+	switch random.Evenly("any", "any", "any", "in a range", "of a NIC", "quick", "linkless").Draw(h.t, "kind") {
 	case "in a range":
 		r.Range = netip.PrefixFrom(modelAddr(4*h.number(4)), 30)
 	case "of a NIC":
@@ -185,7 +182,7 @@ func (h *history) stop() {
 	}
 	h.unlink(c)
 	switch {
-	case evenly("release", "release", "die").Draw(h.t, "then") == "die":
+	case random.Evenly("release", "release", "die").Draw(h.t, "then") == "die":
 		h.drop(c)
 	case strings.HasPrefix(c.lease.Owner, "docker/"):
 		h.giveBack(c)
@@ -208,7 +205,7 @@ func (h *history) release(owner string, a netip.Addr) {
 
 // endOwner ends all that a container of CNI's has: its links, then its leases.
 func (h *history) endOwner() {
-	owner := evenly(modelOwners[2:]...).Draw(h.t, "owner")
+	owner := random.Evenly(modelOwners[2:]...).Draw(h.t, "owner")
 	maps.DeleteFunc(h.links, func(_ netip.Addr, l Lease) bool { return l.Owner == owner })
 	h.releaseOwner(owner)
 }
@@ -233,7 +230,7 @@ func (h *history) releaseOwner(owner string) {
 // meanwhile is what other processes do between two readings of one call.
 func (h *history) meanwhile() {
 	for range h.number(5) {
-		evenly(action{1, "link", h.linkSome}, action{1, "confirm", h.confirmSome}, action{1, "stop", h.stop}, action{1, "lease", h.leaseAny}).Draw(h.t, "meanwhile").do()
+		random.Evenly(h.linkSome, h.confirmSome, h.stop, h.leaseAny).Draw(h.t, "meanwhile")()
 	}
 }
 
@@ -305,105 +302,4 @@ func (h *history) list() {
 	if err == nil && !slices.Equal(nics[0].Secondaries(), h.known) {
 		h.t.Fatalf("listed are %v, and known are %v", nics[0].Secondaries(), h.known)
 	}
-}
-
-// changeList changes Azure's list. It may have addresses that Azure keeps for itself.
-func (h *history) changeList() {
-	h.lists = nil
-	for range h.number(9) {
-		if a := modelAddr(evenly(5, 6, 7, 8, 9, 10, 11, 12, 1, 2, 3, 255).Draw(h.t, "listed")); !slices.Contains(h.lists, a) {
-			h.lists = append(h.lists, a)
-		}
-	}
-}
-
-// foreign starts a container of another plugin, which takes an address that no container has.
-func (h *history) foreign() {
-	if a := h.address(); !h.isRouted(a) {
-		h.others[a] = 17
-	}
-}
-
-// editLease deletes a lease from the file, or changes its time, as a person may.
-func (h *history) editLease() {
-	var all []string
-	for a := range h.leases {
-		all = append(all, a.String())
-	}
-	if len(all) == 0 {
-		return
-	}
-	slices.Sort(all)
-	a := addr(evenly(all...).Draw(h.t, "edited"))
-	by := evenly(0, -time.Hour, 10*time.Minute).Draw(h.t, "by")
-	err := statefile.Update(h.ctx, h.path, "vi", func(s *state) error {
-		if r := s.Leases[a]; by != 0 {
-			r.Since += by
-			s.Leases[a] = r
-		} else {
-			delete(s.Leases, a)
-		}
-		return nil
-	})
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	l := h.leases[a]
-	l.Since += by
-	h.leases[a] = l
-	if by == 0 {
-		delete(h.leases, a)
-		delete(h.proved, a)
-	}
-}
-
-// damageFile replaces the file by one that nobody can read, or removes it.
-func (h *history) damageFile() {
-	body, err := os.ReadFile(h.path)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		h.t.Fatal(err)
-	}
-	how := evenly("remove", "half", "empty", "zeros", "garbage", "version", "absurd").Draw(h.t, "damage")
-	if how == "remove" {
-		_ = os.Remove(h.path) // there may be none
-	} else {
-		h.edited = map[string][]byte{
-			"half": body[:len(body)/2], "empty": {}, "zeros": make([]byte, 4096), "garbage": []byte("{"), "version": []byte(`{"version":2042}`),
-			"absurd": []byte(absurdFile(`"fd00::5":{"owner":"o","mac":"m","prefix":"fd00::/64","since":1}`, "", "")),
-		}[how]
-		h.write(h.path, h.edited)
-	}
-	time.Sleep(time.Millisecond) // a file that is set aside is named by the time
-	h.loseFile()
-}
-
-// killWriter leaves what a writer leaves that is killed before its rename.
-func (h *history) killWriter() {
-	body, _ := os.ReadFile(h.path)
-	h.write(h.path+".tmp", body[:len(body)*h.number(11)/10])
-}
-
-// write writes a file, in a directory that may be gone.
-func (h *history) write(path string, body []byte) {
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, body, 0o600)); err != nil {
-		h.t.Fatal(err)
-	}
-}
-
-// bootVM boots the VM. Its /run is gone, or lies on a disk. Then the file is of another boot: of it only the addresses
-// are kept that the source told.
-func (h *history) bootVM() {
-	knows, known := h.knows, h.known
-	if _, err := os.Stat(h.path); err == nil && evenly("gone", "on a disk").Draw(h.t, "run") == "on a disk" {
-		if err := statefile.Update(h.ctx, h.path, "boot", func(s *state) error { s.Boot = "another"; return nil }); err != nil {
-			h.t.Fatal(err)
-		}
-	} else {
-		knows, known = false, nil
-		if err := os.RemoveAll(filepath.Dir(h.path)); err != nil {
-			h.t.Fatal(err)
-		}
-	}
-	h.reboot()
-	h.knows, h.known = knows, known
 }

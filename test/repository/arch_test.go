@@ -61,6 +61,7 @@ var arrows = map[string][]string{
 	"azurevnet/test/host":                 {},
 	"azurevnet/test/kill":                 {},
 	"azurevnet/test/repository":           {},
+	"azurevnet/test/random":               {},
 	"azurevnet/test/demo":                 {"internal/vnetsim"},
 }
 
