@@ -138,8 +138,8 @@ func (m mistake) overlay(t *testing.T) string {
 	return path
 }
 
-// TestMistakesAreFound: the proof that is named beside each mistake fails for it. make test makes one mistake for each kind
-// of proof.
+// TestMistakesAreFound: the proof that is named beside each mistake fails for it. make test makes the mistakes that are
+// marked always.
 func TestMistakesAreFound(t *testing.T) {
 	for _, m := range mistakes {
 		t.Run(m.what, func(t *testing.T) {

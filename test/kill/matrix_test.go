@@ -18,8 +18,8 @@ import (
 	"azurevnet/test"
 )
 
-// history is what happens to a host again and again, with one call of it killed at another step each time. Each begins and
-// ends with the same state of the host.
+// history is a series of calls that a test repeats. Each run kills one of the calls after another step, and ends with the
+// state of the host that it began with.
 type history struct {
 	begin func()                     // before the call; nil: nothing
 	call  func(tr *trace)            // the call that is killed
@@ -33,7 +33,8 @@ type history struct {
 	count func(kills, steps int) // is told how much was tried; nil: nobody is
 }
 
-// ways are so many that each is met when every seventh step is tried.
+// ways is the number of orders in which the calls after the kill come. It has no common factor with the stride, so each
+// order is met.
 const ways = 3
 
 // stride is how many steps the tests go on to the next kill. It is coprime to ways.

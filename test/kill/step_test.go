@@ -82,8 +82,8 @@ func synced(tid int, c call) string {
 	return file
 }
 
-// renamed is the file of a disk that a call gives another name; empty: it is another call, the name is relative, or the
-// file is in memory, where a power cut leaves nothing of it.
+// renamed returns the old name of a file that the call renames. It returns an empty string for other calls, for relative
+// names, and for files on tmpfs, of which a power cut leaves nothing.
 func renamed(tid int, c call) string {
 	if changing[c.nr] != "rename" && older[c.nr] != "rename" {
 		return ""
@@ -169,7 +169,8 @@ func read(tid int, at uint64, size int) []byte {
 	return b[:n]
 }
 
-// text reads a string of it, up to the end of its page at least.
+// text reads a string of a traced thread. It reads 256 bytes at most, and never beyond the page. It returns an empty
+// string if the string does not end there.
 func text(tid int, at uint64) string {
 	b := read(tid, at, int(min(256, 4096-at%4096)))
 	end := bytes.IndexByte(b, 0)

@@ -36,7 +36,7 @@ type trace struct {
 // thread is a traced thread.
 type thread struct {
 	tgid int
-	step string // what the call that it is in will have changed; empty: nothing
+	step string // the change of the system call in progress; empty: none
 }
 
 const traceOptions = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK |
@@ -94,8 +94,8 @@ func (tr *trace) run(cmd *exec.Cmd) (code int, err error) {
 	return code, err
 }
 
-// follow leads the threads from stop to stop until all have ended. They are one process group: the thread that waits may
-// have other children.
+// follow leads the threads from stop to stop until all have ended. The traced processes are one process group, so the wait
+// leaves other children of this thread alone.
 func (tr *trace) follow(first int) (code int, err error) {
 	code = -1
 	for {
@@ -184,7 +184,7 @@ func (tr *trace) atEntry(tid int, t *thread) {
 	}
 }
 
-// atExit notes that it has changed it, and kills if that was the step.
+// atExit counts the step if the call succeeded. After the step killAt it kills.
 func (tr *trace) atExit(tid int, t *thread) {
 	info, ok := infoOf(tid)
 	failed := uint8(info.data[1]) != 0
