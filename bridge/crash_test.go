@@ -211,7 +211,9 @@ func TestADeadDetachLeavesItsMark(t *testing.T) {
 		e := h.container(0).endpoint(mode, Policy{})
 		link := h.mustAttach(e).Link
 		h.ip("link set " + link + " group 0")
-		h.crash("detach link", func() { _ = h.detach(e.Owner) })
+		if !h.crash("detach link", func() { _ = h.detach(e.Owner) }) {
+			t.Fatal("the detach did not come to its last step")
+		}
 		checkSame(t, "after a round", none, h.settled())
 	})
 }

@@ -251,7 +251,7 @@ func TestFragmentsAreTheirSendersOwn(t *testing.T) {
 				if heard = append(heard, s.try()...); len(heard) > 0 {
 					t.Errorf("a forged %s from %s: %s", part.name, mac, strings.Join(heard, "\n"))
 				}
-				far.SetReadDeadline(time.Now().Add(time.Second))
+				far.SetReadDeadline(time.Now().Add(patience))
 				buf := make([]byte, 512)
 				n, _, err := far.ReadFrom(buf)
 				for err == nil && bytes.HasPrefix(buf[:n], []byte(theEnd)) {

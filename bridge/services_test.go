@@ -161,7 +161,9 @@ func (c *cluster) checkWaysToKnowPods(t *testing.T, mode Mode, proxy proxyMode) 
 			"ip saddr != "+recordedCIDR, `iifname != "`+nftLinks+`"`, "ip saddr "+recordedCIDR, `iifname "`+nftLinks+`"`).Replace, a, answers{"far": a}},
 	} {
 		t.Run(way.name, func(t *testing.T) {
+			recorded := c.knowPods
 			c.knowPods = way.knowPods
+			defer func() { c.knowPods = recorded }()
 			proxy.load(c)
 			defer c.unload()
 			c.node1.reconcile()

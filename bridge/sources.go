@@ -105,9 +105,15 @@ func TablesOfOthers(in *netlink.Handle, from netip.Addr) (tables []int, err erro
 	}
 	for _, r := range rules {
 		all := netlink.Rule{Priority: r.Priority, Table: r.Table, SuppressPrefixlen: -1, Src: ipNet(netip.PrefixFrom(from, 32))}
-		if r.Protocol != ourProtocol && !r.Invert && r.Mark == 0 && sameRule(r, all) {
+		if r.Protocol != ourProtocol && !isForSomePackets(r) && sameRule(r, all) {
 			tables = append(tables, r.Table)
 		}
 	}
 	return tables, nil
+}
+
+// isForSomePackets reports whether a rule asks for more than addresses and a link by which packets come.
+func isForSomePackets(r netlink.Rule) bool {
+	return r.Invert || r.Mark != 0 || r.Mask != nil && *r.Mask != 0 || r.OifName != "" || r.Tos != 0 || r.TunID != 0 || r.IPProto != 0 ||
+		r.Sport != nil || r.Dport != nil || r.UIDRange != nil || r.Goto >= 0 || r.SuppressIfgroup >= 0
 }

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,16 +22,16 @@ type Action struct {
 	do    func()
 }
 
-// Act makes an action that happens often times as often as one whose often is 1.
+// Act makes an action. often is its weight: an action of weight 3 happens three times as often as one of weight 1.
 func Act(often int, name string, do func()) Action { return Action{often, name, do} }
 
 // GoString has a failure tell the action by its name.
 func (a Action) GoString() string { return a.name }
 
 // Check tries random histories. make test tries few, the same ones each time, so that it fails only if something has
-// changed. make soak tries others, for a tenth of SOAK. A flag on the command line goes before, such as
-// -rapid.checks=100. A failure writes no file into the tree: it tells the seed that repeats the history. shrink has rapid
-// look for a shorter history that fails.
+// changed. With SOAK set, the seed comes from the time, and Check runs for a tenth of SOAK. A flag on the command line
+// overrides these settings, such as -rapid.checks=100. A failure writes no file into the tree: it tells the seed that
+// repeats the history. shrink has rapid look for a shorter history that fails.
 func Check(t *testing.T, few int, shrink bool, history func(*rapid.T)) {
 	t.Helper()
 	settings := map[string]string{"rapid.checks": fmt.Sprint(few), "rapid.nofailfile": "true", "rapid.seed": "1"}
@@ -41,9 +42,8 @@ func Check(t *testing.T, few int, shrink bool, history func(*rapid.T)) {
 	if !shrink {
 		settings["rapid.shrinktime"] = "0s"
 	}
-	flag.Visit(func(f *flag.Flag) { delete(settings, f.Name) })
 	for name, value := range settings {
-		if err := flag.Set(name, value); err != nil {
+		if err := set(name, value); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -60,6 +60,21 @@ func Check(t *testing.T, few int, shrink bool, history func(*rapid.T)) {
 	}
 }
 
+// given are the flags that the command line has.
+var given = sync.OnceValue(func() map[string]bool {
+	all := map[string]bool{}
+	flag.Visit(func(f *flag.Flag) { all[f.Name] = true })
+	return all
+})
+
+// set sets a flag that the command line does not have.
+func set(name, value string) error {
+	if given()[name] {
+		return nil
+	}
+	return flag.Set(name, value)
+}
+
 // Run has actions happen, so many on average, each as often as it says. between is called before the first and after each.
 func Run(t *rapid.T, steps int, actions []Action, between func()) {
 	var all []Action
@@ -68,7 +83,7 @@ func Run(t *rapid.T, steps int, actions []Action, between func()) {
 			all = append(all, a)
 		}
 	}
-	if err := flag.Set("rapid.steps", fmt.Sprint(steps)); err != nil {
+	if err := set("rapid.steps", fmt.Sprint(steps)); err != nil {
 		t.Fatal(err)
 	}
 	t.Repeat(map[string]func(*rapid.T){

@@ -78,7 +78,7 @@ func (all testFiles) asksForSoak(code ast.Node, seen map[string]bool) (asks bool
 		case *ast.BasicLit:
 			asks = asks || n.Value == `"SOAK"`
 		case *ast.Ident:
-			asks = asks || n.Name == "Soaking" || n.Name == "SoakTime"
+			asks = asks || n.Name == "Soaking" || n.Name == "SoakTime" || n.Name == "random"
 			if !seen[n.Name] {
 				seen[n.Name] = true
 				for _, d := range all.named[n.Name] {
