@@ -56,7 +56,7 @@ func (h *boundPorts) bindOwner(owner string, ports []bridge.PublishedPort) error
 }
 
 // bindPort makes the socket of a port. The socket has no SO_REUSEADDR, so nobody else can bind to the port. A datagram may
-// reach the socket by a way that does not lead to the container. The socket has no buffer to keep it.
+// reach the socket by a way that does not lead to the container. The socket has the smallest buffer, and nobody reads it.
 func bindPort(p bridge.PublishedPort) (fd int, err error) {
 	kind := unix.SOCK_STREAM
 	if p.Proto == "udp" {
