@@ -17,11 +17,10 @@ import (
 	"azurevnet/test"
 )
 
-// TestSoak does what goes wrong on a host, at random and for long, and says
-// each time that the containers that run are reached, each at an address of its
-// own, and that what is gone leaves nothing. It does one thing at a time:
-// TestChurnWithBreakages does many at once. SOAK is for how long, such as 10m;
-// SOAK_SEED repeats a run.
+// TestSoak does one harm after the other, at random and for long. After each, every
+// container is reached at an address of its own. A container that has ended leaves
+// nothing. TestChurnWithBreakages does many harms at once. SOAK is for how long, such
+// as 10m; SOAK_SEED repeats a run.
 func TestSoak(t *testing.T) {
 	if test.SoakTime == 0 {
 		t.Skip("takes long: make soak")
