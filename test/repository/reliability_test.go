@@ -77,8 +77,11 @@ func (all testFiles) asksForSoak(code ast.Node, seen map[string]bool) (asks bool
 		switch n := n.(type) {
 		case *ast.BasicLit:
 			asks = asks || n.Value == `"SOAK"`
+		case *ast.SelectorExpr:
+			x, _ := n.X.(*ast.Ident)
+			asks = asks || x != nil && x.Name == "random" && n.Sel.Name == "Check" // which asks for SOAK
 		case *ast.Ident:
-			asks = asks || n.Name == "Soaking" || n.Name == "SoakTime" || n.Name == "random"
+			asks = asks || n.Name == "Soaking" || n.Name == "SoakTime"
 			if !seen[n.Name] {
 				seen[n.Name] = true
 				for _, d := range all.named[n.Name] {
