@@ -385,7 +385,7 @@ func TestTheNICIsTakenAtRunTime(t *testing.T) {
 
 // Watch tells of no container that comes to stand, and of nothing that happens to links and tables of others.
 func TestWatchKeepsQuiet(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

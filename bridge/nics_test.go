@@ -158,7 +158,7 @@ func TestVPNRoutesKeepTheirPlace(t *testing.T) {
 
 // The rules of guides for several NICs, added before us or after, take nothing from containers.
 func TestRulesOfMultiNICGuides(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		for _, order := range []string{"before", "after"} {
 			t.Run(order, func(t *testing.T) {
 				v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
@@ -230,7 +230,7 @@ func (h *host) watching() <-chan struct{} {
 
 // NICs change while containers run: their names, their number, the primary address, the subnets of the VNet.
 func TestNICsChange(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)

@@ -19,7 +19,7 @@ func (h *host) publish(owner string, ports ...PublishedPort) (got []PublishedPor
 // Ports that are claimed lead to their container from Publish on, and until it is told of none; whoever dies in
 // between, a repeat or a round finishes it. Nobody else is given them meanwhile.
 func TestPortsAreClaimedThenPublished(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))

@@ -75,7 +75,7 @@ func TestPublishedPortsAreReached(t *testing.T) {
 
 // A port that is published at one address of the host is reached at that one alone.
 func TestPortsOfOneHostAddress(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))
@@ -107,7 +107,7 @@ func TestPortsOfOneHostAddress(t *testing.T) {
 // and by its containers. Asked for by the first NIC's address it is refused: the answer would leave by the
 // second NIC, and Azure drops that.
 func TestPortsBelongToTheirNIC(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		subnet := netip.MustParsePrefix("10.241.0.0/24")
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 2}}},
 			vnetsim.VMConfig{}, vnetsim.VMConfig{Subnet: subnet})

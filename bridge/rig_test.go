@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"net"
 	"net/netip"
 	"os"
@@ -59,7 +60,24 @@ func newHosts(t *testing.T, cfgs ...vnetsim.VMConfig) (*vnetsim.VNet, []*host) {
 // inBothModes runs a subtest for each mode.
 func inBothModes(t *testing.T, test func(t *testing.T, mode Mode)) {
 	t.Helper()
-	for _, mode := range Modes {
+	inModes(t, Modes, test)
+}
+
+// inOneMode is for tests that are slow, and in which the modes hardly differ. make test runs half of these tests in each
+// mode, and make soak all in both.
+func inOneMode(t *testing.T, test func(t *testing.T, mode Mode)) {
+	t.Helper()
+	modes := Modes
+	if !soaking {
+		at := crc32.ChecksumIEEE([]byte(t.Name())) % 2
+		modes = Modes[at : at+1]
+	}
+	inModes(t, modes, test)
+}
+
+func inModes(t *testing.T, modes []Mode, test func(t *testing.T, mode Mode)) {
+	t.Helper()
+	for _, mode := range modes {
 		t.Run(string(mode), func(t *testing.T) {
 			t.Parallel()
 			test(t, mode)

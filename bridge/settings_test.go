@@ -36,7 +36,7 @@ var sysctlsOfOthers = []string{
 // Settings of others, made before or after, keep no container from host, VNet and internet; or Broken says so, and
 // Reconcile mends it. Containers ask for their gateway by ARP, as Docker's do.
 func TestSettingsOfOthers(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)
@@ -172,7 +172,7 @@ func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
 // The neighbour table is the kernel's, of all namespaces together, and holds 1,024 entries by default. A container
 // takes one of them, and the host one for all its containers' peers, however many they are.
 func TestNeighboursOfContainersAreFew(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		const peers = 10
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: peers})
 		h, far := hosts[0], hosts[1]
@@ -235,7 +235,7 @@ func TestBridgeIsFull(t *testing.T) {
 // Traffic control of others on the host end, such as that of the bandwidth plugin and of eBPF programs, works and is
 // not passed by; we put nothing in its place.
 func TestTrafficControlOfOthers(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)

@@ -19,7 +19,7 @@ import (
 
 // An address that somebody adds to the NIC from elsewhere is no subnet of the virtual network.
 func TestAForeignAddressOnTheNIC(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
 		spec := func(n int) Spec {
@@ -81,7 +81,7 @@ func TestOtherLinksHaveTheNICsMAC(t *testing.T) {
 
 // A datagram flow that began while nft's tables were gone is not without SNAT for ever.
 func TestDatagramsAfterTheRulesWereGone(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -129,7 +129,7 @@ func TestDatagramsAfterTheRulesWereGone(t *testing.T) {
 
 // What the VM forwards for others, between its NICs, goes as it went.
 func TestForwardedTrafficOfOthers(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.sh("sysctl -qw net.ipv4.ip_forward=1")
@@ -146,7 +146,7 @@ func TestForwardedTrafficOfOthers(t *testing.T) {
 
 // The containers of a primary NIC that is down leave by no other NIC.
 func TestThePrimaryNICIsDown(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.ensureAll(mode)
@@ -184,7 +184,7 @@ func TestABridgeOfOthersThatIsNamedLikeOurs(t *testing.T) {
 
 // A rule of somebody else's with the lowest number there is does not come between the host and its containers.
 func TestARuleBeforeAllOthers(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.ensureAll(mode)

@@ -39,7 +39,7 @@ func (c *container) netns() string {
 // A pod that Azure's own azure-vnet runs keeps its link, its route, its address and its traffic while containers of
 // ours come and go, and when all of ours is removed.
 func TestUpstreamsPodKeepsItsNetwork(t *testing.T) {
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{Secondaries: 1})
 		h, far := hosts[0], hosts[1]
 		pod := h.upstreamPod(0, upstreamPodLink).answer()
@@ -108,7 +108,7 @@ func TestRemoveUpstreamLink(t *testing.T) {
 	pod := UpstreamContainer{Network: "azure", ContainerID: "fedcba9876543210", IfName: "eth0", PodNamespace: "default", PodName: "old"}
 	byID := UpstreamContainer{Network: "azure", ContainerID: "0123456789abcdef", IfName: "eth0"}
 	with := func(c UpstreamContainer, change func(*UpstreamContainer)) UpstreamContainer { change(&c); return c }
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
