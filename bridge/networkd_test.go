@@ -18,7 +18,7 @@ import (
 // catchAll runs systemd-networkd with a file that matches every link, as images of the field have one: it gives each
 // link the host's address. RUN is the host's /run. A read-only /sys tells networkd that there is no udev to wait for.
 const catchAll = `mkdir -p /run/systemd /etc/systemd/network && mount -t tmpfs none /run/systemd && mount -t tmpfs none /etc/systemd/network
-mkdir -p RUN/systemd/network /run/systemd/network /run/systemd/netif && chown systemd-network /run/systemd/netif && mount --bind RUN/systemd/network /run/systemd/network
+mkdir -p RUN/systemd/network /run/systemd/network /run/systemd/netif && chown systemd-network: /run/systemd/netif && mount --bind RUN/systemd/network /run/systemd/network
 printf '[Match]\nType=ether\n[Network]\nAddress=HOST/16\nLinkLocalAddressing=no\n' >/etc/systemd/network/99-all.network
 mount --bind /sys /sys && mount -o remount,ro,bind /sys && exec /lib/systemd/systemd-networkd`
 
