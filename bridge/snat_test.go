@@ -191,7 +191,9 @@ func TestSNAT(t *testing.T) {
 			t.Run("call-iptables "+call, func(t *testing.T) {
 				t.Run("alone", func(t *testing.T) { c.expect(t, c.wanted()) })
 				t.Run("after DNAT", c.checkDNAT)
-				t.Run("foreign marks", c.checkMarks)
+				if call == "1" || soaking { // marks are set in the host's IP layer, for both values alike
+					t.Run("foreign marks", c.checkMarks)
+				}
 				t.Run("documented rule", c.checkDocumentedRule)
 				t.Run("ip-masq-agent", c.checkMasqAgent)
 			})

@@ -21,7 +21,7 @@ func TestTwoInterfacesOfOneContainer(t *testing.T) {
 		"two NICs in one subnet": {{Secondaries: 2}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inBothModes(t, func(t *testing.T, mode Mode) {
+			inOneMode(t, func(t *testing.T, mode Mode) {
 				v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4, NICs: nics}, vnetsim.VMConfig{}, vnetsim.VMConfig{Subnet: secondSubnet})
 				h := hosts[0]
 				h.ensureAll(mode)
