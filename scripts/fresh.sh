@@ -22,6 +22,7 @@ case $mirror in *ubuntu*) mirror= ;; esac # which has no Debian
 mirror=${mirror:-http://deb.debian.org/debian}
 
 root=$(mktemp -d /var/tmp/azure-vnet-fresh.XXXXXX)
+chmod 755 "$root" # it becomes /, which all users of a machine may enter
 cleanup() {
 	[ -z "$(findmnt -rno TARGET | grep "^$root" || true)" ] || { echo "fresh.sh: $root is still in use" >&2; return; }
 	rm -rf --one-file-system "$root"
