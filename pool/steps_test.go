@@ -3,7 +3,6 @@
 package pool
 
 import (
-	"azurevnet/test/random"
 	"context"
 	"errors"
 	"maps"
@@ -13,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"azurevnet/test/random"
 )
 
 // The steps of a history that make calls of the pool. Each says in the model what follows.
