@@ -35,8 +35,8 @@ soak() {
 	echo "soak.sh: ABOUT CPUs: $(nproc)"
 	echo "soak.sh: ABOUT date: $(date -u +%Y-%m-%d)"
 	began=$(date +%s)
-	# shellcheck disable=SC2046 # a list of words
 	step "race detector" env GORACE=atexit_sleep_ms=0 SOAK= "$go" test -race -count=1 -timeout 48h ./bridge/... ./internal/vnetsim/...
+	# shellcheck disable=SC2046 # a list of words
 	step "tests of the packages" "$go" test -count=1 -timeout 48h -v $("$go" list ./... | grep -v /test)
 	step "tests of the programs" "$go" test -count=1 -timeout 48h -v -parallel 2 ./test/...
 	for dir in $("$go" list -f '{{.Dir}}' ./...); do
