@@ -177,7 +177,7 @@ hold() {
 		esac
 		die 1 "$(reason "$holder"): the holder of the network does not start"
 	done
-	holder=$(echo "$holder" | tail -n 1)
+	holder=$(printf '%s\n' "$holder" | sed -n '/^[0-9a-f]\{64\}$/p') # the client may say more, before and after the id
 	pid=$(docker inspect -f '{{.State.Pid}}' "$holder")
 	[ "$pid" != 0 ] || die 1 "the holder of the network ended at once: $(docker logs "$holder" 2>&1 | tail -n 3)"
 	netns=/proc/$pid/ns/net
