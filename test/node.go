@@ -3,7 +3,6 @@
 package test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,12 +10,13 @@ import (
 	"maps"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"azurevnet/internal/vnetsim"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -68,23 +68,19 @@ func (e InVM) ExecPlugin(ctx context.Context, path string, stdin []byte, environ
 
 // Plugin runs a plugin in the VM. The error is the one it answered.
 func (h Host) Plugin(ctx context.Context, path string, stdin []byte, environ []string) (stdout []byte, code int, err error) {
-	cmd := h.Command(ctx, path)
-	cmd.Env, cmd.Stdin = environ, bytes.NewReader(stdin)
-	var out, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &stderr
-	cmd.WaitDelay = 30 * time.Second // of 200 at once on a busy machine, this process reads the last answers late
-	if err = cmd.Run(); err == nil {
-		return out.Bytes(), 0, nil
+	out, said, err := h.Exec(ctx, environ, stdin, path)
+	if err == nil {
+		return []byte(out), 0, nil
 	}
-	var exit *exec.ExitError
+	var exit *vnetsim.ExitError
 	if !errors.As(err, &exit) {
 		return nil, -1, err
 	}
 	var told types.Error
-	if json.Unmarshal(out.Bytes(), &told) == nil && told.Msg != "" {
-		return out.Bytes(), exit.ExitCode(), &told
+	if json.Unmarshal([]byte(out), &told) == nil && told.Msg != "" {
+		return []byte(out), exit.Status, &told
 	}
-	return out.Bytes(), exit.ExitCode(), fmt.Errorf("%w: %q %q", err, out.String(), stderr.String())
+	return []byte(out), exit.Status, fmt.Errorf("%w: %q %q", err, out, said)
 }
 
 // List is a network's configuration list.
@@ -157,7 +153,7 @@ func (n Node) Del(l *libcni.NetworkConfigList, rt *libcni.RuntimeConf) {
 
 // InPod is a place in a container.
 func InPod(n Node, id string, addr netip.Addr) Place {
-	return Place{id, addr, []string{"nsenter", "--net=/run/netns/" + id, "busybox"}, n.Host}
+	return Place{Name: id, Addr: addr, Prefix: []string{"nsenter", "--net=/run/netns/" + id, "busybox"}, Host: n.Host}
 }
 
 // Serve has a container answer HTTP on port 80 with the client's address, until

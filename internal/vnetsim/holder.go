@@ -28,6 +28,22 @@ type holder struct {
 	time string        // of nsenter's --time: the file of its time namespace; empty: this process's
 	err  error         // of the holder's exit, once done is closed
 	stop sync.Once
+
+	running sync.Once // starts runs
+	runs    *runner   // of the VM; nil: there is none
+}
+
+// runner returns the one runner that runs in the holder's namespaces, and starts it at first. It returns nil if none starts.
+func (h *holder) runner(start func() (*runner, error)) *runner {
+	h.running.Do(func() { h.runs, _ = start() })
+	return h.runs
+}
+
+// endRunner has no further command run.
+func (h *holder) endRunner() {
+	if r := h.runner(func() (*runner, error) { return nil, nil }); r != nil {
+		r.conn.Close()
+	}
 }
 
 // holderSpec tells a holder what to do besides waiting.
@@ -159,6 +175,7 @@ func startHolder(flags uintptr, clock *os.File, spec holderSpec) (*holder, error
 func (h *holder) kill() {
 	h.stop.Do(func() {
 		h.cmd.Process.Kill()
+		h.endRunner()
 		select {
 		case <-h.done:
 		case <-time.After(10 * time.Second):
@@ -170,6 +187,7 @@ func (h *holder) kill() {
 // close lets the holder end by itself and returns what it could not clean.
 func (h *holder) close() error {
 	h.stop.Do(func() {
+		h.endRunner()
 		h.pipe.Close()
 		<-h.done
 	})

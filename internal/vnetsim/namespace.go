@@ -26,7 +26,8 @@ type Namespace struct {
 	enter []string // nsenter's options beyond --net
 
 	mu     sync.Mutex
-	holder *holder // nil: no power
+	holder *holder // guarded by mu; nil: no power
+	runs   int     // guarded by mu: how many commands Run was given
 }
 
 // PidOne is the process that holds the namespace, a VM's pid 1, by its number
@@ -122,22 +123,66 @@ func (n *Namespace) DialContext(ctx context.Context, network, address string) (c
 // Run runs a command as Command does and returns its standard output. The
 // error holds its standard error.
 func (n *Namespace) Run(ctx context.Context, name string, arg ...string) (string, error) {
-	out, err := run(n.Command(ctx, name, arg...))
-	if err != nil {
+	out, said, err := n.Exec(ctx, nil, nil, append([]string{name}, arg...)...)
+	if err = withText(err, said); err != nil {
 		return out, fmt.Errorf("on %s: %s %s: %w", n.name, name, strings.Join(arg, " "), err)
 	}
 	return out, nil
 }
 
+// ExitError is the error of a command that started and failed.
+type ExitError struct {
+	Status int // -1: a signal ended it
+	text   string
+}
+
+func (e *ExitError) Error() string { return e.text }
+
+// Exec runs a command as Command does, with an environment and a standard input. A nil environment is this process's. Exec
+// returns what the command wrote to its standard output and its standard error. The error is an ExitError if the command
+// started.
+func (n *Namespace) Exec(ctx context.Context, env []string, stdin []byte, args ...string) (out, said string, err error) {
+	if r := n.runner(); r != nil {
+		return r.run(ctx, env, stdin, args)
+	}
+	var stdout, stderr strings.Builder
+	cmd := n.Command(ctx, args[0], args[1:]...)
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = env, bytes.NewReader(stdin), &stdout, &stderr
+	cmd.WaitDelay = 30 * time.Second // of 200 at once on a busy machine, this process reads the last answers late
+	err = cmd.Run()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		err = &ExitError{exit.ExitCode(), exit.Error()}
+	}
+	return stdout.String(), stderr.String(), err
+}
+
+// runner starts the runner of a VM that is given many commands. It returns nil if nsenter is to start the command.
+func (n *Namespace) runner() *runner {
+	n.mu.Lock()
+	h := n.holder
+	n.runs++
+	many := n.runs > runnerAfter
+	n.mu.Unlock()
+	if h == nil || len(n.enter) == 0 || !many {
+		return nil
+	}
+	return h.runner(func() (*runner, error) { return startRunner(n.Command(context.Background(), "/proc/self/fd/4")) })
+}
+
 // run returns a command's output; the error holds its standard error.
 func run(cmd *exec.Cmd) (string, error) {
-	var stdout, stderr bytes.Buffer
+	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
-	if text := bytes.TrimSpace(stderr.Bytes()); err != nil && len(text) > 0 {
-		err = fmt.Errorf("%w: %s", err, text)
+	return stdout.String(), withText(err, stderr.String())
+}
+
+// withText adds to the error of a command what the command said.
+func withText(err error, said string) error {
+	if text := strings.TrimSpace(said); err != nil && text != "" {
+		return fmt.Errorf("%w: %s", err, text)
 	}
-	return stdout.String(), err
+	return err
 }
 
 // feed runs a program such as "ip -batch -" or "nft -f -" in the network

@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -259,8 +258,8 @@ func TestCNIUpgradeFromAFormerBuild(t *testing.T) {
 		for _, word := range []string{"status", "reconcile", "uninstall"} {
 			out, err := h.Try(tool, word)
 			saysTaken(t, "azure-vnet "+word, out, err)
-			var exit *exec.ExitError
-			if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+			var exit *vnetsim.ExitError
+			if !errors.As(err, &exit) || exit.Status != 1 {
 				t.Errorf("azure-vnet %s ends with %v, want the status 1", word, err)
 			}
 		}
