@@ -39,19 +39,23 @@ func (m *VM) Violations() (map[string]uint64, error) { return m.vnet.violations(
 // a frame that breaks no rule of Violations and that is not DHCP. The fabric may
 // drop it later: on the way to the internet, or because nobody has its
 // destination. Segments that offload keeps in one frame count as one.
-func (v *VNet) Accepted() (map[netip.Addr]uint64, error) { return v.accepted("") }
+func (v *VNet) Accepted() (map[netip.Addr]uint64, error) { return v.sources("", "accepted") }
 
 // Accepted counts those of this VM alone. They survive power cuts.
-func (m *VM) Accepted() (map[netip.Addr]uint64, error) { return m.vnet.accepted(m.Name) }
+func (m *VM) Accepted() (map[netip.Addr]uint64, error) { return m.vnet.sources(m.Name, "accepted") }
 
-// ResetViolations sets all counters to zero: those of Violations and those of
-// Accepted.
+// Strangers counts the frames of Violations' kind source_ip, by source address,
+// over all VMs.
+func (v *VNet) Strangers() (map[netip.Addr]uint64, error) { return v.sources("", "strangers") }
+
+// ResetViolations sets all counters to zero: those of Violations, Accepted and
+// Strangers.
 func (v *VNet) ResetViolations() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	rules := "reset counters\n"
 	for port := range v.ports {
-		rules += fmt.Sprintf("flush set netdev %s accepted\n", port)
+		rules += fmt.Sprintf("flush set netdev %[1]s accepted\nflush set netdev %[1]s strangers\n", port)
 	}
 	return v.fabric.nft(rules)
 }
@@ -71,8 +75,9 @@ func (v *VNet) violations(vm string) (map[string]uint64, error) {
 	return sum, nil
 }
 
-// accepted adds the counters of a VM up, of all VMs for an empty name.
-func (v *VNet) accepted(vm string) (map[netip.Addr]uint64, error) {
+// sources adds up what a set counts of a VM by source address, of all VMs for an
+// empty name.
+func (v *VNet) sources(vm, set string) (map[netip.Addr]uint64, error) {
 	// "list sets" does not print elements in every version of nft.
 	tables, err := v.portTables(vm, "ruleset")
 	if err != nil {
@@ -80,7 +85,7 @@ func (v *VNet) accepted(vm string) (map[netip.Addr]uint64, error) {
 	}
 	sum := map[netip.Addr]uint64{}
 	for _, t := range tables {
-		if t.Set.Name != "accepted" {
+		if t.Set.Name != set {
 			continue
 		}
 		var elems []struct {

@@ -20,13 +20,14 @@ table netdev %[1]s {
 	set own { type ipv4_addr; }
 	set primary { type ipv4_addr; }
 	set accepted { type ipv4_addr; size 65535; flags dynamic; }
+	set strangers { type ipv4_addr; size 65535; flags dynamic; }
 }
 `
 
 // portRules are Azure's rules for what a VM sends. What ends in a plain drop is
 // not an offence: Azure does not answer it either. The VM's own primary address
-// is not answered for by anyone. The update is a rule of its own because a set
-// that is full ends the rule, and the frame is accepted all the same.
+// is not answered for by anyone. Each update is a rule of its own because a set
+// that is full ends the rule, and the frame is judged all the same.
 const portRules = `
 table netdev %[1]s {
 	chain ingress {
@@ -43,6 +44,7 @@ table netdev %[1]s {
 		ether type ip ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 counter name multicast drop
 		ether daddr != %[3]s counter name destination drop
 		ether type != ip counter name protocol drop
+		ip saddr != @own update @strangers { ip saddr counter }
 		ip saddr != @own counter name source_ip drop
 		ip saddr != @primary ip daddr 168.63.129.16 tcp dport { 80, 32526 } counter name host_agent drop
 		update @accepted { ip saddr counter }

@@ -168,6 +168,7 @@ func TestFramesAreCounted(t *testing.T) {
 		ethernet(FabricMAC, second.MAC, ip4, ipv4(second.Primary, stranger, 17, 9)))
 	wantAccepted(t, vm.Accepted, map[netip.Addr]uint64{second.Primary: 1})
 	wantViolations(t, v, map[string]uint64{"source_ip": 1})
+	wantAccepted(t, v.Strangers, map[netip.Addr]uint64{own: 1})
 }
 
 // wantAccepted waits for the counters as wantViolations does.
