@@ -15,6 +15,7 @@ import (
 // What a link says of its endpoint is read back as it was, and an owner too long
 // for it by its hash.
 func TestAliasIsReadBack(t *testing.T) {
+	t.Parallel()
 	long, longer := strings.Repeat("o", 120), strings.Repeat("l", 255)
 	for i, test := range []struct{ owner, lease, wantOwner, wantLease string }{
 		{"docker/e1", "docker/e1", "docker/e1", "docker/e1"},
@@ -48,6 +49,7 @@ func TestAliasIsReadBack(t *testing.T) {
 
 // A pod's name stands in the alias where there is room. It never costs the owner its place.
 func TestAliasNamesThePodWhereThereIsRoom(t *testing.T) {
+	t.Parallel()
 	owner := "cni/azure/" + strings.Repeat("5", 64) + "/eth0"
 	for _, test := range []struct{ pod, want string }{
 		{"", ""},
@@ -72,6 +74,7 @@ var foreignAliases = []string{
 
 // Aliases that others gave their links say nothing to us.
 func TestForeignAliasIsIgnored(t *testing.T) {
+	t.Parallel()
 	for _, s := range foreignAliases {
 		if a, ok := parseAlias(s); ok {
 			t.Errorf("%q is read as %v", s, a)
@@ -101,6 +104,7 @@ func FuzzParseAlias(f *testing.F) {
 
 // Two owners' links have two names, which fit the kernel's limit.
 func TestLinkNames(t *testing.T) {
+	t.Parallel()
 	host, peer := linkNames("docker/e1")
 	if host[:3] != "azv" || peer != "azc"+host[3:] || len(host) != 14 {
 		t.Errorf("got %s and %s", host, peer)
@@ -112,6 +116,7 @@ func TestLinkNames(t *testing.T) {
 
 // The MACs that we choose are of one interface, are made by hand, and are no NIC's.
 func TestMACs(t *testing.T) {
+	t.Parallel()
 	addr := netip.MustParseAddr("10.240.0.7")
 	nic := mustMAC("00:0d:3a:04:00:01")
 	for _, mac := range []net.HardwareAddr{MACFor(addr), hostMAC(addr), bridgeMAC(nic), bridgeMAC(bridgeMAC(nic))} {

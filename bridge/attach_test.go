@@ -18,6 +18,7 @@ import (
 
 // An attach that cannot be is refused at once, with the reason, and touches nothing.
 func TestAttachRefuses(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 		h := hosts[0]
@@ -94,6 +95,7 @@ func TestAttachRefuses(t *testing.T) {
 // A flow that outlives its container would mislead the next one that has the address. A detach deletes the flows
 // that the container began or answers, and no other.
 func TestDetachForgetsFlows(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
@@ -112,6 +114,7 @@ func TestDetachForgetsFlows(t *testing.T) {
 
 // Check names what of one attachment is broken, and of no other.
 func TestCheck(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]

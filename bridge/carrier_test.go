@@ -12,6 +12,7 @@ import (
 // The first container of a bridge is reached as soon as its attach has ended. A bridge without ports has no carrier, and
 // for some time after it has a port the kernel drops what it sends.
 func TestTheFirstContainerIsReachedAtOnce(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]

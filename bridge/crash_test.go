@@ -127,6 +127,7 @@ func (h *host) settled() string {
 // An attach that fails leaves nothing. One that dies is finished by a repeat, or cleared away by a detach or a
 // reconcile, wherever it was. So is a detach that dies.
 func TestHalfDoneIsFinished(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
@@ -203,6 +204,7 @@ func checkHalfDone(t *testing.T, h *host, e Endpoint) {
 
 // A link that a dead detach has left is known as ours, also if somebody took it out of its group before.
 func TestADeadDetachLeavesItsMark(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -220,6 +222,7 @@ func TestADeadDetachLeavesItsMark(t *testing.T) {
 
 // A process that is killed in the middle of a call holds nobody up: not by a lock, and not by what it left.
 func TestKilledCallIsFinished(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -267,6 +270,7 @@ func TestKilledCallIsFinished(t *testing.T) {
 // An Ensure that fails leaves nothing of what it was to make. One that dies is finished by a repeat or by a
 // reconcile, or taken away by RemoveAll, wherever it was. So is a RemoveAll that dies.
 func TestHalfPreparedIsFinished(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]

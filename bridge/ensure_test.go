@@ -105,6 +105,7 @@ const wholeHost = "ip -d addr; ip route show table all; ip rule; nft -s list rul
 // A NIC that is a port of a bridge of others stays there, and so does a bridge of others that has the name of ours.
 // The refusal says what helps, and never what would cut the host off. Nothing is changed.
 func TestEnsureRefusesATakenHost(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		lines []string
 		taken bool
@@ -167,6 +168,7 @@ func TestEnsureRefusesATakenHost(t *testing.T) {
 
 // A macvlan on the NIC disturbs nothing of ours, and stays as it is.
 func TestEnsureStandsBesideAMacvlan(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -225,6 +227,7 @@ func TestEnsureWaitsForNobodyAndIsNotBlind(t *testing.T) {
 // Of many calls at once that find a NIC without its bridge, one prepares the NIC. The others wait for it, and do no round
 // of their own.
 func TestOneOfManyCallsPreparesTheNIC(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -262,6 +265,7 @@ func TestOneOfManyCallsPreparesTheNIC(t *testing.T) {
 // Under accelerated networking a virtual function has the MAC of the NIC above it, and no machine here has one: the
 // list of links is made up.
 func TestTheNICIsNotItsVirtualFunction(t *testing.T) {
+	t.Parallel()
 	mac := net.HardwareAddr{0x00, 0x0d, 0x3a, 0x04, 0x75, 0x98}
 	attrs := func(index int, name string, master int) netlink.LinkAttrs {
 		return netlink.LinkAttrs{Index: index, Name: name, MasterIndex: master, HardwareAddr: mac}

@@ -58,6 +58,7 @@ func floods(evil *container, gw net.HardwareAddr, far netip.Addr) []flood {
 // A container that sends thousands of frames, more than the kernel has neighbour entries, costs nobody a packet, keeps
 // nobody from new peers, and leaves no entry for what it made up.
 func TestAFloodHarmsNobody(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 8})
 		h, far := hosts[0], hosts[1]

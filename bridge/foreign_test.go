@@ -13,6 +13,7 @@ import (
 // Rules of other programs stay in force, whatever our FORWARD accepts, and stop no container that they do
 // not mean. They are loaded while containers run, with br_netfilter calling iptables or not.
 func TestForeignRules(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		c := newCluster(t, mode)
 		c.a.place().serve(t, "a", ":8081")
@@ -137,6 +138,7 @@ func (c *cluster) checkSavedDrop(t *testing.T, iptables string) {
 // A FORWARD chain that iptables cannot read, such as one that its rules were translated to, keeps no
 // container away. It is named with the remedy, and the remedy works.
 func TestForwardOfNft(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -196,6 +198,7 @@ func TestNoIPTables(t *testing.T) {
 // An nft chain of others that drops what its own rules do not accept is named with the remedy, wherever its drop
 // stands, and the remedy works. A chain that lets containers pass is not named.
 func TestNftChainsOfOthers(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -256,6 +259,7 @@ func TestNftChainsOfOthers(t *testing.T) {
 // A real ufw lets containers pass, since it filters by iptables, and lets nobody reach the host who is not to. Its own
 // rules for what is forwarded hold, and a reload changes nothing of it.
 func TestUFW(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		c := newCluster(t, mode)
 		h := c.node1

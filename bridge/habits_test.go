@@ -115,6 +115,7 @@ func (s *scene) names() *strings.Replacer {
 // A container with NET_ADMIN may do what it likes in its own namespace. It speaks in no other name, hears nothing that is
 // for others, and does not reach the host agent's HTTP. All others still speak.
 func TestHabitsHurtNobody(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		s := newScene(t, mode)
 		s.talk("before")

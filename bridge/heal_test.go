@@ -131,6 +131,7 @@ func settingHarms(link string) (all []harm) {
 // Whatever somebody does to the host by a command of their own, Broken names it, Watch tells of it at once where
 // the kernel does, one Reconcile makes all what it was, a second finds nothing, and the container's packets pass.
 func TestReconcileHeals(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
@@ -243,6 +244,7 @@ func (w watching) drain() {
 
 // Rules of legacy iptables tell nobody, and are looked at in each round. A policy of DROP breaks nothing.
 func TestLegacyForwardIsMended(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -292,6 +294,7 @@ func TestReconcileHealsWithoutIptables(t *testing.T) {
 // A network that wants a list of its own has it again after host.json was lost, for whoever knows the network says
 // it. Until then its containers keep their place.
 func TestALostPolicyIsLearntAgain(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 		h := hosts[0]
@@ -322,6 +325,7 @@ func TestALostPolicyIsLearntAgain(t *testing.T) {
 
 // A secondary address that comes up on the host is named, with the remedy, and is the administrator's to take away.
 func TestTheHostHoldsAContainersAddress(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -353,6 +357,7 @@ func TestTheHostHoldsAContainersAddress(t *testing.T) {
 // A NIC that somebody puts into a bridge of theirs stays there. It is named, with words that cut nobody off, and
 // when it is back all is as it was.
 func TestTheNICIsTakenAtRunTime(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -385,6 +390,7 @@ func TestTheNICIsTakenAtRunTime(t *testing.T) {
 
 // Watch tells of no container that comes to stand, and of nothing that happens to links and tables of others.
 func TestWatchKeepsQuiet(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
@@ -420,6 +426,7 @@ func TestWatchKeepsQuiet(t *testing.T) {
 // A plugin that changes the MAC of a container after us cuts it off. Check and Broken name it, with the remedy.
 // No round changes anything in a container.
 func TestAContainersMACIsChanged(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]

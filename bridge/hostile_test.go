@@ -187,6 +187,7 @@ func (s *scene) picture() string {
 // A container may send any frame. Nobody hears a frame who must not, nothing false leaves the VM, and no entry of others
 // changes. All can still speak. Without our nft tables, the test would notice a hundred attacks.
 func TestAContainerHurtsNobody(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		s := newScene(t, mode)
 		s.believeAll()
@@ -224,6 +225,7 @@ func (s *scene) checkNoticed() {
 
 // A datagram that a container sends in fragments is its own: nobody else gives it another beginning or end, or spoils it.
 func TestFragmentsAreTheirSendersOwn(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		s := newScene(t, mode)
 		toHim, gw := s.good.openPacketSocket(), s.gw
@@ -269,6 +271,7 @@ func TestFragmentsAreTheirSendersOwn(t *testing.T) {
 // One MAC is on a bridge once: the second container that asks for it is told who has it, and the first keeps it.
 // The NIC's own MAC is a container's as any other. Transparent links share nothing, and a MAC may be there twice.
 func TestOneMACOnce(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -314,6 +317,7 @@ func TestOneMACOnce(t *testing.T) {
 
 // A container heeds no router advertisement, and speaks IPv6 to nobody.
 func TestIPv6GoesNowhere(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]

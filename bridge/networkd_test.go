@@ -78,6 +78,7 @@ func (h *host) rounds(told watching) (mended string) {
 // drop-in. In both cases all of ours is back at the event that tells of it, for every container that comes, and
 // nobody's rounds go on for ever. Uninstall removes the drop-in.
 func TestNetworkdWithACatchAll(t *testing.T) {
+	t.Parallel()
 	if _, err := os.Stat("/lib/systemd/systemd-networkd"); err != nil {
 		t.Skip("needs systemd-networkd")
 	}
@@ -123,6 +124,7 @@ func TestNetworkdWithACatchAll(t *testing.T) {
 
 // Uninstall removes the drop-ins for systemd-networkd and for NetworkManager, and nothing that others put beside.
 func TestUninstallRemovesDropIns(t *testing.T) {
+	t.Parallel()
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 	h := hosts[0]
 	h.sh("mkdir -p " + h.cfg.Run + "/NetworkManager/conf.d " + h.cfg.Run + "/systemd/network; touch " + h.cfg.Run + "/NetworkManager/conf.d/other.conf " + h.cfg.Run + "/systemd/network/other.network")

@@ -67,6 +67,7 @@ func (c *checks) metadata(from *container) {
 // Containers of a second NIC reach all that others reach, and are reached, each by its own NIC: whether the
 // NIC has a subnet of its own or shares that of the first, and whatever the reverse path filter.
 func TestTwoNICs(t *testing.T) {
+	t.Parallel()
 	for name, subnet := range map[string]netip.Prefix{"own subnet": secondSubnet, "same subnet": {}} {
 		t.Run(name, func(t *testing.T) {
 			inBothModes(t, func(t *testing.T, mode Mode) {
@@ -115,6 +116,7 @@ func TestTwoNICs(t *testing.T) {
 // and by a table that a VPN's rule leads to. If that table has the VNet's own range, containers and host still
 // reach each other.
 func TestVPNRoutesKeepTheirPlace(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
@@ -158,6 +160,7 @@ func TestVPNRoutesKeepTheirPlace(t *testing.T) {
 
 // The rules of guides for several NICs, added before us or after, take nothing from containers.
 func TestRulesOfMultiNICGuides(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		for _, order := range []string{"before", "after"} {
 			t.Run(order, func(t *testing.T) {
@@ -205,6 +208,7 @@ func TestRulesOfMultiNICGuides(t *testing.T) {
 
 // Watch tells of a rule of others, which may stand before the one that leads to containers.
 func TestWatchTellsOfForeignRules(t *testing.T) {
+	t.Parallel()
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 	h := hosts[0]
 	h.mustEnsure(h.spec(ModeBridge))
@@ -230,6 +234,7 @@ func (h *host) watching() <-chan struct{} {
 
 // NICs change while containers run: their names, their number, the primary address, the subnets of the VNet.
 func TestNICsChange(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
@@ -345,6 +350,7 @@ func TestNICsChange(t *testing.T) {
 
 // A VM has as many containers as Azure gives it addresses: all are reached, and all go without a trace.
 func TestManyContainers(t *testing.T) {
+	t.Parallel()
 	for _, mode := range Modes {
 		t.Run(string(mode), func(t *testing.T) {
 			many := 250

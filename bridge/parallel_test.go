@@ -17,6 +17,7 @@ import (
 // Attaches at once, some of them in processes of their own, do not disturb each other. Of two owners that want
 // one address exactly one has it.
 func TestAttachAtOnce(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -88,6 +89,7 @@ func TestAttachAtOnce(t *testing.T) {
 // Of several attaches of one container and interface one wins, and the others harm nothing: neither those of one
 // owner, nor those of owners with an address each.
 func TestOneInterfaceAtOnce(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4})
 		h := hosts[0]

@@ -13,6 +13,7 @@ import (
 // bridge-nf-call-iptables; the internet with SNAT only; the host agent's HTTP never. Whatever a container
 // sends, the fabric sees nothing that it has to refuse.
 func TestContainersOnTheVNet(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{Secondaries: 1})
 		h1, h2 := hosts[0], hosts[1]

@@ -11,6 +11,7 @@ import (
 
 // A policy has one id however it is written, and another policy another.
 func TestPolicyID(t *testing.T) {
+	t.Parallel()
 	same := func(a, b Policy, want bool) {
 		t.Helper()
 		if (a.id() == b.id()) != want {
@@ -28,6 +29,7 @@ func TestPolicyID(t *testing.T) {
 
 // A policy without a list is known by its id where host.json was lost, and any other is taken for the default.
 func TestPolicyOf(t *testing.T) {
+	t.Parallel()
 	for _, p := range []Policy{{Internal: true}, {}, {SNAT: true}, {SNAT: true, NoMetadata: true}, {NoMetadata: true}} {
 		if got := policyOf(nil, p.id()); got.id() != p.id() {
 			t.Errorf("%q is taken for %q", p.text(), got.text())

@@ -19,6 +19,7 @@ func (h *host) publish(owner string, ports ...PublishedPort) (got []PublishedPor
 // Ports that are claimed lead to their container from Publish on, and until it is told of none; whoever dies in
 // between, a repeat or a round finishes it. Nobody else is given them meanwhile.
 func TestPortsAreClaimedThenPublished(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -104,6 +105,7 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 // Claims that were lost with host.json are named until their container is told its ports again. An engine that takes
 // them back changes nothing of that.
 func TestLostClaimsAreNamed(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]

@@ -34,6 +34,7 @@ func tcpAndUDP(at netip.Addr, tcp, udp uint16) []PublishedPort {
 // and bridge-nf-call-iptables, with SNAT and without. Clients keep their addresses, but for those that
 // the answer would not find: the host's 127.0.0.1, and the container itself.
 func TestPublishedPortsAreReached(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
@@ -75,6 +76,7 @@ func TestPublishedPortsAreReached(t *testing.T) {
 
 // A port that is published at one address of the host is reached at that one alone.
 func TestPortsOfOneHostAddress(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -107,6 +109,7 @@ func TestPortsOfOneHostAddress(t *testing.T) {
 // and by its containers. Asked for by the first NIC's address it is refused: the answer would leave by the
 // second NIC, and Azure drops that.
 func TestPortsBelongToTheirNIC(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		subnet := netip.MustParsePrefix("10.241.0.0/24")
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 2}}},
@@ -154,6 +157,7 @@ func TestPortsBelongToTheirNIC(t *testing.T) {
 // Nobody on the wire reaches what the host keeps to 127.0.0.1, though the host itself reaches published
 // ports there.
 func TestPublishingOpensNoLoopback(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -191,6 +195,7 @@ func TestPublishingOpensNoLoopback(t *testing.T) {
 
 // Who has a port is told, and a port is had by one.
 func TestPortConflicts(t *testing.T) {
+	t.Parallel()
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 	h := hosts[0]
 	h.mustEnsure(h.spec(ModeBridge))
@@ -301,6 +306,7 @@ func TestPortConflicts(t *testing.T) {
 
 // Ports outlive a flushed ruleset, a lost host.json and a lost bridge.
 func TestPortsAreRestored(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -356,6 +362,7 @@ func sortedPorts(ports []PublishedPort) (out []string) {
 
 // Ports end with their container, also when it died with its namespace, and another has them at once.
 func TestPortsEndWithTheContainer(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -412,6 +419,7 @@ func (c *container) endpointElsewhere(mode Mode) Endpoint {
 // A client that has been sending all along is heard as soon as there is someone to hear, and again when
 // another container has the port.
 func TestDatagramsFindTheNewContainer(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]

@@ -12,6 +12,7 @@ import (
 // Two containers of one bridge reach each other by the host. The kernel takes the bridge for a shorter way, and would
 // tell the containers so by ICMP redirects. No container gets a redirect.
 func TestNoContainerIsToldAShorterWay(t *testing.T) {
+	t.Parallel()
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 	h := hosts[0]
 	h.mustEnsure(h.spec(ModeBridge))

@@ -97,14 +97,14 @@ func callIptables(mode Mode) []string {
 	return []string{"0", "1"}
 }
 
-// inShare reports whether a test runs the i-th of many cases that are alike: make test runs every fourth one in each
+// inShare reports whether a test runs the i-th of many cases that are alike: make test runs every eighth one in each
 // mode, not the same ones, and make soak runs all.
 func inShare(i int, mode Mode) bool {
 	first := 0
 	if mode == ModeTransparent {
 		first = 1
 	}
-	return soaking || i%4 == first
+	return soaking || i%8 == first
 }
 
 func (h *host) spec(mode Mode) Spec {

@@ -119,6 +119,7 @@ func (c *cluster) unload() {
 // that kube-proxy means them to see, whether br_netfilter calls iptables or not. The host agent's HTTP
 // stays out of reach whatever leads there. The fabric sees nothing that it has to refuse.
 func TestServices(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		c := newCluster(t, mode)
 		for _, proxy := range proxyModes {

@@ -36,6 +36,7 @@ var sysctlsOfOthers = []string{
 // Settings of others, made before or after, keep no container from host, VNet and internet; or Broken says so, and
 // Reconcile mends it. Containers ask for their gateway by ARP, as Docker's do.
 func TestSettingsOfOthers(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -115,6 +116,7 @@ func TestSettingsOfOthers(t *testing.T) {
 // Somebody switches IPv6 on or off while containers run: for one link, for all, for new ones, or by an MTU that is too
 // small for it. Containers still come, and rounds still mend. IPv6 that is on where it must be off is named.
 func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -172,6 +174,7 @@ func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
 // The neighbour table is the kernel's, of all namespaces together, and holds 1,024 entries by default. A container
 // takes one of them, and the host one for all its containers' peers, however many they are.
 func TestNeighboursOfContainersAreFew(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		const peers = 10
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{Secondaries: peers})
@@ -208,6 +211,7 @@ func TestNeighboursOfContainersAreFew(t *testing.T) {
 
 // A bridge that has all the ports it can have says so, and nothing of the attach is left.
 func TestBridgeIsFull(t *testing.T) {
+	t.Parallel()
 	if !soaking {
 		t.Skip("makes a thousand links: make soak")
 	}
@@ -235,6 +239,7 @@ func TestBridgeIsFull(t *testing.T) {
 // Traffic control of others on the host end, such as that of the bandwidth plugin and of eBPF programs, works and is
 // not passed by; we put nothing in its place.
 func TestTrafficControlOfOthers(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -307,6 +312,7 @@ func TestTrafficControlOfOthers(t *testing.T) {
 
 // Settings of azure0 that we do not look at keep no container from anybody, and open nothing.
 func TestBridgeSettingsThatDoNoHarm(t *testing.T) {
+	t.Parallel()
 	v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 	h, peer := hosts[0], hosts[1]
 	h.ensureAll(ModeBridge)

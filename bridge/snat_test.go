@@ -184,6 +184,7 @@ func (c *crossroads) wanted() map[string]answers {
 // What leaves the VM has the source address that the network's policy says, by whatever link it leaves.
 // An administrator's rules come after ours: what ours leave as it is, theirs may masquerade.
 func TestSNAT(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		c := newCrossroads(t, mode)
 		for _, call := range callIptables(mode) {

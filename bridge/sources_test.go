@@ -15,6 +15,7 @@ import (
 // was asked: on one NIC, on two, and on two in one subnet, with strict reverse path filters everywhere. When either
 // interface goes, the other goes on, and when it comes back both do. Nothing piles up meanwhile.
 func TestTwoInterfacesOfOneContainer(t *testing.T) {
+	t.Parallel()
 	for name, nics := range map[string][]vnetsim.NICConfig{
 		"one NIC":                nil,
 		"two NICs":               {{Subnet: secondSubnet, Secondaries: 2}},
@@ -87,6 +88,7 @@ func TestTwoInterfacesOfOneContainer(t *testing.T) {
 
 // An interface that somebody else made in the container gets no rule and no table of ours.
 func TestAnInterfaceOfOthersBeside(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]

@@ -19,6 +19,7 @@ import (
 
 // An address that somebody adds to the NIC from elsewhere is no subnet of the virtual network.
 func TestAForeignAddressOnTheNIC(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
@@ -52,6 +53,7 @@ func TestAForeignAddressOnTheNIC(t *testing.T) {
 
 // Links with the NIC's MAC, such as those of a virtual switch, are not taken for the NIC.
 func TestOtherLinksHaveTheNICsMAC(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
@@ -81,6 +83,7 @@ func TestOtherLinksHaveTheNICsMAC(t *testing.T) {
 
 // A datagram flow that began while nft's tables were gone is not without SNAT for ever.
 func TestDatagramsAfterTheRulesWereGone(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -129,6 +132,7 @@ func TestDatagramsAfterTheRulesWereGone(t *testing.T) {
 
 // What the VM forwards for others, between its NICs, goes as it went.
 func TestForwardedTrafficOfOthers(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -146,6 +150,7 @@ func TestForwardedTrafficOfOthers(t *testing.T) {
 
 // The containers of a primary NIC that is down leave by no other NIC.
 func TestThePrimaryNICIsDown(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -166,6 +171,7 @@ func TestThePrimaryNICIsDown(t *testing.T) {
 
 // A bridge of somebody else's whose name begins as ours do is none of our business.
 func TestABridgeOfOthersThatIsNamedLikeOurs(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
@@ -184,6 +190,7 @@ func TestABridgeOfOthersThatIsNamedLikeOurs(t *testing.T) {
 
 // A rule of somebody else's with the lowest number there is does not come between the host and its containers.
 func TestARuleBeforeAllOthers(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h := hosts[0]

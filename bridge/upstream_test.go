@@ -39,6 +39,7 @@ func (c *container) netns() string {
 // A pod that Azure's own azure-vnet runs keeps its link, its route, its address and its traffic while containers of
 // ours come and go, and when all of ours is removed.
 func TestUpstreamsPodKeepsItsNetwork(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{Secondaries: 1})
 		h, far := hosts[0], hosts[1]
@@ -93,6 +94,7 @@ func TestUpstreamsPodKeepsItsNetwork(t *testing.T) {
 
 // The names are those that were seen on a host of Azure's own azure-vnet.
 func TestUpstreamsNames(t *testing.T) {
+	t.Parallel()
 	byID, byPod := UpstreamContainer{Network: "azure", ContainerID: "0123456789abcdef", IfName: "eth0", PodNamespace: "default", PodName: "old"}.hostEnds()
 	if byID != upstreamContainerLink || byPod != upstreamPodLink {
 		t.Errorf("names are %s and %s, want %s and %s", byID, byPod, upstreamContainerLink, upstreamPodLink)
@@ -105,6 +107,7 @@ func TestUpstreamsNames(t *testing.T) {
 // The link that Azure's own azure-vnet gave to a container is removed for that container alone, with its route. The link
 // of the pod's next container stays, and so does a link of anybody else that has such a name.
 func TestRemoveUpstreamLink(t *testing.T) {
+	t.Parallel()
 	pod := UpstreamContainer{Network: "azure", ContainerID: "fedcba9876543210", IfName: "eth0", PodNamespace: "default", PodName: "old"}
 	byID := UpstreamContainer{Network: "azure", ContainerID: "0123456789abcdef", IfName: "eth0"}
 	with := func(c UpstreamContainer, change func(*UpstreamContainer)) UpstreamContainer { change(&c); return c }
@@ -186,6 +189,7 @@ func TestRemoveUpstreamLink(t *testing.T) {
 
 // Only DEL removes what Azure's own azure-vnet attached: no round does, nor does what it calls broken.
 func TestReconcileLeavesUpstreamsLinks(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 		h := hosts[0]
@@ -216,6 +220,7 @@ const upstreamRulesOf2018 = `-A PREROUTING -p ARP --arp-op Request --arp-ip-dst 
 // Rules that Azure's own azure-vnet left in ebtables are named, also before the first container, with the commands
 // that delete them. These delete nothing else. Nobody but a person deletes them, and containers do without.
 func TestUpstreamsRulesAreNamed(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]
@@ -261,6 +266,7 @@ func TestUpstreamsRulesAreNamed(t *testing.T) {
 // An azure0 that Azure's own azure-vnet left, without the NIC in it, keeps containers away in bridge mode alone. The
 // remedy is to delete it where nobody can rely on it, and works; else it is a reboot.
 func TestUpstreamsEmptyBridge(t *testing.T) {
+	t.Parallel()
 	_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 	h := hosts[0]
 	const drain, remedy = "drain this VM and reboot it without whatever makes azure0", "ip link del azure0"

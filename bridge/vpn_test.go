@@ -39,6 +39,7 @@ func wireGuard(h, peer *host) (here, there netip.Addr) {
 // A VPN that takes all of the host's traffic takes its containers' too, and hides their addresses; what is the VNet's
 // stays the VNet's, for each NIC. The VPN comes before our containers or after them.
 func TestWireGuardTakesEverything(t *testing.T) {
+	t.Parallel()
 	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
@@ -76,6 +77,7 @@ func TestWireGuardTakesEverything(t *testing.T) {
 // Containers of each NIC reach at once what the host reaches, whatever kind of route it has. They also reach the
 // addresses that node-local-dns makes on the host, by its rules, which keep packets from connection tracking.
 func TestContainersReachWhatTheHostReaches(t *testing.T) {
+	t.Parallel()
 	inBothModes(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
