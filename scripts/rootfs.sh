@@ -12,10 +12,11 @@
 # libraries that they load.
 #
 # No program of another architecture is run. apt works in <cache>, where the
-# packages stay, so the machine's own lists and architectures do not change.
+# packages stay, so the machine's own lists and architectures do not change. What
+# comes from the packages is chosen once, and stays there too.
 set -eu
 
-binary=$1 cni=$2 final=$3 cache=$4 arch=$5 rootfs=$3.new
+binary=$1 cni=$2 final=$3 cache=$4 arch=$5
 for tool in apt-get apt-cache dpkg-deb; do
 	command -v $tool >/dev/null || { echo "rootfs.sh: $tool is missing: build on Debian or Ubuntu, or with the Dockerfile" >&2; exit 1; }
 done
@@ -57,20 +58,6 @@ put() {
 # within the tree, wherever this distribution has it
 find_one() { (cd "$tree" && find . -name "$1" \( -type f -o -type l \) | sed 's/^\.//' | sort | head -n 1); }
 
-mkdir -p "$(dirname "$final")" "$(dirname "$cache")"
-cache=$(cd "$(dirname "$cache")" && pwd)/$(basename "$cache")
-exec 9>"$cache.lock"
-flock 9 # two makes at once
-fetch
-tree=$cache/tree
-rm -rf "$rootfs"
-mkdir -p "$rootfs/usr/sbin" "$rootfs/run/docker/plugins" "$rootfs/host/run" "$rootfs/host/proc/sys/net" "$rootfs/data" \
-	"$rootfs/proc" "$rootfs/sys" "$rootfs/dev" "$rootfs/etc" "$rootfs/tmp"
-cp "$binary" "$rootfs/azure-vnet-plugin"
-cp -R "$cni" "$rootfs/cni"
-
-extensions=$(dirname "$(find_one libxt_mark.so)")
-loader=$(find_one 'ld-linux*.so.*')
 # named <file of the tree>: the libraries that it names. Names are whole strings of a
 # file's string table. One grep looks for all of them: there are many files.
 named() {
@@ -82,6 +69,7 @@ named() {
 		done
 	done
 }
+
 # need <file of the tree>: puts the libraries that it names, and those that they name.
 need() {
 	for library in $(named "$1"); do
@@ -91,26 +79,50 @@ need() {
 		}
 	done
 }
-libraries=$(cd "$tree" && find . -name 'lib*.so.*' ! -path '*/xtables/*' | sed 's/^\.//' | sort)
-names=$(printf '%s\n' "$libraries" | sed 's|.*/||')
-for multi in xtables-legacy-multi xtables-nft-multi; do
-	put "/usr/sbin/$multi"
-	need "/usr/sbin/$multi"
-done
-# The loader by the name that the binaries hold, which may be a link in the tree.
-interpreter=$(LC_ALL=C grep -aom1 '/lib[0-9a-z]*/ld-linux[-0-9a-z_]*\.so\.[0-9]' "$tree/usr/sbin/xtables-nft-multi")
-mkdir -p "$rootfs$(dirname "$interpreter")"
-cp -L "$tree$loader" "$rootfs$interpreter"
-# All of them: our rules need two, but iptables lists no rule of others whose extension it lacks.
-for extension in $(cd "$tree$extensions" && ls libxt_*.so libipt_*.so); do
-	put "$extensions/$extension"
-	need "$extensions/$extension"
-done
-ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables-nft"
-ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
-ln -s xtables-legacy-multi "$rootfs/usr/sbin/iptables-legacy"
-[ "$arch" != "$(dpkg --print-architecture)" ] || for name in iptables-nft iptables-legacy; do
-	chroot "$rootfs" /usr/sbin/$name --version >/dev/null || { echo "rootfs.sh: $name does not start in $rootfs" >&2; exit 1; }
-done
+
+# choose puts all that comes from the packages into a directory.
+choose() { # <directory>
+	rootfs=$1.new
+	rm -rf "$rootfs"
+	mkdir -p "$rootfs/usr/sbin" "$rootfs/run/docker/plugins" "$rootfs/host/run" "$rootfs/host/proc/sys/net" "$rootfs/data" \
+		"$rootfs/proc" "$rootfs/sys" "$rootfs/dev" "$rootfs/etc" "$rootfs/tmp"
+	extensions=$(dirname "$(find_one libxt_mark.so)")
+	loader=$(find_one 'ld-linux*.so.*')
+	libraries=$(cd "$tree" && find . -name 'lib*.so.*' ! -path '*/xtables/*' | sed 's/^\.//' | sort)
+	names=$(printf '%s\n' "$libraries" | sed 's|.*/||')
+	for multi in xtables-legacy-multi xtables-nft-multi; do
+		put "/usr/sbin/$multi"
+		need "/usr/sbin/$multi"
+	done
+	# The loader by the name that the binaries hold, which may be a link in the tree.
+	interpreter=$(LC_ALL=C grep -aom1 '/lib[0-9a-z]*/ld-linux[-0-9a-z_]*\.so\.[0-9]' "$tree/usr/sbin/xtables-nft-multi")
+	mkdir -p "$rootfs$(dirname "$interpreter")"
+	cp -L "$tree$loader" "$rootfs$interpreter"
+	# All of them: our rules need two, but iptables lists no rule of others whose extension it lacks.
+	for extension in $(cd "$tree$extensions" && ls libxt_*.so libipt_*.so); do
+		put "$extensions/$extension"
+		need "$extensions/$extension"
+	done
+	ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables-nft"
+	ln -s xtables-nft-multi "$rootfs/usr/sbin/iptables"
+	ln -s xtables-legacy-multi "$rootfs/usr/sbin/iptables-legacy"
+	[ "$arch" != "$(dpkg --print-architecture)" ] || for name in iptables-nft iptables-legacy; do
+		chroot "$rootfs" /usr/sbin/$name --version >/dev/null || { echo "rootfs.sh: $name does not start in $rootfs" >&2; exit 1; }
+	done
+	rm -rf "$1"
+	mv "$rootfs" "$1"
+}
+
+mkdir -p "$(dirname "$final")" "$(dirname "$cache")"
+cache=$(cd "$(dirname "$cache")" && pwd)/$(basename "$cache")
+exec 9>"$cache.lock"
+flock 9 # two makes at once
+fetch
+tree=$cache/tree
+[ -n "$(find "$cache/rootfs" -maxdepth 0 -newer "$0" 2>/dev/null)" ] || choose "$cache/rootfs"
+rm -rf "$final.new"
+cp -R -P -p "$cache/rootfs" "$final.new"
+cp "$binary" "$final.new/azure-vnet-plugin"
+cp -R "$cni" "$final.new/cni"
 rm -rf "$final"
-mv "$rootfs" "$final"
+mv "$final.new" "$final"
