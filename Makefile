@@ -33,8 +33,8 @@ rootfs: build cni ## builds build/plugin for docker plugin create; iptables come
 	cp config.json $(plugin)/config.json
 
 .PHONY: dist
-dist: ## builds the CNI package's archives and SHA256SUMS in dist/; VERSION=v1.0.0 names the release
-	scripts/dist.sh archives $(VERSION) dist
+dist: ## builds the CNI package's archives and SHA256SUMS in dist/, one for each of ARCHS; VERSION=v1.0.0 names the release
+	scripts/dist.sh archives $(VERSION) dist $(ARCHS)
 
 ##: using
 

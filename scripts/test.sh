@@ -26,10 +26,9 @@ if [ $# -gt 0 ]; then
 else
 	# The race detector watches the packages whose goroutines share memory. Those of bridge share the kernel. They take
 	# most of the time, so make soak watches them. The tests below test/ start the product as users do, built without it.
-	# The tests of a package wait more than they work, so six run at once. Those below test/ start engines, and two are
-	# enough for two cores.
+	# Two cores are busy with few tests at once. The longest packages begin first.
 	watched=$("$go" list ./... | grep -v '/bridge\|/vnetsim\|/test' | tr '\n' ' ')
-	set -- "status=0; $race -parallel 6 $watched || status=1; $run -parallel 6 ./bridge/... ./internal/vnetsim/... || status=1
-		$run -parallel 2 ./test/... || status=1; exit \$status"
+	set -- "status=0; $race -parallel 6 $watched || status=1
+		$run -parallel 3 ./test/docker ./test/host ./bridge/... ./internal/vnetsim/... ./test/... || status=1; exit \$status"
 fi
 exec "$go" tool gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg --raw-command -- sh -c "$1"

@@ -196,17 +196,6 @@ func (h Host) Container(network, name, command string, arg ...string) netip.Addr
 	return h.Address(name)
 }
 
-// Address is a running container's.
-func (h Host) Address(container string) netip.Addr {
-	h.T.Helper()
-	out := h.Docker("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
-	addr, err := netip.ParseAddr(out)
-	if err != nil {
-		h.T.Fatalf("%s on %s has no address: %v", container, h.Name, err)
-	}
-	return addr
-}
-
 // state is what a VM holds of containers: nothing of it may outlive them.
 type state struct {
 	Leases      []string // addresses
@@ -277,10 +266,12 @@ func (h Host) Forgotten() {
 // Eventually polls until ok, for as long as a thing that heals may take.
 func Eventually(t *testing.T, what string, within time.Duration, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(within); !ok(); time.Sleep(100 * time.Millisecond) {
+	pause := 50 * time.Millisecond
+	for deadline := time.Now().Add(within); !ok(); time.Sleep(pause) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within %v: %s", within, what)
 		}
+		pause = min(pause*3/2, time.Second) // who asks takes CPU time from what is awaited
 	}
 }
 

@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -63,20 +65,31 @@ type Place struct {
 	Addr   netip.Addr
 	Prefix []string // begins a command that runs there
 	Host   Host
+
+	container string // of the VM's engine, empty elsewhere
 }
 
 // Try runs a command there.
 func (p Place) Try(arg ...string) (string, error) {
-	all := append(append([]string{}, p.Prefix...), arg...)
+	all := append(slices.Clone(p.Prefix), arg...)
+	if p.container != "" {
+		c, err := p.Host.inspect(p.container)
+		if err != nil {
+			return "", err
+		}
+		all = append([]string{"nsenter", "-t", strconv.Itoa(c.State.Pid), "-m", "-n", "-u", "-i", "-p"}, all...)
+	}
 	return p.Host.Try(all[0], all[1:]...)
 }
 
 // OnHost is the VM itself.
-func OnHost(h Host) Place { return Place{h.Name, h.Primary, []string{"busybox"}, h} }
+func OnHost(h Host) Place {
+	return Place{Name: h.Name, Addr: h.Primary, Prefix: []string{"busybox"}, Host: h}
+}
 
-// InContainer is a Docker container.
+// InContainer is a Docker container. Commands enter its namespaces: docker exec takes twenty times the CPU time.
 func InContainer(h Host, name string, addr netip.Addr) Place {
-	return Place{name, addr, []string{Client, "exec", name}, h}
+	return Place{Name: name, Addr: addr, Host: h, container: name}
 }
 
 // Fetch prints what an HTTP server answers. A server that has just been started may not listen yet, so it asks for two

@@ -136,6 +136,7 @@ type ExitError struct {
 	text   string
 }
 
+// Error is the text that exec.ExitError has.
 func (e *ExitError) Error() string { return e.text }
 
 // Exec runs a command as Command does, with an environment and a standard input. A nil environment is this process's. Exec

@@ -106,50 +106,13 @@ func (r *runner) run(ctx context.Context, env []string, stdin []byte, args []str
 	if env == nil {
 		env = os.Environ()
 	}
-	packet, err := json.Marshal(order{args, env})
+	files, back, err := r.order(order{args, env}, stdin)
 	if err != nil {
 		return "", "", err
 	}
-	in, feed, err := os.Pipe()
-	if err != nil {
-		return "", "", err
-	}
-	go func() {
-		feed.Write(stdin)
-		feed.Close()
-	}()
-	files := []*os.File{in}
-	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
-	}()
-	for range 2 {
-		fd, err := unix.MemfdCreate("output", unix.MFD_CLOEXEC)
-		if err != nil {
-			return "", "", err
-		}
-		files = append(files, os.NewFile(uintptr(fd), "output"))
-	}
-	mine, its, err := packets()
-	if err != nil {
-		return "", "", err
-	}
-	files = append(files, its)
-	back, err := unixConn(mine)
-	if err != nil {
-		return "", "", err
-	}
+	defer files[0].Close()
+	defer files[1].Close()
 	defer back.Close()
-	var fds []int
-	for _, f := range files {
-		fds = append(fds, int(f.Fd()))
-	}
-	if _, _, err := r.conn.WriteMsgUnix(packet, unix.UnixRights(fds...), nil); err != nil {
-		return "", "", fmt.Errorf("the VM's runner is gone: %w", err)
-	}
-	in.Close() // a command that reads nothing ends the writer
-	its.Close()
 	defer context.AfterFunc(ctx, func() {
 		back.CloseWrite()
 		back.SetReadDeadline(time.Now().Add(5 * time.Second))
@@ -170,7 +133,44 @@ func (r *runner) run(ctx context.Context, env []string, stdin []byte, args []str
 	case e.Status != 0:
 		err = &ExitError{e.Status, fmt.Sprintf("exit status %d", e.Status)}
 	}
-	return content(files[1]), content(files[2]), err
+	return content(files[0]), content(files[1]), err
+}
+
+// order sends an order. It returns the files of the command's output, and the socket on which the ending comes.
+func (r *runner) order(o order, stdin []byte) (files [2]*os.File, back *net.UnixConn, err error) {
+	packet, err := json.Marshal(o)
+	if err != nil {
+		return files, nil, err
+	}
+	for i := range files {
+		fd, err := unix.MemfdCreate("output", unix.MFD_CLOEXEC)
+		if err != nil {
+			return files, nil, err
+		}
+		files[i] = os.NewFile(uintptr(fd), "output")
+	}
+	in, feed, err := os.Pipe()
+	if err != nil {
+		return files, nil, err
+	}
+	defer in.Close() // a command that reads nothing ends the writer
+	go func() {
+		feed.Write(stdin)
+		feed.Close()
+	}()
+	mine, its, err := packets()
+	if err != nil {
+		return files, nil, err
+	}
+	defer its.Close()
+	if back, err = unixConn(mine); err != nil {
+		return files, nil, err
+	}
+	rights := unix.UnixRights(int(in.Fd()), int(files[0].Fd()), int(files[1].Fd()), int(its.Fd()))
+	if _, _, err := r.conn.WriteMsgUnix(packet, rights, nil); err != nil {
+		return files, nil, fmt.Errorf("the VM's runner is gone: %w", err)
+	}
+	return files, back, nil
 }
 
 // content reads a file from its start.

@@ -16,6 +16,9 @@ import (
 // boot until docker start, though the plugin is enabled again.
 func TestABootWithThePluginDisabled(t *testing.T) {
 	t.Parallel() // it mostly waits
+	if !test.Soaking {
+		t.Skip("the engine alone waits for a minute and a half: make soak")
+	}
 	vnet, vms := test.NewVNet(t, vnetsim.VMConfig{Secondaries: 2})
 	h := vms[0]
 	h.WithPlugin("COOL_DOWN=0s")

@@ -90,6 +90,9 @@ func TestWhatHangsHoldsNobodyUp(t *testing.T) {
 		failsInTime(deaf, "no answer from", "network", "create", "-d", test.Plugin, "--ipam-driver", test.Plugin, "--subnet", deaf.Prefix.String(), "azure")
 	})
 	t.Run("an engine that hangs is none of the plugin's business", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("takes long: make soak")
+		}
 		h := h.In(t)
 		resume, err := h.HangDocker(t.Context())
 		if err != nil {
@@ -110,6 +113,9 @@ func TestWhatHangsHoldsNobodyUp(t *testing.T) {
 		holds(h, 1)
 	})
 	t.Run("no source answers: the engine ends all the same", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("takes long: make soak")
+		}
 		h := h.In(t)
 		h.Container("azure", "two", "sleep 100000")
 		h.Container("azure", "three", "sleep 100000")

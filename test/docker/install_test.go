@@ -121,6 +121,9 @@ func TestThePluginComesFromARegistry(t *testing.T) {
 		})
 	})
 	t.Run("make install puts another build in its place", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("TestEveryRestart does much the same: make soak")
+		}
 		change(t, "the replaced plugin", current, func(h test.Host) {
 			runMake(h, "install", "PREFIX=/run/prefix")
 			h.Docker("plugin", "disable", "-f", test.Plugin) // change enables it

@@ -23,7 +23,7 @@ import (
 func TestThePluginIsKilledInMidCall(t *testing.T) {
 	t.Parallel()
 	const workers = 4
-	kills := 2
+	kills := 1
 	if test.Soaking {
 		kills = 20
 	}

@@ -79,8 +79,8 @@ func TestRecordedEngines(t *testing.T) {
 	t.Parallel()
 	for _, engine := range []string{"20.10", "28", "29"} {
 		t.Run("engine-"+engine, func(t *testing.T) {
-			if engine == "20.10" && !test.Soaking {
-				t.Skip("the other tests run this engine itself: make soak")
+			if engine != "29" && !test.Soaking {
+				t.Skip("the newest one runs: make soak")
 			}
 			t.Parallel()
 			recorded := recordedOf(t, engine)

@@ -49,9 +49,10 @@ var misfortunes = []struct {
 	happen func(h test.Host, meanwhile func())
 	ends   bool // every container
 	lossy  bool // the engine goes on meanwhile, so its calls are lost
+	soak   bool // much like another one, so that make soak alone has it
 }{
 	{name: "the plugin is killed", happen: func(h test.Host, meanwhile func()) { killPlugin(h); meanwhile() }},
-	{name: "the plugin is disabled and enabled", lossy: true, happen: func(h test.Host, meanwhile func()) {
+	{name: "the plugin is disabled and enabled", soak: true, lossy: true, happen: func(h test.Host, meanwhile func()) {
 		h.Docker("plugin", "disable", "-f", test.Plugin)
 		meanwhile()
 		h.Docker("plugin", "enable", test.Plugin)
@@ -62,16 +63,16 @@ var misfortunes = []struct {
 		build := filepath.Join(test.Top, "build")
 		h.Must(filepath.Join(test.Top, "scripts", "plugin.sh"), "install", build+"/plugin", build+"/azure-vnet-plugin", "/run/prefix")
 	}},
-	{name: "dockerd gets SIGTERM", ends: true, happen: func(h test.Host, _ func()) {
+	{name: "dockerd gets SIGTERM", soak: true, ends: true, happen: func(h test.Host, _ func()) {
 		stopEngine(h, syscall.SIGTERM)
 		h.StartEngine()
 	}},
-	{name: "dockerd is killed", ends: true, happen: func(h test.Host, meanwhile func()) {
+	{name: "dockerd is killed", soak: true, ends: true, happen: func(h test.Host, meanwhile func()) {
 		stopEngine(h, syscall.SIGKILL)
 		meanwhile()
 		h.StartEngine()
 	}},
-	{name: "dockerd and the plugin are killed", ends: true, happen: func(h test.Host, meanwhile func()) {
+	{name: "dockerd and the plugin are killed", soak: true, ends: true, happen: func(h test.Host, meanwhile func()) {
 		stopEngine(h, syscall.SIGKILL)
 		killPlugin(h)
 		meanwhile()
@@ -81,12 +82,12 @@ var misfortunes = []struct {
 		stopEngine(h, syscall.SIGTERM)
 		h.StartEngine("--live-restore")
 	}},
-	{name: "dockerd gets SIGTERM under live-restore", happen: func(h test.Host, meanwhile func()) {
+	{name: "dockerd gets SIGTERM under live-restore", soak: true, happen: func(h test.Host, meanwhile func()) {
 		stopEngine(h, syscall.SIGTERM)
 		meanwhile()
 		h.StartEngine("--live-restore")
 	}},
-	{name: "dockerd is killed under live-restore", happen: func(h test.Host, meanwhile func()) {
+	{name: "dockerd is killed under live-restore", soak: true, happen: func(h test.Host, meanwhile func()) {
 		stopEngine(h, syscall.SIGKILL)
 		meanwhile()
 		h.StartEngine("--live-restore")
@@ -127,6 +128,9 @@ func TestEveryRestart(t *testing.T) {
 	}
 	for _, m := range misfortunes {
 		t.Run(m.name, func(t *testing.T) {
+			if m.soak && !test.Soaking {
+				t.Skip("one much like it runs: make soak")
+			}
 			h := h.In(t)
 			died := false
 			before, pid := h.Address("always").String(), h.Docker("inspect", "-f", "{{.State.Pid}}", "once")
