@@ -15,7 +15,7 @@ unformatted=$("$go" list -f '{{.Dir}}' ./... | xargs "$(dirname "$("$go" env GOR
 "$go" vet ./...
 "$go" tool staticcheck ./...
 # These packages need no Linux kernel, so they compile everywhere.
-GOOS=windows "$go" vet ./pool ./internal/cni ./internal/statefile
+GOOS=windows "$go" vet ./pool ./internal/cni ./internal/plan ./internal/statefile
 
 # Each package's tests begin on a machine that booted a second ago.
 run="$go test -json -exec '$PWD/scripts/young.sh' -timeout 40m"

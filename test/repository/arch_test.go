@@ -51,6 +51,7 @@ var arrows = map[string][]string{
 	"azurevnet/internal/lender":           {"bridge", "internal/cni", "internal/upkeep", "pool"},
 	"azurevnet/internal/failure":          {},
 	"azurevnet/internal/dump":             {},
+	"azurevnet/internal/plan":             {},
 	"azurevnet/internal/statefile":        {},
 	"azurevnet/internal/vnetsim":          {},
 	"azurevnet/internal/vnetsim/vnetsim":  {"internal/vnetsim"},
@@ -70,6 +71,7 @@ var foreign = map[string][]string{
 	"azurevnet/bridge":             {"github.com/docker/", "github.com/containernetworking/", "github.com/sirupsen/", "net/http"},
 	"azurevnet/pool":               {"github.com/docker/", "github.com/containernetworking/", "github.com/sirupsen/", "os/exec"},
 	"azurevnet/internal/statefile": {"github.com/docker/", "github.com/sirupsen/", "net", "os/exec"},
+	"azurevnet/internal/plan":      {"github.com/spf13/", "net", "os", "os/exec"},
 }
 
 type goPackage struct {

@@ -37,6 +37,7 @@ var fuzzed = map[string][]string{
 	"the nft rules of others":                       {"bridge/internal/nfnl.FuzzRule"},
 	"our own nft tables, as the kernel tells them":  {"bridge/internal/ruleset.FuzzReadBack", "bridge/internal/ruleset.FuzzVerdict"},
 	"sockets, as the kernel tells them":             {"bridge/internal/listen.FuzzInetDiag"},
+	"the definition of a cluster":                   {"internal/plan.FuzzRead"},
 	"a question to the simulated DNS":               {"internal/vnetsim.FuzzDNSReply"},
 }
 
