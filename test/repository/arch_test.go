@@ -47,6 +47,7 @@ var arrows = map[string][]string{
 	"azurevnet/pool":                      {"internal/dump", "internal/statefile"},
 	"azurevnet/cmd/azure-vnet":            {"bridge", "internal/cni", "internal/dump", "internal/lender", "internal/upkeep", "pool"},
 	"azurevnet/cmd/azure-vnet-ipam":       {"internal/cni", "internal/lender", "pool"},
+	"azurevnet/cmd/azure-vnetctl":         {"internal/plan"},
 	"azurevnet/internal/cni":              {"internal/failure", "internal/statefile"},
 	"azurevnet/internal/lender":           {"bridge", "internal/cni", "internal/upkeep", "pool"},
 	"azurevnet/internal/failure":          {},
