@@ -20,8 +20,9 @@ help: ## lists the targets
 ##: building
 
 .PHONY: build
-build: ## builds the static binary, build/azure-vnet-plugin; ARCH=arm64 for another architecture
+build: ## builds the static binaries azure-vnet-plugin and azure-vnetctl in build; ARCH=arm64 for another architecture
 	CGO_ENABLED=0 GOARCH=$(ARCH) $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) .
+	CGO_ENABLED=0 GOARCH=$(ARCH) $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(out)/azure-vnetctl ./cmd/azure-vnetctl
 
 .PHONY: cni
 cni: ## builds the files of the CNI package, build/cni

@@ -10,7 +10,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 go=$(command -v go || echo /usr/local/go/bin/go)
-files="10-azure.conflist azure-vnet azure-vnet-ipam loopback portmap" # sorted
+files="10-azure.conflist azure-vnet azure-vnet-ipam azure-vnetctl loopback portmap" # sorted
 export LC_ALL=C
 
 build() { # <architecture> <file> <package> <variable=value>
@@ -24,10 +24,11 @@ content() { # <version> <architecture> <directory>
 	release=$("$go" list -C "$here" -m -f '{{.Version}}' $plugins)
 	build "$2" "$dir/azure-vnet" ./cmd/azure-vnet "main.version=$1"
 	build "$2" "$dir/azure-vnet-ipam" ./cmd/azure-vnet-ipam "main.version=$1"
+	build "$2" "$dir/azure-vnetctl" ./cmd/azure-vnetctl "main.version=$1"
 	build "$2" "$dir/portmap" $plugins/plugins/meta/portmap "$plugins/pkg/utils/buildversion.BuildVersion=$release"
 	build "$2" "$dir/loopback" $plugins/plugins/main/loopback "$plugins/pkg/utils/buildversion.BuildVersion=$release"
 	cp "$here/cni/10-azure.conflist" "$dir/"
-	(cd "$dir" && chmod 755 azure-vnet azure-vnet-ipam portmap loopback && chmod 644 10-azure.conflist)
+	(cd "$dir" && chmod 755 azure-vnet azure-vnet-ipam azure-vnetctl portmap loopback && chmod 644 10-azure.conflist)
 }
 
 archives() { # <version> <directory> [architecture…]

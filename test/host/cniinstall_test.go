@@ -121,6 +121,7 @@ func checkArchive(t *testing.T, name string, archive []byte, machine elf.Machine
 		"-rw-r--r-- 0/0 0 10-azure.conflist",
 		"-rwxr-xr-x 0/0 0 azure-vnet",
 		"-rwxr-xr-x 0/0 0 azure-vnet-ipam",
+		"-rwxr-xr-x 0/0 0 azure-vnetctl",
 		"-rwxr-xr-x 0/0 0 loopback",
 		"-rwxr-xr-x 0/0 0 portmap",
 	}
