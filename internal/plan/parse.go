@@ -62,6 +62,11 @@ func printable(text string) string {
 	if len(text) > most {
 		text = strings.ToValidUTF8(text[:most], "") + "..."
 	}
+	return inASCII(text)
+}
+
+// inASCII returns a text with escapes for control characters and for all that is not ASCII.
+func inASCII(text string) string {
 	quoted := strconv.QuoteToASCII(text)
 	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
 }
@@ -100,7 +105,7 @@ func parse(text []byte) (root *value, offset int, err error) {
 // explainSyntax returns what is wrong without text of the file, which may be a secret, but for one character.
 func explainSyntax(err error) error {
 	if said := err.Error(); strings.HasPrefix(said, "invalid character ") {
-		return errors.New(said)
+		return errors.New(inASCII(said))
 	}
 	return errors.New("invalid string or number")
 }
