@@ -37,10 +37,8 @@ func (r *report) checkSubnetIDs(d *definition) {
 			r.fault(id, "this pool names no subnet, and the masters do", "name a subnet for the masters and for each pool, or for none")
 		case named && r.checkVNet(id, vnet) && !strings.EqualFold(id.text, ofMasters.text):
 			d.Pools[i].elsewhere = true
-			if !d.scaleSet || !strings.EqualFold(id.text, d.profile.get("agentVnetSubnetId").text) {
-				r.warn(id, "this pool is in another subnet than the masters, whose size the definition does not say; "+
-					"its addresses are counted as if they were in clusterSubnet", "see that this subnet has room for the pool")
-			}
+			r.warn(id, "this pool is in another subnet than the masters, and the definition does not say its size; "+
+				"the pool is counted as if it were in clusterSubnet", "see that its subnet has room for it")
 		}
 	}
 }

@@ -156,7 +156,7 @@ func TestEachFaultHasItsPlace(t *testing.T) {
 		{"an id with a blank part", []string{"/resourcegroups/r/", "/resourcegroups//"}, "25:21 wrong agentPoolProfiles[1].vnetSubnetId: this is no id of a subnet"},
 		{"another VNet", []string{"/virtualnetworks/v/", "/virtualnetworks/w/"}, "25:21 wrong agentPoolProfiles[1].vnetSubnetId: this subnet is in another VNet than the masters"},
 		{"another subnet", []string{"/virtualnetworks/v/subnets/a", "/virtualnetworks/v/subnets/b"},
-			"25:21 warning agentPoolProfiles[1].vnetSubnetId: this pool is in another subnet than the masters, whose size the definition does not say; its addresses are counted as if they were in clusterSubnet"},
+			"25:21 warning agentPoolProfiles[1].vnetSubnetId: this pool is in another subnet than the masters, and the definition does not say its size; the pool is counted as if it were in clusterSubnet"},
 
 		{"a subnet too small", []string{"10.0.0.0/24", "10.0.0.0/25", "10.0.0.239", "10.0.0.100"}, "6:22 does not fit orchestratorProfile.kubernetesConfig.clusterSubnet: 197 addresses are needed, and 10.0.0.0/25 has 123"},
 		{"no room for an upgrade", []string{`"count": 2`, `"count": 3`}, "6:22 warning orchestratorProfile.kubernetesConfig.clusterSubnet: an upgrade needs 31 addresses for one more node, and 23 are left"},
