@@ -96,7 +96,7 @@ func TestAttachRefuses(t *testing.T) {
 // that the container began or answers, and no other.
 func TestDetachForgetsFlows(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -115,7 +115,7 @@ func TestDetachForgetsFlows(t *testing.T) {
 // Check names what of one attachment is broken, and of no other.
 func TestCheck(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

@@ -13,7 +13,7 @@ import (
 // for some time after it has a port the kernel drops what it sends.
 func TestTheFirstContainerIsReachedAtOnce(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

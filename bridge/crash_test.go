@@ -205,7 +205,7 @@ func checkHalfDone(t *testing.T, h *host, e Endpoint) {
 // A link that a dead detach has left is known as ours, also if somebody took it out of its group before.
 func TestADeadDetachLeavesItsMark(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -223,7 +223,7 @@ func TestADeadDetachLeavesItsMark(t *testing.T) {
 // A process that is killed in the middle of a call holds nobody up: not by a lock, and not by what it left.
 func TestKilledCallIsFinished(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		nothing := h.kernelState()
@@ -271,7 +271,7 @@ func TestKilledCallIsFinished(t *testing.T) {
 // reconcile, or taken away by RemoveAll, wherever it was. So is a RemoveAll that dies.
 func TestHalfPreparedIsFinished(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
 		if mode == ModeBridge { // iptables is slow

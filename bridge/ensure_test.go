@@ -169,7 +169,7 @@ func TestEnsureRefusesATakenHost(t *testing.T) {
 // A macvlan on the NIC disturbs nothing of ours, and stays as it is.
 func TestEnsureStandsBesideAMacvlan(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.ip("link add link eth0 name mv0 type macvlan mode bridge", "link set mv0 up")
@@ -228,7 +228,7 @@ func TestEnsureWaitsForNobodyAndIsNotBlind(t *testing.T) {
 // of their own.
 func TestOneOfManyCallsPreparesTheNIC(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
 		var asked atomic.Int32

@@ -245,7 +245,7 @@ func (w watching) drain() {
 // Rules of legacy iptables tell nobody, and are looked at in each round. A policy of DROP breaks nothing.
 func TestLegacyForwardIsMended(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -295,7 +295,7 @@ func TestReconcileHealsWithoutIptables(t *testing.T) {
 // it. Until then its containers keep their place.
 func TestALostPolicyIsLearntAgain(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -326,7 +326,7 @@ func TestALostPolicyIsLearntAgain(t *testing.T) {
 // A secondary address that comes up on the host is named, with the remedy, and is the administrator's to take away.
 func TestTheHostHoldsAContainersAddress(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -358,7 +358,7 @@ func TestTheHostHoldsAContainersAddress(t *testing.T) {
 // when it is back all is as it was.
 func TestTheNICIsTakenAtRunTime(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -427,7 +427,7 @@ func TestWatchKeepsQuiet(t *testing.T) {
 // No round changes anything in a container.
 func TestAContainersMACIsChanged(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

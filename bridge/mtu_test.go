@@ -71,7 +71,7 @@ func (h *host) withMTU(n int, mode Mode, mtu int, ports ...PublishedPort) *conta
 // large is answered, and nothing vanishes.
 func TestMTU(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3, MTU: 9000}, vnetsim.VMConfig{Secondaries: 1, MTU: 9000})
 		h, peer := hosts[0], hosts[1]
 		const internetPort = 7070
@@ -176,7 +176,7 @@ func TestMTU(t *testing.T) {
 // An MTU that is larger than the NIC's is refused: larger packets would vanish.
 func TestMTUOfMoreThanTheNIC(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

@@ -70,7 +70,7 @@ func TestTwoNICs(t *testing.T) {
 	t.Parallel()
 	for name, subnet := range map[string]netip.Prefix{"own subnet": secondSubnet, "same subnet": {}} {
 		t.Run(name, func(t *testing.T) {
-			inBothModes(t, func(t *testing.T, mode Mode) {
+			inOneMode(t, func(t *testing.T, mode Mode) {
 				v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: subnet, Secondaries: 2}}},
 					vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{Subnet: secondSubnet, Secondaries: 1})
 				h := hosts[0]
@@ -117,7 +117,7 @@ func TestTwoNICs(t *testing.T) {
 // reach each other.
 func TestVPNRoutesKeepTheirPlace(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)

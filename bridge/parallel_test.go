@@ -18,7 +18,7 @@ import (
 // one address exactly one has it.
 func TestAttachAtOnce(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -90,7 +90,7 @@ func TestAttachAtOnce(t *testing.T) {
 // owner, nor those of owners with an address each.
 func TestOneInterfaceAtOnce(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 4})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

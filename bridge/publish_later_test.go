@@ -106,7 +106,7 @@ func TestPortsAreClaimedThenPublished(t *testing.T) {
 // them back changes nothing of that.
 func TestLostClaimsAreNamed(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

@@ -35,7 +35,7 @@ func tcpAndUDP(at netip.Addr, tcp, udp uint16) []PublishedPort {
 // the answer would not find: the host's 127.0.0.1, and the container itself.
 func TestPublishedPortsAreReached(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3}, vnetsim.VMConfig{Secondaries: 1})
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))
@@ -307,7 +307,7 @@ func TestPortConflicts(t *testing.T) {
 // Ports outlive a flushed ruleset, a lost host.json and a lost bridge.
 func TestPortsAreRestored(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))
@@ -363,7 +363,7 @@ func sortedPorts(ports []PublishedPort) (out []string) {
 // Ports end with their container, also when it died with its namespace, and another has them at once.
 func TestPortsEndWithTheContainer(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))
@@ -420,7 +420,7 @@ func (c *container) endpointElsewhere(mode Mode) Endpoint {
 // another container has the port.
 func TestDatagramsFindTheNewContainer(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

@@ -63,8 +63,8 @@ func inBothModes(t *testing.T, test func(t *testing.T, mode Mode)) {
 	inModes(t, Modes, test)
 }
 
-// inOneMode is for tests that are slow, and in which the modes hardly differ. make test runs half of these tests in each
-// mode, and make soak all in both.
+// inOneMode is for tests in which the modes hardly differ. make test runs half of these tests in each mode, and make soak
+// all in both.
 func inOneMode(t *testing.T, test func(t *testing.T, mode Mode)) {
 	t.Helper()
 	modes := Modes

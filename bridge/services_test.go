@@ -120,7 +120,7 @@ func (c *cluster) unload() {
 // stays out of reach whatever leads there. The fabric sees nothing that it has to refuse.
 func TestServices(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		c := newCluster(t, mode)
 		for _, proxy := range proxyModes {
 			proxy.load(c)

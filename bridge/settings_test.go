@@ -117,7 +117,7 @@ func TestSettingsOfOthers(t *testing.T) {
 // small for it. Containers still come, and rounds still mend. IPv6 that is on where it must be off is named.
 func TestIPv6IsSwitchedAtRunTime(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

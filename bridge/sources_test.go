@@ -89,7 +89,7 @@ func TestTwoInterfacesOfOneContainer(t *testing.T) {
 // An interface that somebody else made in the container gets no rule and no table of ours.
 func TestAnInterfaceOfOthersBeside(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.mustEnsure(h.spec(mode))

@@ -54,7 +54,7 @@ func TestAForeignAddressOnTheNIC(t *testing.T) {
 // Links with the NIC's MAC, such as those of a virtual switch, are not taken for the NIC.
 func TestOtherLinksHaveTheNICsMAC(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.mustEnsure(h.spec(mode))
@@ -172,7 +172,7 @@ func TestThePrimaryNICIsDown(t *testing.T) {
 // A bridge of somebody else's whose name begins as ours do is none of our business.
 func TestABridgeOfOthersThatIsNamedLikeOurs(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1})
 		h := hosts[0]
 		h.ip("link add azure-dev type bridge", "link add veth9 master azure-dev type veth peer name veth8", "link set azure-dev up")

@@ -190,7 +190,7 @@ func TestRemoveUpstreamLink(t *testing.T) {
 // Only DEL removes what Azure's own azure-vnet attached: no round does, nor does what it calls broken.
 func TestReconcileLeavesUpstreamsLinks(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		_, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3})
 		h := hosts[0]
 		pod := h.upstreamPod(0, upstreamPodLink)
@@ -221,7 +221,7 @@ const upstreamRulesOf2018 = `-A PREROUTING -p ARP --arp-op Request --arp-ip-dst 
 // that delete them. These delete nothing else. Nobody but a person deletes them, and containers do without.
 func TestUpstreamsRulesAreNamed(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 2}, vnetsim.VMConfig{})
 		h := hosts[0]
 		const others = "-i vnet0 -j DROP"

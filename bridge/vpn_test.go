@@ -78,7 +78,7 @@ func TestWireGuardTakesEverything(t *testing.T) {
 // addresses that node-local-dns makes on the host, by its rules, which keep packets from connection tracking.
 func TestContainersReachWhatTheHostReaches(t *testing.T) {
 	t.Parallel()
-	inBothModes(t, func(t *testing.T, mode Mode) {
+	inOneMode(t, func(t *testing.T, mode Mode) {
 		v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 1, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 1}}}, vnetsim.VMConfig{})
 		h, peer := hosts[0], hosts[1]
 		h.ensureAll(mode)

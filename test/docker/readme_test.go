@@ -104,6 +104,9 @@ func TestReadmeDevelopment(t *testing.T) {
 // TestDockerDocOnAVM runs docs/docker.md on a VM that has nothing but an engine,
 // with a registry on another.
 func TestDockerDocOnAVM(t *testing.T) {
+	if !test.Soaking {
+		t.Skip("TestReadmeOnAVM and TestThePluginComesFromARegistry run much of it: make soak")
+	}
 	const doc = "docs/docker.md"
 	if _, err := test.BuildPlugin(); err != nil {
 		t.Fatal(err)

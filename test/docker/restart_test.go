@@ -57,7 +57,7 @@ var misfortunes = []struct {
 		meanwhile()
 		h.Docker("plugin", "enable", test.Plugin)
 	}},
-	{name: "the plugin is replaced by another build", lossy: true, happen: func(h test.Host, meanwhile func()) {
+	{name: "the plugin is replaced by another build", soak: true, lossy: true, happen: func(h test.Host, meanwhile func()) {
 		h.Docker("plugin", "disable", "-f", test.Plugin)
 		meanwhile()
 		build := filepath.Join(test.Top, "build")

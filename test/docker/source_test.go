@@ -134,6 +134,9 @@ cat >/run/interfaces.json <<END
 {"Interfaces":[{"MacAddress":"%s","IsPrimary":true,"IPSubnets":[{"Prefix":"%s","IPAddresses":[{"Address":"%s","IsPrimary":true},{"Address":"%s"}]}]}]}
 END`, vnetsim.HostAgentAddr, agent, h.Primary, strings.ToUpper(strings.ReplaceAll(h.MAC, ":", "")), h.Prefix, h.Primary, one))
 	t.Run("each is asked alone", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("takes long: make soak")
+		}
 		defer fail(t, vnetsim.Healthy, vnetsim.Healthy)
 		for _, c := range []struct {
 			settings    []string

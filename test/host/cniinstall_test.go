@@ -50,6 +50,9 @@ func archive() string { return "azure-vnet-cni-linux-" + runtime.GOARCH + "-v1.0
 
 func TestDistIsReproducibleForEveryArchitecture(t *testing.T) {
 	t.Parallel()
+	if !test.Soaking {
+		t.Skip("compiles all twice: make soak")
+	}
 	dir, err := release()
 	if err != nil {
 		t.Fatal(err)
@@ -269,7 +272,7 @@ func TestInstallerFindsTheRuntimeAndLeavesNoTrace(t *testing.T) {
 		}, []string{"/opt/cni/bin"}, []string{"/etc/cni/net.d"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if i%5 != 0 && !test.Soaking {
+			if !test.Soaking && i != 0 && i != 5 {
 				t.Skip("some much like it run: make soak")
 			}
 			shell := []string{"dash", "busybox sh", "bash"}[i/3%3]
@@ -455,7 +458,7 @@ func TestInstallerChangesAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, pkg := readTree(t, image), second.write(t, t.TempDir())
-	for _, c := range []struct {
+	for i, c := range []struct {
 		command string // of the script
 		meddle  string // instead of it, or before it
 		arg     []string
@@ -471,6 +474,9 @@ func TestInstallerChangesAllOrNothing(t *testing.T) {
 		dir := rootFS{
 			c.command: "#!/bin/sh\nn=$(($(cat " + "${0%/*}/calls) + 1))\necho $n >${0%/*}/calls\n[ $n != $AT ] || " + c.meddle + "\nPATH=${PATH#*:}\nexec " + c.command + " \"$@\"\n",
 		}.write(t, t.TempDir())
+		if i%2 == 1 && !test.Soaking {
+			continue
+		}
 		var after rootFS
 		steps := 0
 		if !test.Soaking {

@@ -92,6 +92,9 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 		}
 	})
 	t.Run("interrupted while the NIC is given back, it goes on or is as it was", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("takes long: make soak")
+		}
 		h := h.In(t)
 		h.Must("ip", "netns", "add", "pod")
 		run := func() {
@@ -135,6 +138,9 @@ func TestInstallerOnARunningSystem(t *testing.T) {
 		}
 	})
 	t.Run("another azure-vnet that took its place stays", func(t *testing.T) {
+		if !test.Soaking {
+			t.Skip("takes long: make soak")
+		}
 		h := h.In(t)
 		runInstaller(h, nil, archive)
 		h.Must("sh", "-c", "echo another >/opt/cni/bin/azure-vnet && echo another >/etc/cni/net.d/10-azure.conflist")
