@@ -36,6 +36,8 @@ type path struct {
 	call   string         // of bridge-nf-call-iptables on the VMs of azure-vnet, meanwhile
 
 	turn, rate []float64 // µs of a datagram's round trip; Gbit/s of one TCP connection
+
+	bare *path // the same path before azure-vnet is on the VMs; nil: it is not measured
 }
 
 // pinned keeps both ends of a path on one CPU, so that a figure is what the kernels do for a packet. Else most of it
@@ -85,7 +87,14 @@ func paths(dir, self string, rounds, standing int) error {
 		vms = append(vms, vm)
 	}
 	plain, engine, bridged, routed := vms[:2], vms[2:4], vms[4:6], vms[6:]
-	if err := setUp(engine, vms[4:], dir, self, standing); err != nil {
+	at := func(vm *vnetsim.VM, port string) netip.AddrPort {
+		return netip.MustParseAddrPort(vm.Primary.String() + ":" + port)
+	}
+	bare, err := hostPaths(engine, bridged, routed, self, rounds, at)
+	if err != nil {
+		return err
+	}
+	if err := addPods(vms[4:], dir, self, standing); err != nil {
 		return err
 	}
 	stop, err := startEchoes([]echoAt{{plain[1], ""}, {engine[1], ""}, {bridged[1], ""}, {bridged[1], "c0"}, {bridged[1], "pub"}, {bridged[0], "c1"},
@@ -97,14 +106,11 @@ func paths(dir, self string, rounds, standing int) error {
 	pod := func(vm *vnetsim.VM, name string) netip.AddrPort {
 		return netip.MustParseAddrPort(vm.Secondaries()[slices.Index(podNames, name)].String() + ":" + echoPort)
 	}
-	at := func(vm *vnetsim.VM, port string) netip.AddrPort {
-		return netip.MustParseAddrPort(vm.Primary.String() + ":" + port)
-	}
 	all := []*path{
-		{name: "VMs as an engine has them: the floor", from: engine[0], server: at(engine[1], echoPort)},
+		{name: "VMs as an engine has them: the floor", from: engine[0], server: at(engine[1], echoPort), bare: bare[0]},
 		{name: "plain VMs, as they come", from: plain[0], server: at(plain[1], echoPort)},
-		{name: "host to host, beside bridge containers", from: bridged[0], server: at(bridged[1], echoPort)},
-		{name: "host to host, beside transparent ones", from: routed[0], server: at(routed[1], echoPort)},
+		{name: "host to host, beside bridge containers", from: bridged[0], server: at(bridged[1], echoPort), bare: bare[1]},
+		{name: "host to host, beside transparent ones", from: routed[0], server: at(routed[1], echoPort), bare: bare[2]},
 		{name: "container to container, bridge", from: bridged[0], client: "c0", server: pod(bridged[1], "c0"), call: "0"},
 		{name: "the same, call-iptables 1", from: bridged[0], client: "c0", server: pod(bridged[1], "c0"), call: "1"},
 		{name: "container to container, transparent", from: routed[0], client: "c0", server: pod(routed[1], "c0"), call: "0"},
@@ -125,6 +131,32 @@ func paths(dir, self string, rounds, standing int) error {
 	return nil
 }
 
+// hostPaths makes all these VMs as an engine has them, and measures from host to host before azure-vnet is there. Two pairs
+// of VMs of the same kind differ by some percent, which is more than azure-vnet adds.
+func hostPaths(engine, bridged, routed []*vnetsim.VM, self string, rounds int, at func(*vnetsim.VM, string) netip.AddrPort) (bare []*path, err error) {
+	for _, vm := range slices.Concat(engine, bridged, routed) {
+		if out, err := vm.Run(context.Background(), "sh", "-ec", asAnEngine); err != nil {
+			return nil, fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	stop, err := startEchoes([]echoAt{{engine[1], ""}, {bridged[1], ""}, {routed[1], ""}}, self)
+	defer stop()
+	if err != nil {
+		return nil, err
+	}
+	for _, pair := range [][]*vnetsim.VM{engine, bridged, routed} {
+		bare = append(bare, &path{name: pair[0].Name, from: pair[0], server: at(pair[1], echoPort)})
+	}
+	for range rounds {
+		for _, p := range bare {
+			if err := p.measure(self, nil); err != nil {
+				return nil, fmt.Errorf("%s before azure-vnet: %w", p.name, err)
+			}
+		}
+	}
+	return bare, nil
+}
+
 func printPaths(all []*path, rounds, standing int) {
 	fmt.Printf("\n%-43s %9s %15s %7s %11s %7s   (medians and quartiles of %d rounds; ratios to the floor, round by round; %d other containers a VM)\n",
 		"path", "UDP µs", "quartiles", "ratio", "TCP Gbit/s", "ratio", rounds, standing)
@@ -133,20 +165,22 @@ func printPaths(all []*path, rounds, standing int) {
 		fmt.Printf("%-43s %9.1f %7.1f %7.1f %7.2f %11.2f %7.2f\n", p.name, median(p.turn), turns[len(turns)/4], turns[len(turns)*3/4],
 			median(over(p.turn, all[0].turn)), median(p.rate), median(over(p.rate, all[0].rate)))
 	}
-}
-
-// setUp makes all but the plain VMs as an engine has them, and pods on ours: two VMs of bridge mode, and two of transparent
-// mode.
-func setUp(engine, ours []*vnetsim.VM, dir, self string, standing int) error {
-	for _, vm := range slices.Concat(engine, ours) {
-		if out, err := vm.Run(context.Background(), "sh", "-ec", asAnEngine); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
+	fmt.Println("\nfrom host to host, what azure-vnet changes on the same VMs, by the change of the floor meanwhile:")
+	for _, p := range all[1:] {
+		if p.bare != nil {
+			floor := all[0]
+			fmt.Printf("%-43s UDP %.3f, TCP %.3f\n", p.name, median(p.turn)/median(p.bare.turn)/(median(floor.turn)/median(floor.bare.turn)),
+				median(p.rate)/median(p.bare.rate)/(median(floor.rate)/median(floor.bare.rate)))
 		}
 	}
+}
+
+// addPods makes pods on our VMs: two of bridge mode, and two of transparent mode.
+func addPods(ours []*vnetsim.VM, dir, self string, standing int) error {
 	for i, vm := range ours {
 		mode := []string{"bridge", "bridge", "transparent", "transparent"}[i]
-		setUp := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing), "-mode", mode)
-		if out, err := setUp.CombinedOutput(); err != nil {
+		pods := vm.Command(context.Background(), self, "-inside", dir, "-pods", strconv.Itoa(standing), "-mode", mode)
+		if out, err := pods.CombinedOutput(); err != nil {
 			return fmt.Errorf("pods on %s: %w: %s", vm.Name, err, out)
 		}
 	}

@@ -252,6 +252,9 @@ func TestFirewalld(t *testing.T) {
 		w.checkPaths(t, allPaths)
 	})
 	t.Run("firewalld hangs", func(t *testing.T) {
+		if !soaking {
+			t.Skip("takes long: make soak")
+		}
 		w.hang(t, "$(cat /run/firewalld.pid)", func() {
 			w.ip("link set azure0 mtu 1300")
 			begun := time.Now()
@@ -273,6 +276,9 @@ func TestFirewalld(t *testing.T) {
 		})
 	})
 	t.Run("the bus hangs", func(t *testing.T) {
+		if !soaking {
+			t.Skip("takes long: make soak")
+		}
 		w.hang(t, "$(cat /run/dbus/pid)", func() {
 			if wrong := w.broken(); len(wrong) != 1 || !strings.Contains(wrong[0], "gave no answer within 2s") {
 				t.Errorf("broken: %q", wrong)
@@ -280,6 +286,9 @@ func TestFirewalld(t *testing.T) {
 		})
 	})
 	t.Run("killed before it joins or after it left", func(t *testing.T) {
+		if !soaking {
+			t.Skip("takes long: make soak")
+		}
 		round := func() { _ = w.Do(func() error { _, err := w.Reconcile(t.Context()); return err }) }
 		w.sh(dbus("zone.removeInterface", "public", "azure0"))
 		if !w.crash("join", round) {

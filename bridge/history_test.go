@@ -28,7 +28,7 @@ func TestAnyOrderOfCalls(t *testing.T) {
 	t.Parallel()
 	v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: 3, NICs: []vnetsim.NICConfig{{Subnet: secondSubnet, Secondaries: 2}}})
 	clean := false // the VM is as it was at its boot
-	random.Check(t, 5, false, func(rt *rapid.T) {
+	random.Check(t, 3, false, func(rt *rapid.T) {
 		h := &history{host: hosts[0], t: rt, model: model{endpoints: map[string]*attached{}, recorded: true}, spaces: map[string]bool{}}
 		if !clean {
 			h.boot("gone")

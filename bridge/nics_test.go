@@ -355,7 +355,7 @@ func TestManyContainers(t *testing.T) {
 		t.Run(string(mode), func(t *testing.T) {
 			many := 250
 			if !soaking {
-				many = 60
+				many = 30
 			}
 			v, hosts := newHosts(t, vnetsim.VMConfig{Secondaries: many}, vnetsim.VMConfig{})
 			h, peer := hosts[0], hosts[1]

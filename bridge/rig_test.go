@@ -182,7 +182,7 @@ func (h *host) ip(lines ...string) {
 
 func (h *host) run(name string, arg ...string) string {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	defer cancel()
 	out, err := h.Run(ctx, name, arg...)
 	if err != nil {
@@ -202,7 +202,7 @@ func (h *host) forgetFlows() { h.sh("conntrack -F 2>/dev/null") }
 
 // try reports whether a line of the shell succeeds on the VM.
 func (h *host) try(line string) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	defer cancel()
 	_, err := h.Run(ctx, "sh", "-c", line)
 	return err == nil

@@ -28,7 +28,10 @@ else
 	# most of the time, so make soak watches them. The tests below test/ start the product as users do, built without it.
 	# Two cores are busy with few tests at once. The longest packages begin first.
 	watched=$("$go" list ./... | grep -v '/bridge\|/vnetsim\|/test' | tr '\n' ' ')
-	set -- "status=0; $race -parallel 6 $watched || status=1
-		$run -parallel 3 ./test/docker ./test/host ./bridge/... ./internal/vnetsim/... ./test/... || status=1; exit \$status"
+	# The watched ones wait for more than half of their time, so they run beside the others. Lines of two streams must not mix.
+	mkdir -p build
+	set -- "status=0; $race -parallel 6 $watched >build/race.json & race=\$!
+		$run -parallel 3 ./test/docker ./test/host ./bridge/... ./internal/vnetsim/... ./test/... || status=1
+		wait \$race || status=1; cat build/race.json; exit \$status"
 fi
 exec "$go" tool gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg --raw-command -- sh -c "$1"

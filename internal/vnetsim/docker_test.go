@@ -4,6 +4,7 @@ package vnetsim
 
 import (
 	"context"
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -25,6 +26,9 @@ func docker(t *testing.T, vm *VM, arg ...string) string {
 func TestDockerOutlivesPowerCut(t *testing.T) {
 	if _, err := exec.LookPath("dockerd"); err != nil {
 		t.Skip("needs dockerd: on Debian it is in docker.io")
+	}
+	if os.Getenv("SOAK") == "" {
+		t.Skip("test/docker's TestEveryRestart needs the same: make soak")
 	}
 	_, vms := newVNet(t, VMConfig{})
 	vm := vms[0]
