@@ -106,12 +106,10 @@ func (r *runner) run(ctx context.Context, env []string, stdin []byte, args []str
 	if env == nil {
 		env = os.Environ()
 	}
-	files, back, err := r.order(order{args, env}, stdin)
+	stdout, stderr, back, err := r.order(order{args, env}, stdin)
 	if err != nil {
 		return "", "", err
 	}
-	defer files[0].Close()
-	defer files[1].Close()
 	defer back.Close()
 	defer context.AfterFunc(ctx, func() {
 		back.CloseWrite()
@@ -133,51 +131,80 @@ func (r *runner) run(ctx context.Context, env []string, stdin []byte, args []str
 	case e.Status != 0:
 		err = &ExitError{e.Status, fmt.Sprintf("exit status %d", e.Status)}
 	}
-	return content(files[0]), content(files[1]), err
+	return stdout.text(), stderr.text(), err
 }
 
-// order sends an order. It returns the files of the command's output, and the socket on which the ending comes.
-func (r *runner) order(o order, stdin []byte) (files [2]*os.File, back *net.UnixConn, err error) {
+// order sends an order. It returns the command's output, and the socket on which the ending comes.
+func (r *runner) order(o order, stdin []byte) (stdout, stderr *output, back *net.UnixConn, err error) {
 	packet, err := json.Marshal(o)
 	if err != nil {
-		return files, nil, err
+		return nil, nil, nil, err
 	}
-	for i := range files {
-		fd, err := unix.MemfdCreate("output", unix.MFD_CLOEXEC)
-		if err != nil {
-			return files, nil, err
+	var theirs []*os.File
+	defer func() {
+		for _, f := range theirs {
+			f.Close()
 		}
-		files[i] = os.NewFile(uintptr(fd), "output")
-	}
+	}()
 	in, feed, err := os.Pipe()
 	if err != nil {
-		return files, nil, err
+		return nil, nil, nil, err
 	}
-	defer in.Close() // a command that reads nothing ends the writer
+	theirs = append(theirs, in) // a command that reads nothing ends the writer
 	go func() {
 		feed.Write(stdin)
 		feed.Close()
 	}()
+	for _, to := range []**output{&stdout, &stderr} {
+		read, write, err := os.Pipe()
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		theirs = append(theirs, write)
+		*to = readAll(read)
+	}
 	mine, its, err := packets()
 	if err != nil {
-		return files, nil, err
+		return nil, nil, nil, err
 	}
-	defer its.Close()
+	theirs = append(theirs, its)
 	if back, err = unixConn(mine); err != nil {
-		return files, nil, err
+		return nil, nil, nil, err
 	}
-	rights := unix.UnixRights(int(in.Fd()), int(files[0].Fd()), int(files[1].Fd()), int(its.Fd()))
-	if _, _, err := r.conn.WriteMsgUnix(packet, rights, nil); err != nil {
-		return files, nil, fmt.Errorf("the VM's runner is gone: %w", err)
+	var fds []int
+	for _, f := range theirs {
+		fds = append(fds, int(f.Fd()))
 	}
-	return files, back, nil
+	if _, _, err := r.conn.WriteMsgUnix(packet, unix.UnixRights(fds...), nil); err != nil {
+		return nil, nil, nil, fmt.Errorf("the VM's runner is gone: %w", err)
+	}
+	return stdout, stderr, back, nil
 }
 
-// content reads a file from its start.
-func content(f *os.File) string {
-	var b strings.Builder
-	io.Copy(&b, io.NewSectionReader(f, 0, 1<<62))
-	return b.String()
+// output is what a command writes to a pipe. A file would do, were it not for commands that open /dev/stderr again.
+type output struct {
+	from *os.File
+	done chan struct{} // closed when nobody can write any more
+	all  strings.Builder
+}
+
+// readAll reads a pipe until its end, and closes it.
+func readAll(from *os.File) *output {
+	o := &output{from: from, done: make(chan struct{})}
+	go func() {
+		defer close(o.done)
+		defer from.Close()
+		io.Copy(&o.all, from)
+	}()
+	return o
+}
+
+// text is the output of a command that has ended. A process that it left behind may hold the pipe open: five seconds are
+// enough, as for Command.
+func (o *output) text() string {
+	o.from.SetReadDeadline(time.Now().Add(5 * time.Second))
+	<-o.done
+	return o.all.String()
 }
 
 // serveOrders is a runner's whole life. It runs in init.
