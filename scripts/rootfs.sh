@@ -12,8 +12,9 @@
 # libraries that they load.
 #
 # No program of another architecture is run. apt works in <cache>, where the
-# packages stay, so the machine's own lists and architectures do not change. What
-# comes from the packages is chosen once, and stays there too.
+# packages stay, so the machine's own lists and architectures do not change. The
+# first run also puts the files that it needs of the packages into <cache>/rootfs.
+# Later runs copy that directory.
 set -eu
 
 binary=$1 cni=$2 final=$3 cache=$4 arch=$5

@@ -16,22 +16,21 @@ import (
 func (h Host) Address(name string) netip.Addr {
 	h.T.Helper()
 	c, err := h.inspect(name)
-	var addr netip.Addr
+	if err != nil {
+		h.T.Fatal(err)
+	}
 	for _, n := range c.NetworkSettings.Networks {
-		if n.IPAddress != "" {
-			addr, err = netip.ParseAddr(n.IPAddress)
+		if addr, err := netip.ParseAddr(n.IPAddress); err == nil {
+			return addr
 		}
 	}
-	if err != nil || !addr.IsValid() {
-		h.T.Fatalf("%s on %s has no address: %v", name, h.Name, err)
-	}
-	return addr
+	h.T.Fatalf("%s on %s has no address", name, h.Name)
+	return netip.Addr{}
 }
 
 // inspect asks the VM's engine for a container, as docker inspect does. The tests ask so often that its process would
 // take a tenth of their CPU time.
 func (h Host) inspect(name string) (c container.InspectResponse, err error) {
-	c.ContainerJSONBase, c.NetworkSettings = &container.ContainerJSONBase{State: &container.State{}}, &container.NetworkSettings{}
 	engine, err := client.NewClientWithOpts(client.WithHost(fmt.Sprintf("unix:///proc/%d/root/run/docker.sock", h.PidOne())), client.WithAPIVersionNegotiation())
 	if err != nil {
 		return c, err
@@ -39,9 +38,5 @@ func (h Host) inspect(name string) (c container.InspectResponse, err error) {
 	defer engine.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
 	defer cancel()
-	found, err := engine.ContainerInspect(ctx, name)
-	if err != nil {
-		return c, err
-	}
-	return found, nil
+	return engine.ContainerInspect(ctx, name)
 }

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// What the engines take for a key that is missing.
+// The engines use these defaults if a key is missing.
 var (
 	defaultSubnet = netip.MustParsePrefix("10.240.0.0/12")
 	defaultVNet   = netip.MustParsePrefix("10.0.0.0/8")

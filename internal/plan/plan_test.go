@@ -217,7 +217,7 @@ func TestEachFaultHasItsPlace(t *testing.T) {
 	}
 }
 
-// TestASecretIsNamedAndNeverShown: each secret is named by its place and key. What only stands for one is not.
+// TestASecretIsNamedAndNeverShown: each secret is named by its place and key. A reference to a secret is not named.
 func TestASecretIsNamedAndNeverShown(t *testing.T) {
 	text := `{"properties": {
  "servicePrincipalProfile": {"clientId": "an-id", "secret": "hunter2hunter2"},

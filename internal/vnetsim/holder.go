@@ -29,14 +29,14 @@ type holder struct {
 	err  error         // of the holder's exit, once done is closed
 	stop sync.Once
 
-	running sync.Once // starts runs
-	runs    *runner   // of the VM; nil: there is none
+	started sync.Once // sets inside
+	inside  *runner   // of the VM; nil: there is none
 }
 
-// runner returns the one runner that runs in the holder's namespaces, and starts it at first. It returns nil if none starts.
+// runner returns the one runner in the holder's namespaces. The first call starts it. It returns nil if none starts.
 func (h *holder) runner(start func() (*runner, error)) *runner {
-	h.running.Do(func() { h.runs, _ = start() })
-	return h.runs
+	h.started.Do(func() { h.inside, _ = start() })
+	return h.inside
 }
 
 // endRunner has no further command run.

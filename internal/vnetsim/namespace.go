@@ -139,6 +139,10 @@ type ExitError struct {
 // Error is the text that exec.ExitError has.
 func (e *ExitError) Error() string { return e.text }
 
+// lateOutput bounds the wait for the output of a command that has ended. Of 200 at once on a busy machine, this process
+// reads the last answers late.
+const lateOutput = 30 * time.Second
+
 // Exec runs a command as Command does, with an environment and a standard input. A nil environment is this process's. Exec
 // returns what the command wrote to its standard output and its standard error. The error is an ExitError if the command
 // started.
@@ -149,7 +153,7 @@ func (n *Namespace) Exec(ctx context.Context, env []string, stdin []byte, args .
 	var stdout, stderr strings.Builder
 	cmd := n.Command(ctx, args[0], args[1:]...)
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = env, bytes.NewReader(stdin), &stdout, &stderr
-	cmd.WaitDelay = 30 * time.Second // of 200 at once on a busy machine, this process reads the last answers late
+	cmd.WaitDelay = lateOutput
 	err = cmd.Run()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		err = &ExitError{exit.ExitCode(), exit.Error()}

@@ -199,10 +199,9 @@ func readAll(from *os.File) *output {
 	return o
 }
 
-// text is the output of a command that has ended. A process that it left behind may hold the pipe open: five seconds are
-// enough, as for Command.
+// text is the output of a command that has ended. A process that it left behind may hold the pipe open.
 func (o *output) text() string {
-	o.from.SetReadDeadline(time.Now().Add(5 * time.Second))
+	o.from.SetReadDeadline(time.Now().Add(lateOutput))
 	<-o.done
 	return o.all.String()
 }
